@@ -1,0 +1,1 @@
+"""Measurements of gems-compile: ``python -m benchmarks.models`` times whole models."""

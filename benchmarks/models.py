@@ -1,0 +1,209 @@
+"""Time whole models: ``python -m benchmarks.models --against eager,inductor``.
+
+Each (model, backend) runs in a fresh process with empty caches, one measurement at a time.
+Speed is ``x other``: the other's milliseconds over this backend's, above 1 is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from benchmarks import table
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "GEMS_CACHE_DIR", "XDG_CACHE_HOME")
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__)
+    add = parser.add_argument
+    add("--models", help="comma list; resnet50 means resnet50-inference and resnet50-train")
+    add("--backend", default="gems", help="the backend that is measured (default: gems)")
+    add("--against", default="eager,inductor", help="comma list: eager, inductor, inductor:MODE")
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    add("--device", help="default: cuda where there is one, else cpu")
+    add("--small", action="store_true", help="tiny shapes, for a CPU with TRITON_INTERPRET=1")
+    add("--seconds", type=float, default=2.0, help="steady measurement per case (default: 2)")
+    add("--timeout", type=float, default=300.0, help="seconds per case (default: 300)")
+    add(
+        "--errors",
+        default="both",
+        choices=("both", "all", "none"),
+        help="whose error is taken: eager's and the backend's (default), everyone's, nobody's",
+    )
+    add(
+        "--jobs",
+        type=int,
+        choices=(1, 2),
+        default=2 if (os.cpu_count() or 1) >= 8 else 1,
+        help="2: the next process imports torch while one measures (default with 8 cores)",
+    )
+    add("--json", type=Path, help="write all rows to this file")
+    where = "append each row here (default: results/models.jsonl, nowhere with --small)"
+    add("--results", type=Path, help=where)
+    return parser.parse_args(argv)
+
+
+def commit() -> str:
+    """The commit of this checkout, marked where files differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True)
+        state = subprocess.run([*git, "status", "--porcelain"], capture_output=True)
+    except OSError:
+        return "unknown"
+    if found.returncode:
+        return "unknown"
+    return found.stdout.decode().strip() + ("-dirty" if state.stdout else "")
+
+
+@dataclass
+class Worker:
+    """A process for one task: it imports, waits for ``go``, measures, and writes its row."""
+
+    task: dict[str, Any]
+    folder: tempfile.TemporaryDirectory[str]
+    process: subprocess.Popen[bytes]
+
+    @classmethod
+    def start(cls, task: dict[str, Any]) -> Worker:
+        folder = tempfile.TemporaryDirectory(prefix="gems-bench-", ignore_cleanup_errors=True)
+        place = Path(folder.name)
+        caches = {name: str(place / name.lower()) for name in CACHES}
+        task = {**task, "out": str(place / "row.json")}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        with (place / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.worker", json.dumps(task)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **caches, "PYTHONPATH": path},
+                start_new_session=True,
+            )
+        return cls(task, folder, process)
+
+    def row(self, timeout: float) -> dict[str, Any]:
+        """Let the worker go and return its row, a failed one if it died or ran out of time."""
+        place, start = Path(self.folder.name), time.monotonic()
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):  # it may have died on import: its status says so
+            self.process.stdin.write(b"go\n")
+            self.process.stdin.close()
+        try:
+            code = self.process.wait(timeout)
+            status = f"failed: exit status {code}"
+        except subprocess.TimeoutExpired:
+            status = f"failed: more than {timeout:.0f} s"
+        log = (place / "log").read_text(errors="replace")
+        out = place / "row.json"
+        row = json.loads(out.read_text()) if out.exists() else {"status": status}
+        self.stop()
+        if row["status"].startswith("failed"):
+            row["log"] = log[-4000:]
+        return {**row, "wall_s": round(time.monotonic() - start, 1)}
+
+    def stop(self) -> None:
+        """End the process and what it started (a compiler's workers), and drop its caches."""
+        with contextlib.suppress(OSError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.folder.cleanup()
+
+
+def measured(tasks: list[dict[str, Any]], jobs: int, timeout: float) -> Iterator[dict[str, Any]]:
+    """The rows of the tasks in order, one at a time.
+
+    With two jobs the next worker imports while this one measures; it measures nothing until then.
+    """
+    waiting: list[Worker] = []
+    try:
+        for i in range(len(tasks)):
+            waiting.extend(map(Worker.start, tasks[i + len(waiting) : i + jobs]))
+            # it stays in the list while it measures, so that an interrupt ends it too
+            yield waiting[0].row(timeout)
+            waiting.pop(0)
+    finally:
+        for worker in waiting:
+            worker.stop()
+
+
+def report(rows: list[dict[str, Any]], backends: list[str], options: argparse.Namespace) -> int:
+    """Print the table and what it amounts to; 1 if a model failed or is not accurate enough."""
+    lines = [table.cells(row, table.index(rows), backends) for row in rows]
+    table.show(table.header(backends), lines)
+    base = "eager in float32" if options.dtype == "float32" else "a float32 eager run"
+    print(f"error: ||out - ref|| / ||ref||, ref: {base} of the same weights; grad error: over all")
+    print("gradients; vs eager: ref is eager in this dtype. *: compared with dropout 0, timed with")
+    print("dropout. x NAME: NAME's ms / this ms.")
+    for line in table.means(rows, backends, options.dtype):
+        print(line)
+    for row in rows:
+        if row["status"] != "ok":
+            print(f"{row['model']} through {row['backend']}: {row['status']}")
+    failed = [row for row in rows if row["status"].startswith("failed")]
+    for row in failed:
+        print(f"\n{row['model']} through {row['backend']}:", file=sys.stderr)
+        print(row.get("log", "")[-1500:], file=sys.stderr)
+    missed = table.misses(rows, options.backend, options.dtype)
+    for line in missed:
+        print("not accurate enough: " + line)
+    return 1 if failed or missed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    from benchmarks.cases import names
+
+    try:
+        models = names(options.models)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    against = [name for name in options.against.split(",") if name]
+    rest = [name for name in against if name not in ("eager", options.backend)]
+    backends = [*(["eager"] if "eager" in against else []), options.backend, *rest]
+    shared = {
+        "dtype": options.dtype,
+        "small": options.small,
+        "seconds": options.seconds,
+        "device": options.device,
+    }
+    accurate = {"both": ["eager", options.backend], "all": backends, "none": []}[options.errors]
+    tasks = [
+        {"model": model, "backend": backend, "errors": backend in accurate, **shared}
+        for model in models
+        for backend in backends
+    ]
+    stamp = {"commit": commit(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    sink = options.results or (None if options.small else ROOT / "results" / "models.jsonl")
+    rows = []
+    for task, row in zip(tasks, measured(tasks, options.jobs, options.timeout), strict=True):
+        row = {**{k: task[k] for k in ("model", "backend", "dtype", "small")}, **row, **stamp}
+        rows.append(row)
+        found = f"{row['ms']:.3f} ms" if row["status"] == "ok" else row["status"]
+        print(f"{row['model']} {row['backend']}: {found} [{row['wall_s']} s]", flush=True)
+        if sink is not None:
+            sink.parent.mkdir(parents=True, exist_ok=True)
+            with sink.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return report(rows, backends, options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

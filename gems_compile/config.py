@@ -1,0 +1,290 @@
+"""The settings: one frozen ``Config`` a compile, and the one place that reads ``GEMS_*`` variables.
+
+A value comes from ``options=``, else from the environment, else from the default. A wrong option is
+an error, for it is in the program; a wrong variable is a warning, for it may be meant for another
+program on the same machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .errors import OptionError, nearest, unknown
+
+log = logging.getLogger(__name__)
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+MAX_THREADS = 256
+
+
+class _Bad(Exception):
+    """A value that a parser refuses; its text says which values it takes."""
+
+
+def _one_of(*names: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if not isinstance(value, str) or value not in names:
+            raise _Bad(", ".join(names) + nearest(value, names))
+        return value
+
+    return parse
+
+
+def _switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _Bad("True, False")
+    return value
+
+
+def _folder(value: Any) -> str | None:
+    if value is None:
+        return None
+    try:
+        path = os.fspath(value)
+    except TypeError:
+        path = ""
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise _Bad("a folder's path, None")
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _workers(value: Any) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_THREADS:
+        raise _Bad(f"a whole number from 0 to {MAX_THREADS}, None")
+    return value
+
+
+PARSERS: dict[str, Callable[[Any], Any]] = {
+    "numerics": _one_of("eager", "fast"),
+    "rewrites": _switch,
+    "rng": _one_of("gems", "eager"),
+    "strict": _switch,
+    "dump": _folder,
+    "threads": _workers,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What one compile depends on; hashable, and checked when made.
+
+    numerics: "eager" rounds each 16-bit intermediate where eager rounds it; "fast" keeps float32.
+    rewrites: whether known patterns are replaced by another algorithm.
+    rng:      dropout's generator: "gems" is our own (saves a seed, not a mask), "eager" is ATen's.
+    strict:   a failure inside the compiler raises instead of running the group as ATen.
+    dump:     the folder that gets every stage of every compile as files, or None.
+    threads:  worker processes that compile kernels; 0 compiles in this one, None chooses.
+    """
+
+    numerics: str = "eager"
+    rewrites: bool = True
+    rng: str = "gems"
+    strict: bool = False
+    dump: str | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, parse in PARSERS.items():
+            found = getattr(self, name)
+            try:
+                object.__setattr__(self, name, parse(found))
+            except _Bad as bad:
+                raise OptionError(f"option {name!r} is {found!r}; valid: {bad}") from None
+
+    @classmethod
+    def from_call(cls, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Config:
+        """The config of ``torch.compile(..., mode=mode, options=options)``."""
+        if mode is not None and options is not None:
+            raise OptionError(f"mode {mode!r} and options are both given; give one of them")
+        if mode is not None:
+            _check_mode(mode)
+        if options is not None and not isinstance(options, Mapping):
+            raise OptionError(f"options is a {type(options).__name__}; valid: a dict, None")
+        for name in options or ():
+            if name not in PARSERS:
+                raise OptionError(unknown("option", name, PARSERS))
+        show_logs()
+        return cls(**{**_from_environment(), **(options or {})})
+
+    def options(self) -> dict[str, Any]:
+        """The settings as ``options=`` takes them: plain values, which the lower layers take."""
+        return asdict(self)
+
+
+def _check_mode(mode: object) -> None:
+    if mode not in MODES:
+        raise OptionError(unknown("mode", mode, MODES))
+    if mode != "default":
+        # transformers' generate() passes reduce-overhead by itself: not worth a warning
+        _once(logging.INFO, f"mode {mode!r} is accepted and equals 'default' in this version")
+
+
+# --------------------------------------------------------------------------- the environment
+
+
+def _text_switch(text: str) -> bool:
+    lowered = text.lower()
+    if lowered not in ("0", "1", "false", "true"):
+        raise _Bad("0, 1, false, true")
+    return lowered in ("1", "true")
+
+
+def _text_workers(text: str) -> int | None:
+    # isdecimal alone takes other scripts' digits, and int() underscores, signs and spaces
+    if not (text.isascii() and text.isdecimal() and len(text) <= 9):
+        raise _Bad(f"a whole number from 0 to {MAX_THREADS}")
+    return _workers(int(text))
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One ``GEMS_*`` variable. ``field`` is the option it sets, None if it is the process's own."""
+
+    field: str | None
+    parse: Callable[[str], Any]
+    values: str
+    doc: str
+
+
+VARIABLES: dict[str, Variable] = {
+    "GEMS_NUMERICS": Variable(
+        "numerics", PARSERS["numerics"], "eager, fast", "Where a fused chain rounds."
+    ),
+    "GEMS_REWRITES": Variable("rewrites", _text_switch, "0, 1", "Whether patterns are rewritten."),
+    "GEMS_RNG": Variable("rng", PARSERS["rng"], "gems, eager", "Dropout's random numbers."),
+    "GEMS_STRICT": Variable("strict", _text_switch, "0, 1", "A failure inside us raises."),
+    "GEMS_DUMP": Variable("dump", _folder, "a folder", "Every stage of every compile, as files."),
+    "GEMS_THREADS": Variable(
+        "threads", _text_workers, f"0 to {MAX_THREADS}", "Kernel compile workers."
+    ),
+    "GEMS_CACHE_DIR": Variable(None, _folder, "a folder", "Where compiled kernels are kept."),
+    "GEMS_VENDOR": Variable(
+        None,
+        lambda text: text.lower(),
+        "nvidia, amd, interpreter, or a plug-in's name",
+        "The target; an unknown one is an error at first use.",
+    ),
+    "GEMS_DEBUG": Variable(
+        None,
+        lambda text: int(_one_of("0", "1", "2")(text)),
+        "0, 1, 2",
+        "1 logs decisions to stderr, 2 details as well.",
+    ),
+}
+
+
+def _read(name: str) -> Any:
+    """The parsed value of one variable; None when unset, empty or wrong (which warns once)."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return None
+    try:
+        return VARIABLES[name].parse(text)
+    except _Bad as bad:
+        _once(logging.WARNING, f"{name}={text!r} is ignored; valid: {bad}")
+        return None
+
+
+def _from_environment() -> dict[str, Any]:
+    for name in os.environ:
+        if name.startswith("GEMS_") and name not in VARIABLES:
+            valid = ", ".join(VARIABLES)
+            _once(
+                logging.WARNING,
+                f"{name} is no variable of gems-compile and is ignored; "
+                f"valid: {valid}{nearest(name, VARIABLES, at_most=1)}",
+            )
+    found = {v.field: _read(name) for name, v in VARIABLES.items() if v.field is not None}
+    return {field: value for field, value in found.items() if value is not None}
+
+
+def vendor() -> str | None:
+    """``GEMS_VENDOR``, not yet checked: ``kernels.target`` knows which vendors exist."""
+    name: str | None = _read("GEMS_VENDOR")
+    return name
+
+
+def debug_level() -> int:
+    """``GEMS_DEBUG``: 0 warnings only, 1 decisions too, 2 details too."""
+    level: int | None = _read("GEMS_DEBUG")
+    return level or 0
+
+
+def show_logs() -> None:
+    """Let the package's loggers reach stderr at ``GEMS_DEBUG``; unset leaves logging alone."""
+    level = debug_level()
+    if not level:
+        return
+    package = logging.getLogger(__package__)
+    package.setLevel(logging.INFO if level == 1 else logging.DEBUG)
+    if not package.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        package.addHandler(handler)
+
+
+_said: set[str] = set()
+
+
+def _once(level: int, message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        log.log(level, "%s", message)
+
+
+# --------------------------------------------------------------------------- the cache directory
+
+
+def cache_dir() -> str | None:
+    """The directory of our cache, made if need be; None when there is none that is safe to use.
+
+    ``$GEMS_CACHE_DIR``, else ``$XDG_CACHE_HOME/gems_compile``, else ``~/.cache/gems_compile``.
+    What lies in it is code that this process will run, so it must belong to this user and be
+    writable by nobody else. Nothing here raises: without a directory, kernels are compiled afresh.
+    """
+    path = _cache_path()
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        problem = _why_unsafe(path)
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    if problem is None:
+        return path
+    _once(logging.WARNING, f"the cache directory {path} is not used: {problem}")
+    return None
+
+
+def _cache_path() -> str:
+    given = _read("GEMS_CACHE_DIR")
+    if given is not None:
+        return str(given)
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # the XDG specification: a relative path is to be ignored
+        base = os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(base, "gems_compile")
+
+
+def _why_unsafe(path: str) -> str | None:
+    if not os.path.isabs(path):
+        return "it is not absolute (no home directory is known)"
+    user = os.geteuid()
+    if os.lstat(path).st_uid != user:  # a link that another user planted
+        return f"it belongs to user {os.lstat(path).st_uid}, not to user {user}"
+    found = os.stat(path)
+    if not stat.S_ISDIR(found.st_mode):
+        return "it is not a directory"
+    if found.st_uid != user:
+        return f"it belongs to user {found.st_uid}, not to user {user}"
+    if found.st_mode & 0o022:
+        mode = stat.S_IMODE(found.st_mode)
+        return f"others can write to it (mode {mode:o}); run chmod go-w on it"
+    if not os.access(path, os.W_OK | os.X_OK):
+        return "it is not writable"
+    return None

@@ -1,0 +1,44 @@
+"""The exceptions a user can meet. What we cannot lower is no error: it runs as ATen."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class GemsError(Exception):
+    """The base of everything gems-compile raises on its own account."""
+
+
+class OptionError(GemsError, ValueError):
+    """A mode, an option or an option's value that does not exist."""
+
+
+class UnknownOp(GemsError, ValueError):
+    """``enable(only=...)`` or ``ops.<name>`` names an op that no file declares."""
+
+
+class InternalError(GemsError, RuntimeError):
+    """Our own mistake; raised under ``strict`` only, otherwise the group runs as ATen."""
+
+
+def nearest(found: object, valid: Iterable[str], at_most: int = 2) -> str:
+    """``"; close to it: a, b"`` for the names most like ``found``, or an empty string."""
+    close = difflib.get_close_matches(str(found), list(valid), n=at_most)
+    return f"; close to it: {', '.join(close)}" if close else ""
+
+
+def unknown(thing: str, found: object, valid: Iterable[str]) -> str:
+    """One sentence: the thing, the value found, the values allowed, the nearest of them."""
+    names = list(valid)
+    return f"{thing} {found!r} is unknown; valid: {', '.join(names)}{nearest(found, names)}"
+
+
+def __getattr__(name: str) -> Any:
+    # Defined beside the targets, which import nothing of this layer; loaded when asked for.
+    if name == "UnknownVendor":
+        from .kernels.target import UnknownVendor
+
+        return UnknownVendor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

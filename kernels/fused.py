@@ -1,0 +1,131 @@
+"""Ops of our own, ``gems::``, which rewrites put in place of a chain of torch's.
+
+Compile workers import this file without torch: torch is imported by ``register_torch_ops`` alone.
+The implementations registered here are plain ATen, for a graph or a group that runs as ATen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_LIBRARY: Any = None
+
+
+def register_torch_ops() -> None:
+    """Register ``gems::rms_norm`` and its backward with torch, once.
+
+    Formula: h = float32(x); n = h * rsqrt(mean(h^2, -1) + eps)
+             y = weight * dtype(n) if weight_after_cast (Llama), else dtype(n * weight) (Gemma)
+    Shapes:  x [..., N], weight [N] or None -> y [..., N], rstd [..., 1]
+    Dtypes:  float16, bfloat16, float32 (float64 computes in float64); rstd is float32
+    Rounds:  exactly where the chain in ``transformers`` rounds; the backward computes in float32.
+    """
+    global _LIBRARY
+    if _LIBRARY is not None:
+        return
+    import torch
+
+    library = torch.library.Library("gems", "FRAGMENT")
+    tags = (torch.Tag.pt2_compliant_tag,)
+    library.define(
+        "rms_norm(Tensor x, Tensor? weight, float eps, bool weight_after_cast)"
+        " -> (Tensor y, Tensor rstd)",
+        tags=tags,
+    )
+    library.define(
+        "rms_norm_backward(Tensor dy, Tensor x, Tensor rstd, Tensor? weight,"
+        " bool weight_after_cast) -> (Tensor dx, Tensor dw)",
+        tags=tags,
+    )
+    library.impl("rms_norm", _rms_norm, "CompositeExplicitAutograd")
+    library.impl("rms_norm_backward", _rms_norm_backward, "CompositeExplicitAutograd")
+    torch.library.register_fake("gems::rms_norm", _rms_norm_fake, lib=library)
+    torch.library.register_fake("gems::rms_norm_backward", _rms_norm_backward_fake, lib=library)
+    torch.library.register_autograd(
+        "gems::rms_norm", _rms_norm_autograd, setup_context=_rms_norm_context, lib=library
+    )
+    _LIBRARY = library
+
+
+def _wide(x: Any) -> Any:
+    """x in the dtype that the norm computes in."""
+    import torch
+
+    return x if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+def _result_dtype(x: Any, weight: Any, weight_after_cast: bool) -> Any:
+    import torch
+
+    if weight is None or not weight_after_cast:
+        return x.dtype
+    return torch.promote_types(weight.dtype, x.dtype)
+
+
+def _rms_norm(x: Any, weight: Any, eps: float, weight_after_cast: bool) -> tuple[Any, Any]:
+    h = _wide(x)
+    rstd = (h.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+    n = h * rstd
+    if weight is None:
+        y = n.to(x.dtype)
+    elif weight_after_cast:
+        y = weight * n.to(x.dtype)
+    else:
+        y = (n * weight).to(x.dtype)
+    return y, rstd.contiguous()
+
+
+def _rms_norm_fake(x: Any, weight: Any, eps: float, weight_after_cast: bool) -> tuple[Any, Any]:
+    import torch
+
+    y = torch.empty_like(x, dtype=_result_dtype(x, weight, weight_after_cast))
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    return y, x.new_empty((*x.shape[:-1], 1), dtype=wide)
+
+
+def _rms_norm_backward(
+    dy: Any, x: Any, rstd: Any, weight: Any, weight_after_cast: bool
+) -> tuple[Any, Any]:
+    """dn = dy * weight; dx = rstd * (dn - n * mean(dn * n, -1)); dw = sum of dy * n over rows."""
+    import torch
+
+    h, g = _wide(x), _wide(dy)
+    n = h * rstd
+    dn = g if weight is None else g * weight
+    dx = (rstd * (dn - n * (dn * n).mean(-1, keepdim=True))).to(x.dtype)
+    out = torch.empty_like(x)
+    if dx.stride() != out.stride():
+        dx = out.copy_(dx)
+    if weight is None:
+        return dx, x.new_empty((0,))
+    scaled = _wide(n.to(x.dtype)) if weight_after_cast else n  # what the weight multiplied
+    return dx, (g * scaled).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+
+
+def _rms_norm_backward_fake(
+    dy: Any, x: Any, rstd: Any, weight: Any, weight_after_cast: bool
+) -> tuple[Any, Any]:
+    import torch
+
+    dw = x.new_empty((0,)) if weight is None else torch.empty_like(weight)
+    return torch.empty_like(x), dw
+
+
+def _rms_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
+    x, weight, _, weight_after_cast = inputs
+    _, rstd = output
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, rstd, weight)
+    ctx.weight_after_cast = weight_after_cast
+
+
+def _rms_norm_autograd(ctx: Any, dy: Any, drstd: Any) -> tuple[Any, ...]:
+    import torch
+
+    if dy is None:
+        return None, None, None, None
+    x, rstd, weight = ctx.saved_tensors
+    backward = torch.ops.gems.rms_norm_backward.default
+    dx, dw = backward(dy, x, rstd, weight, ctx.weight_after_cast)
+    return dx, None if weight is None else dw, None, None

@@ -1,0 +1,82 @@
+"""Repairs to Triton's interpreter, so that kernels run on a CPU give a GPU's numbers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+
+# NumPy warns of what masked lanes compute (0 / 0, log(0)); a GPU does not
+_QUIET = ("binary_op", "ternary_op", "unary_op", "create_idiv", "create_rsqrt")
+
+
+def repair() -> None:
+    """Repair the interpreter, once; without ``TRITON_INTERPRET=1`` there is nothing to do.
+
+    - A cast to bfloat16 rounds to nearest even; Triton 3.6 and 3.7 truncate float32, and read
+      any other type's bits as bfloat16.
+    - ``tl.fma`` rounds once.
+    - A comparison of two scalars is a truth value to what follows, not a float.
+    - Integers wrap, as on a GPU, where the interpreter asserts that int32 does not overflow.
+    - No NumPy warnings from masked lanes.
+    """
+    if not triton.knobs.runtime.interpret:
+        return
+    import numpy as np
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    if getattr(builder, "repaired_by_gems", False):
+        return
+
+    def quiet(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with np.errstate(all="ignore"):
+                return method(*args, **kwargs)
+
+        return call
+
+    cast = builder.cast_impl
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        to_bfloat16 = target.scalar == tl.bfloat16 and source.dtype.scalar != tl.bfloat16
+        if not to_bfloat16:
+            return cast(self, source, target)
+        return interpreter.TensorHandle(_bfloat16_bits(source.data), target.scalar)
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        # a float32 product is exact in float64
+        wide = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
+
+    binary_op = builder.binary_op
+
+    def typed_binary_op(self: Any, left: Any, right: Any, op: Any) -> Any:
+        result = binary_op(self, left, right, op)
+        if result.data.dtype == np.bool_:
+            result.dtype = tl.int1
+        return result
+
+    builder.binary_op = typed_binary_op
+    for name in _QUIET:
+        setattr(builder, name, quiet(getattr(builder, name)))
+    builder.cast_impl = quiet(cast_impl)
+    builder.create_fma = quiet(create_fma)
+    options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    interpreter.interpreter_builder.options = options
+    builder.repaired_by_gems = True
+
+
+def _bfloat16_bits(data: Any) -> Any:
+    """The upper halves of float32 numbers, rounded to nearest even, as uint16."""
+    import numpy as np
+
+    single = np.ascontiguousarray(data, dtype=np.float32)
+    bits = single.view(np.uint32)
+    rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
+    rounded = np.where(np.isnan(single), np.uint32(0x7FC0), rounded)
+    return rounded.astype(np.uint16).reshape(np.shape(data))

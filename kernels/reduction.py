@@ -1,0 +1,171 @@
+"""Reductions over any dims. Sums accumulate in float32 (integers in int64), as eager's do.
+
+A body gets (b, x, axes, result dtype) and returns a Value whose reduced axes are still there, with
+size 1; the translator drops them where the caller did not ask to keep them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .op import ALL, FLOATS, NUMBERS, T, call, composite, reduction
+
+_DIMS = [call(T(4, 33), [1]), call(T(4, 33), [0], True), call(T(3, 5, 17), [0, 2])]
+
+
+def wide(b: Any, x: Any) -> Any:
+    """x in the dtype that statistics are computed in: float32, or float64."""
+    return b.cast(x, "float64" if x.dtype == "float64" else "float32")
+
+
+@reduction(
+    "aten.sum.dim_IntList", "aten.sum.default",
+    dtypes=ALL, samples=[*_DIMS, call(T(2, 3, 150), [2])], name="sum",
+)
+def sum_(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
+    """Sum of the elements."""
+    return b.reduce("sum", x, axes, dtype)
+
+
+@reduction("aten.mean.dim", "aten.mean.default", samples=_DIMS)
+def mean(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
+    """Sum of the elements over how many there are."""
+    return b.cast(b.mean(wide(b, b.cast(x, dtype)), axes), dtype)
+
+
+@reduction("aten.amax.default", "aten.max.default", dtypes=NUMBERS, samples=_DIMS[:2])
+def amax(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
+    """Largest element; NaN if there is one."""
+    return b.reduce("amax", x, axes)
+
+
+@reduction("aten.amin.default", "aten.min.default", dtypes=NUMBERS, samples=_DIMS[:2])
+def amin(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
+    """Smallest element; NaN if there is one."""
+    return b.reduce("amin", x, axes)
+
+
+@reduction(
+    "aten.prod.dim_int", "aten.prod.default",
+    dtypes=NUMBERS, samples=[call(T(4, 9, low=1, high=3), 1), call(T(3, 5, low=1, high=2), 0, True)],
+)
+def prod(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
+    """Product of the elements."""
+    return b.reduce("prod", x, axes, dtype)
+
+
+@reduction(
+    "aten.any.dim", "aten.any.dims", "aten.any.default",
+    dtypes=ALL, samples=[call(T(4, 33, low=0, high=2), 1), call(T(4, 9, low=0, high=1), 0, True)],
+    name="any",
+)
+def any_(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
+    """Whether any element is not zero."""
+    return b.cast(b.reduce("any", x, axes, "bool"), dtype)
+
+
+@reduction(
+    "aten.all.dim", "aten.all.dims", "aten.all.default",
+    dtypes=ALL, samples=[call(T(4, 33, low=0, high=2), 1), call(T(4, 9, low=1, high=3), 0, True)],
+    name="all",
+)
+def all_(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
+    """Whether no element is zero."""
+    return b.cast(b.reduce("all", x, axes, "bool"), dtype)
+
+
+def _one_dim_or_flat(x: Any, dim: int | None = None, *_: Any) -> str | None:
+    return "0-d operand" if x.ndim == 0 else None
+
+
+@reduction(
+    "aten.argmax.default", dtypes=NUMBERS, declines=_one_dim_or_flat,
+    samples=[call(T(4, 33), 1), call(T(4, 33), 0, True), call(T(5, 7))],
+)
+def argmax(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
+    """Place of the largest element (of the first NaN, if there is one)."""
+    return b.reduce("argmax", x, axes, dtype)
+
+
+@reduction(
+    "aten.argmin.default", dtypes=NUMBERS, declines=_one_dim_or_flat,
+    samples=[call(T(4, 33), 1), call(T(5, 7))],
+)
+def argmin(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
+    """Place of the smallest element (of the first NaN, if there is one)."""
+    return b.reduce("argmin", x, axes, dtype)
+
+
+@reduction("aten.logsumexp.default", samples=[call(T(4, 33), [1]), call(T(3, 9), [0], True)])
+def logsumexp(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
+    """log(sum(exp(x))), computed from the largest element down."""
+    return b.cast(b.reduce("logsumexp", wide(b, x), axes), dtype)
+
+
+def moments(b: Any, x: Any, axes: Any, correction: Any) -> tuple[Any, Any]:
+    """(variance, mean) of a float32 or float64 Value, axes kept; two passes, as exact as Welford's."""
+    center = b.mean(x, axes)
+    diff = b.sub(x, center, 1)
+    count = 1
+    for a in {a % x.ndim for a in axes}:
+        count = count * x.shape[a]
+    left = b.size_number(count) if not correction else b.size_number(count - int(correction))
+    return b.div(b.sum(b.mul(diff, diff), axes), left), center
+
+
+def _dims(x: Any, dims: Any) -> list[int]:
+    return list(range(x.ndim)) if not dims else [dims] if isinstance(dims, int) else list(dims)
+
+
+def _keep(b: Any, v: Any, axes: list[int], keepdim: bool) -> Any:
+    return v if keepdim else b.squeeze(v, axes)
+
+
+def _odd_correction(x: Any, dim: Any = None, correction: Any = 1, keepdim: Any = False) -> str | None:
+    if correction is None:
+        correction = 1
+    if int(correction) != correction:
+        return "a fractional correction"
+    count = 1
+    for a in _dims(x, dim):
+        count = count * x.shape[a]
+    if type(count) is int and count <= correction:
+        return "no degrees of freedom left"
+    return "0-d operand" if x.ndim == 0 else None
+
+
+@composite(
+    "aten.var.correction", declines=_odd_correction,
+    samples=[call(T(4, 33), [1]), call(T(4, 9), [0], correction=0, keepdim=True)],
+)
+def var(b: Any, x: Any, dim: Any, correction: Any, keepdim: bool) -> Any:
+    """Sum of squared distances from the mean over (n - correction)."""
+    correction = 1 if correction is None else correction
+    v, _ = moments(b, wide(b, x), _dims(x, dim), correction)
+    return _keep(b, b.cast(v, x.dtype), _dims(x, dim), keepdim)
+
+
+@composite(
+    "aten.var_mean.correction", declines=_odd_correction,
+    samples=[call(T(4, 33), [1]), call(T(4, 9), [0], correction=0, keepdim=True)],
+)
+def var_mean(b: Any, x: Any, dim: Any, correction: Any, keepdim: bool) -> Any:
+    """(variance, mean)."""
+    correction = 1 if correction is None else correction
+    v, m = moments(b, wide(b, x), _dims(x, dim), correction)
+    axes = _dims(x, dim)
+    return _keep(b, b.cast(v, x.dtype), axes, keepdim), _keep(b, b.cast(m, x.dtype), axes, keepdim)
+
+
+@composite(
+    "aten.std.correction", declines=_odd_correction,
+    samples=[call(T(4, 33), [1]), call(T(4, 9), [0], correction=0)],
+)
+def std(b: Any, x: Any, dim: Any, correction: Any, keepdim: bool) -> Any:
+    """Square root of the variance."""
+    correction = 1 if correction is None else correction
+    v, _ = moments(b, wide(b, x), _dims(x, dim), correction)
+    return _keep(b, b.cast(b.sqrt(v), x.dtype), _dims(x, dim), keepdim)
+
+
+__all__ = ["FLOATS", "moments", "wide"]

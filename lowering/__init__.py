@@ -1,0 +1,1 @@
+"""fx.Graph -> callable: passes, rewrites, fusion, code generation, launch, execution, caches."""

@@ -1,0 +1,47 @@
+"""Which ATen ops AOTAutograd may take apart before we see them.
+
+As few as possible: AOTAutograd's time follows the number of nodes, and an op that stays whole runs
+as ATen at worst. What we declare stays whole too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from ..kernels import load_ops
+from ..kernels.op import OPS
+
+#: packets that run best whole, as ATen
+KEEP = {
+    "mm", "bmm", "addmm", "baddbmm", "convolution", "convolution_backward", "embedding_dense_backward",
+    "_softmax", "_log_softmax", "native_layer_norm", "native_group_norm", "native_batch_norm",
+    "max_pool2d_with_indices", "max_pool2d_with_indices_backward", "avg_pool2d",
+    "avg_pool2d_backward", "_adaptive_avg_pool2d", "_adaptive_avg_pool2d_backward",
+    "upsample_nearest2d", "upsample_bilinear2d", "grid_sampler_2d", "index_put", "_unsafe_index_put",
+    "scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "cumsum", "sort", "topk",
+    "split", "split_with_sizes", "unbind", "stack", "cat", "slice_scatter", "select_scatter",
+    "addcmul", "addcdiv", "lerp", "clamp", "clamp_min", "clamp_max", "native_dropout", "rsub",
+    "masked_fill", "unsafe_split", "_to_copy", "copy", "detach", "alias", "arange", "full",
+    "full_like", "zeros", "ones", "var_mean", "var", "std", "logsumexp", "nll_loss_forward",
+    "nll_loss_backward", "_fused_rms_norm", "_fused_rms_norm_backward", "cudnn_batch_norm",
+    "cudnn_batch_norm_backward", "constant_pad_nd", "index_select", "gather", "expand_as",
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu",
+    "bernoulli", "rand", "randn", "randint", "rand_like", "randn_like", "uniform", "normal",
+    "_batch_norm_with_update", "_batch_norm_with_update_functional", "batch_norm_backward",
+    "miopen_batch_norm", "t", "transpose", "permute", "squeeze", "unsqueeze",
+}
+
+
+@functools.cache
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """torch's table of decompositions, less what stays whole."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    load_ops()
+    return {
+        op: rule for op, rule in select_decomp_table().items()
+        if str(op) not in OPS and getattr(op, "_opname", "") not in KEEP
+    }

@@ -1,0 +1,545 @@
+"""Group -> instructions.
+
+Every output is *pulled*: its expression is evaluated at the group's loop variables, through views
+as index arithmetic, down to loads. What comes out is a list of instructions whose addresses are
+still ``Index`` objects; ``render`` chooses loop order and tiles and writes the kernel's text.
+
+A reduction group runs in *levels*: values of level 0 need no reduction of this kernel, a reduction
+of level-k operands has level k + 1. A row that fits on chip is one straight run; a longer one is
+one loop over the row for each level.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..kernels.op import BODIES
+from .group import Group
+from .indexing import ZERO, Index, NeedSplit, Size, is_static, product, quotient, simplify
+from .ir import FLOATING, SIXTEEN_BIT, SizeArg, Value, computing_dtype, result_dtype
+from .translate import common_dtype
+
+
+class EmitError(Exception):
+    """The group cannot be written as one kernel; its nodes run as ATen."""
+
+
+@dataclass
+class Instr:
+    """kind: load | line | store | begin | step | end (of an accumulator).
+
+    ``text`` is a template: ``{i0}`` is the first of ``indices``, rendered.
+    """
+
+    kind: str
+    out: str
+    text: str
+    indices: tuple[Index, ...] = ()
+    cond: str | None = None
+    comment: str = ""
+    dtype: str = ""
+
+
+@dataclass
+class Body:
+    """The instructions of one kernel, by section: ("row", level), ("loop", level)."""
+
+    group: Group
+    looped: bool
+    sections: dict[tuple[str, int], list[Instr]] = field(default_factory=dict)
+    derived: dict[str, tuple[str, Index, Size]] = field(default_factory=dict)
+    params: list[tuple[str, str, Any]] = field(default_factory=list)  # (name, role, what)
+    modules: set[str] = field(default_factory=set)
+    wide: set[str] = field(default_factory=set)  # registers and derived atoms that vary along r
+
+
+#: combine, identity for floats, identity for integers, final reduction of a tile
+REDUCTIONS = {
+    "sum": ("{0} + {1}", "0", "0", "reductions.row_sum"),
+    "prod": ("{0} * {1}", "1", "1", "reductions.row_prod"),
+    "amax": ("reductions.larger({0}, {1})", "-inf", "min", "reductions.row_amax"),
+    "amin": ("reductions.smaller({0}, {1})", "inf", "max", "reductions.row_amin"),
+    "any": ("{0} | {1}", "", "0", "reductions.row_any"),
+    "all": ("{0} & {1}", "", "1", "reductions.row_all"),
+}
+_LIMITS = {"int64": (-(2**63), 2**63 - 1), "int32": (-(2**31), 2**31 - 1), "bool": (0, 1),
+           "int16": (-(2**15), 2**15 - 1), "int8": (-128, 127), "uint8": (0, 255)}
+
+
+class Emitter:
+    def __init__(self, group: Group, inlined: set[Value], exact: bool, looped: bool) -> None:
+        self.group, self.inlined, self.exact = group, inlined, exact
+        self.members = set(group.members)
+        self.body = Body(group, looped)
+        self.memo: dict[Any, str] = {}
+        self.levels: dict[Value, int] = {}
+        self.reductions: dict[Value, str] = {}  # reduction -> its name in the kernel
+        self.results: dict[Value, str] = {}  # reduction -> register of its result
+        self.names: dict[Any, str] = {}  # buffer or size expression -> kernel parameter
+        self.wide_atoms = set(group.reduced)
+        self.counter = 0
+
+    # driver --------------------------------------------------------------------------------
+
+    def run(self) -> Body:
+        top = max((self.level(m) for m in self.group.members), default=0)
+        for level in range(top + 1):
+            for m in self.group.members:
+                if m.kind == "reduce" and self.level(m) == level:
+                    self._finish_reduction(m)
+            for out in self.group.outputs:
+                if self.level(out) == level and not self._is_wide(out):
+                    self._store(out, level)
+            for m in self.group.members:
+                if m.kind == "reduce" and self.level(m) == level + 1:
+                    self._accumulate(m, level)
+            for out in self.group.outputs:
+                if self.level(out) == level and self._is_wide(out):
+                    self._store(out, level)
+        return self.body
+
+    def level(self, v: Value) -> int:
+        known = self.levels.get(v)
+        if known is None:
+            if v.kind == "view":
+                known = self.level(v.args[0])
+            elif v not in self.members and v not in self.inlined:
+                known = 0
+            else:
+                known = max((self.level(a) for a in v.inputs), default=0) + (v.kind == "reduce")
+            self.levels[v] = known
+        return known
+
+    def _is_wide(self, v: Value) -> bool:
+        frame = self.group.frame(v)
+        return any(a in self.wide_atoms for axis in frame or () for a in axis or ())
+
+    def coords(self, v: Value) -> list[Index]:
+        """v's place in terms of the group's atoms."""
+        frame = self.group.frame(v)
+        if frame is None or any(axis is None for axis in frame):
+            raise EmitError(f"{v!r} has no place in its group")
+        return [self.mixed_radix(axis) for axis in frame]
+
+    def mixed_radix(self, axis: Sequence[str]) -> Index:
+        terms: dict[str, Size] = {}
+        step: Size = 1
+        for atom in reversed(axis):
+            terms[atom] = step
+            step = simplify(step * self.group.size(atom))
+        return Index(terms)
+
+    # what views ask for ----------------------------------------------------------------------
+
+    def size(self, atom: str) -> Size:
+        if atom in self.body.derived:
+            kind, index, divisor = self.body.derived[atom]
+            if kind == "%":
+                return divisor
+            top = self._extent(index)
+            return quotient(top, divisor) or top
+        return self.group.size(atom) if atom in self.group.sizes else 2**31
+
+    def _extent(self, index: Index) -> Size:
+        top: Size = index.const + 1
+        for atom, c in index.terms:
+            top = top + c * (self.size(atom) - 1)
+        return simplify(top)
+
+    def derive(self, kind: str, index: Index, divisor: Size) -> Index:
+        for name, known in self.body.derived.items():
+            if known == (kind, index, divisor):
+                return Index({name: 1})
+        name = f"q{len(self.body.derived)}"
+        self.body.derived[name] = (kind, index, divisor)
+        if not is_static(divisor):
+            self.size_name(divisor)
+        if self._varies(index):
+            self.wide_atoms.add(name)
+            self.body.wide.add(name)
+        return Index({name: 1})
+
+    def _varies(self, index: Index) -> bool:
+        return any(a in self.wide_atoms or a in self.body.wide for a in index.atoms)
+
+    # evaluation ------------------------------------------------------------------------------
+
+    def at(self, v: Value, coords: Sequence[Index], shape: Sequence[Size], cond: str | None,
+           level: int) -> str:
+        """The register of operand ``v`` of something of ``shape`` evaluated at ``coords``."""
+        lead = len(shape) - v.ndim
+        own = [
+            ZERO if type(s) is int and s == 1 else coords[lead + k] for k, s in enumerate(v.shape)
+        ]
+        return self.eval(v, own, cond, level)
+
+    def eval(self, v: Value, coords: Sequence[Index], cond: str | None, level: int) -> str:
+        while v.kind == "view":
+            coords = v.params.pull(coords, self)
+            v = v.args[0]
+        if v in self.results:
+            if any(self._varies(c) for c in coords):
+                raise EmitError(f"{v!r} is read along the dims it reduces")
+            return self.results[v]
+        wide = any(self._varies(c) for c in coords) or cond in self.body.wide
+        section = self._section(wide, level if wide else self.level(v))
+        key = (v, tuple(coords), cond, section)
+        register = self.memo.get(key)
+        if register is None:
+            register = self._compute(v, coords, cond, level, section)
+            if wide:
+                self.body.wide.add(register)
+            self.memo[key] = register
+        return register
+
+    def _section(self, wide: bool, level: int) -> tuple[str, int]:
+        if not self.body.looped:
+            return ("row", 0)
+        return ("loop" if wide else "row", level)
+
+    def _compute(self, v: Value, coords: Sequence[Index], cond: str | None, level: int,
+                 section: tuple[str, int]) -> str:
+        if v not in self.members and v not in self.inlined:
+            return self._load(v, coords, cond, section)
+        method = getattr(self, f"_{v.kind}", None)
+        if method is None or v.kind == "reduce":
+            raise EmitError(f"{v!r} cannot be evaluated here")
+        return method(v, coords, cond, level, section)
+
+    def line(self, section: tuple[str, int], text: str, indices: Sequence[Index] = (),
+             comment: str = "", prefix: str = "t") -> str:
+        register = f"{prefix}{self.counter}"
+        self.counter += 1
+        self.body.sections.setdefault(section, []).append(
+            Instr("line", register, text, tuple(indices), comment=comment)
+        )
+        return register
+
+    def _load(self, v: Value, coords: Sequence[Index], cond: str | None,
+              section: tuple[str, int]) -> str:
+        name = self.buffer_name(v, "in")
+        index = self.address(v, coords)
+        register = f"t{self.counter}"
+        self.counter += 1
+        self.body.sections.setdefault(section, []).append(
+            Instr("load", register, name, (index,), cond=cond, dtype=v.dtype)
+        )
+        return register
+
+    def address(self, v: Value, coords: Sequence[Index]) -> Index:
+        index = ZERO
+        for c, stride in zip(coords, v.strides, strict=True):
+            index = index + c.scale(stride)
+        for _, c in index.terms:
+            self.size_name(c)
+        self.size_name(index.const)
+        return index
+
+    def buffer_name(self, v: Value, role: str) -> str:
+        if v not in self.names:
+            self.names[v] = f"{role}{sum(r == role for _, r, _ in self.body.params)}"
+            self.body.params.append((self.names[v], role, v))
+        return self.names[v]
+
+    def size_name(self, size: Size) -> str:
+        """A size in kernel text: a literal, or the name of a kernel argument."""
+        if is_static(size):
+            return str(size)
+        if size not in self.names:
+            self.names[size] = f"ks{sum(r == 'size' for _, r, _ in self.body.params)}"
+            self.body.params.append((self.names[size], "size", size))
+        return self.names[size]
+
+    # kinds of values -------------------------------------------------------------------------
+
+    def _pointwise(self, v: Value, coords: Sequence[Index], cond: str | None, level: int,
+                   section: tuple[str, int]) -> str:
+        op = BODIES[v.op]
+        compute = computing_type(v)
+        names = _parameters(op)
+        args = []
+        for name, a in zip(names, v.args, strict=False):
+            if isinstance(a, Value):
+                register = self.at(a, coords, v.shape, cond, level)
+                want = "bool" if name in op.truth else compute
+                args.append(self._operand(register, a, want, v))
+            elif isinstance(a, SizeArg):
+                args.append(f"{self.size_name(a.expr)}.to(tl.{compute})")
+            else:
+                args.append(literal(a))
+        module, function = _spelling(op)
+        self.body.modules.add(module)
+        result = f"{module}.{function}({', '.join(args)})"
+        return self.line(section, self.rounded(result, v.dtype, compute, v), comment=_line_of(v))
+
+    def _operand(self, register: str, a: Value, want: str, v: Value) -> str:
+        if want == "bool":
+            return register if a.dtype == "bool" else f"({register} != 0)"
+        have = computing_dtype(a.dtype)
+        if a.ndim == 0 and v.ndim and v.dtype in SIXTEEN_BIT and a.dtype in ("float32", "float64"):
+            register, have = f"{register}.to(tl.{v.dtype})", v.dtype  # eager casts it first
+        return register if have == want else f"{register}.to(tl.{want})"
+
+    def rounded(self, text: str, dtype: str, have: str, v: Value) -> str:
+        """``text`` (held as ``have``) as eager would leave it in a tensor of ``dtype``."""
+        hold = computing_dtype(dtype)
+        if dtype in SIXTEEN_BIT and self.exact:
+            return f"({text}).to(tl.{dtype}).to(tl.float32)"
+        if dtype == "bool" or hold == have:
+            return text
+        return f"({text}).to(tl.{hold})"
+
+    def _cast(self, v: Value, coords: Sequence[Index], cond: str | None, level: int,
+              section: tuple[str, int]) -> str:
+        a = v.args[0]
+        register = self.at(a, coords, v.shape, cond, level)
+        if a.dtype == v.dtype or (v.dtype == computing_dtype(a.dtype) and v.dtype != "bool"):
+            return register
+        if v.dtype == "bool":
+            return self.line(section, f"({register} != 0)", comment=_line_of(v))
+        if v.dtype in SIXTEEN_BIT and not self.exact and computing_dtype(a.dtype) == "float32":
+            return register
+        text = register
+        if v.dtype in SIXTEEN_BIT:
+            text = f"{text}.to(tl.{v.dtype})"
+        return self.line(
+            section, f"{text}.to(tl.{computing_dtype(v.dtype)})", comment=_line_of(v)
+        )
+
+    def _full(self, v: Value, coords: Sequence[Index], cond: str | None, level: int,
+              section: tuple[str, int]) -> str:
+        value = v.args[0]
+        dtype = computing_dtype(v.dtype)
+        if isinstance(value, SizeArg):
+            return self.line(section, f"{self.size_name(value.expr)}.to(tl.{dtype})")
+        if v.dtype == "bool":
+            value = bool(value)
+        elif v.dtype not in FLOATING:
+            value = int(value)
+        else:
+            value = float(value)
+        text = f"tl.full([{{ones}}], {literal(value)}, tl.{_storage(dtype)})"
+        if v.dtype in SIXTEEN_BIT:
+            text = f"{text}.to(tl.{v.dtype}).to(tl.float32)"
+        return self.line(section, text)
+
+    def _iota(self, v: Value, coords: Sequence[Index], cond: str | None, level: int,
+              section: tuple[str, int]) -> str:
+        return self.line(section, f"({{i0}}).to(tl.{v.dtype})", [self._known(coords[v.params])])
+
+    def _known(self, index: Index) -> Index:
+        for _, c in index.terms:
+            self.size_name(c)
+        self.size_name(index.const)
+        return index
+
+    def _random(self, v: Value, coords: Sequence[Index], cond: str | None, level: int,
+                section: tuple[str, int]) -> str:
+        linear = ZERO
+        for c, size in zip(coords, v.shape, strict=True):
+            linear = linear.scale(size) + c
+        seed = self._load(v.args[0], (), None, ("row", 0))
+        self.body.modules.add("random")
+        return self.line(
+            section, f"random.uniform({seed}, {v.args[1]}, {{i0}})", [self._known(linear)]
+        )
+
+    def _concat(self, v: Value, coords: Sequence[Index], cond: str | None, level: int,
+                section: tuple[str, int]) -> str:
+        axis = v.params
+        place = self.line(section, "{i0}", [self._known(coords[axis])], prefix="c")
+        if self._varies(coords[axis]):
+            self.body.wide.add(place)
+        start: Size = 0
+        pieces: list[tuple[str, str]] = []
+        for part in v.args:
+            end = simplify(start + part.shape[axis])
+            inside = f"({place} >= {self.size_name(start)}) & ({place} < {self.size_name(end)})"
+            if cond is not None:
+                inside = f"{inside} & {cond}"
+            mask = self.line(section, inside, prefix="m")
+            if self._varies(coords[axis]) or cond in self.body.wide:
+                self.body.wide.add(mask)
+            own = list(coords)
+            own[axis] = own[axis].shift(-start if is_static(start) else -1 * start)
+            self._known(own[axis])
+            pieces.append((mask, self.eval(part, own, mask, level)))
+            start = end
+        text = pieces[-1][1]
+        for mask, register in reversed(pieces[:-1]):
+            text = f"tl.where({mask}, {register}, {text})"
+        return self.line(section, text)
+
+    def _gather(self, v: Value, coords: Sequence[Index], cond: str | None, level: int,
+                section: tuple[str, int]) -> str:
+        axes, places, wrap = v.params
+        base = v.args[0]
+        own = [ZERO if p is None else coords[p] for p in places]
+        for axis, index in zip(axes, v.args[1:], strict=True):
+            register = self.at(index, coords, v.shape, cond, level)
+            if wrap:
+                size = self.size_name(base.shape[axis])
+                register = self.line(
+                    section, f"tl.where({register} < 0, {register} + {size}, {register})"
+                )
+                if section[0] == "loop" or any(self._varies(c) for c in coords):
+                    self.body.wide.add(register)
+            own[axis] = Index({register: 1})
+        return self.eval(base, own, cond, level)
+
+    # reductions --------------------------------------------------------------------------------
+
+    def _accumulate(self, r: Value, level: int) -> None:
+        x = r.args[0]
+        coords = self.coords(x)
+        register = self.eval(x, coords, None, level)
+        hold = accumulator_dtype(r)
+        if computing_dtype(x.dtype) != hold and r.op not in ("argmax", "argmin"):
+            cast = f"({register} != 0)" if hold == "bool" else f"{register}.to(tl.{hold})"
+            register = self.line(self._section(True, level), cast)
+            self.body.wide.add(register)
+        self.body.modules.add("reductions")
+        place = ZERO
+        for k in r.params:
+            place = place.scale(x.shape[k]) + coords[k]
+        self._known(place)
+        name = self.reductions.setdefault(r, f"r{len(self.reductions)}")
+        for kind in ("begin", "step", "end"):
+            where = ("row", level) if kind == "begin" else ("loop", level)
+            if not self.body.looped:
+                where = ("row", 0)
+            elif kind == "end":
+                where = ("row", level + 1)
+            self.body.sections.setdefault(where, []).append(
+                Instr(kind, name, r.op, (place,), cond=register, dtype=hold)
+            )
+
+    def _finish_reduction(self, r: Value) -> None:
+        level = self.level(r)
+        section = ("row", level) if self.body.looped else ("row", 0)
+        have = "int64" if r.op in ("argmax", "argmin") else accumulator_dtype(r)
+        name = self.reductions[r]
+        text = self.rounded(name, r.dtype, have, r)
+        if r.dtype == "bool" and have != "bool":
+            text = f"({name} != 0)"
+        self.results[r] = (
+            self.line(section, text, comment=_line_of(r)) if text != name else name
+        )
+
+    def _store(self, out: Value, level: int) -> None:
+        coords = self.coords(out)
+        wide = self._is_wide(out)
+        register = self.eval(out, coords, None, level)
+        section = self._section(wide, level)
+        name = self.buffer_name(out, "out")
+        self.body.sections.setdefault(section, []).append(
+            Instr("store", register, name, (self.address(out, coords),), dtype=out.dtype,
+                  cond="wide" if wide else None)
+        )
+
+
+def emit(group: Group, inlined: set[Value], exact: bool, looped: bool) -> Body:
+    """The group's instructions; splits atoms until its index arithmetic is affine."""
+    for _ in range(32):
+        try:
+            return Emitter(group, inlined, exact, looped).run()
+        except NeedSplit as need:
+            group.split(need.atom, need.inner)
+    raise EmitError("index arithmetic does not settle")
+
+
+# dtypes and literals -----------------------------------------------------------------------------
+
+
+def computing_type(v: Value) -> str:
+    """The dtype a pointwise op's operands are converted to."""
+    values = list(v.inputs)
+    if v.dtype == "bool":
+        return computing_dtype(common_dtype(values, v.args))
+    hold = computing_dtype(v.dtype)
+    if v.dtype in FLOATING:
+        wider = [a.dtype for a in values if a.dtype in FLOATING and (a.ndim or not v.ndim)]
+        return result_dtype_of([hold, *(computing_dtype(d) for d in wider)])
+    return hold
+
+
+def result_dtype_of(dtypes: Sequence[str]) -> str:
+    return "float64" if "float64" in dtypes else dtypes[0]
+
+
+def accumulator_dtype(r: Value) -> str:
+    """What a reduction is summed in."""
+    x = r.args[0]
+    if r.op in ("any", "all"):
+        return "bool"
+    if r.op in ("sum", "prod", "logsumexp"):
+        return computing_dtype(result_dtype_of_pair(x.dtype, r.dtype))
+    return computing_dtype(x.dtype)
+
+
+def result_dtype_of_pair(one: str, two: str) -> str:
+    if two in FLOATING or one in FLOATING:
+        return "float64" if "float64" in (one, two) else "float32"
+    return "int64"
+
+
+def identity(op: str, dtype: str) -> str:
+    """The identity of a reduction, as kernel text."""
+    if op in ("argmax", "argmin"):
+        op = "amax" if op == "argmax" else "amin"
+    if op == "logsumexp":
+        return 'float("-inf")'
+    _, for_float, for_int, _ = REDUCTIONS[op]
+    if dtype in FLOATING:
+        return f'float("{for_float}")' if "inf" in for_float else for_float
+    if for_int in ("min", "max"):
+        return str(_LIMITS[dtype][for_int == "max"])
+    return ("False" if for_int == "0" else "True") if dtype == "bool" else for_int
+
+
+def literal(value: Any) -> str:
+    """A Python number as kernel text; only numbers, truth values, None and plain words pass."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    if isinstance(value, str) and value.isidentifier():
+        return repr(value)
+    raise EmitError(f"{value!r} cannot stand in a kernel")
+
+
+def _storage(dtype: str) -> str:
+    return "int1" if dtype == "bool" else dtype
+
+
+def _parameters(op: Any) -> list[str]:
+    known = _PARAMETERS.get(op.name)
+    if known is None:
+        import inspect
+
+        known = list(inspect.signature(getattr(op.body, "fn", op.body)).parameters)
+        _PARAMETERS[op.name] = known
+    return known
+
+
+_PARAMETERS: dict[str, list[str]] = {}
+
+
+def _spelling(op: Any) -> tuple[str, str]:
+    """(module, function) of an op's body."""
+    function = getattr(op.body, "fn", op.body)
+    return function.__module__.rpartition(".")[2], function.__name__
+
+
+def _line_of(v: Value) -> str:
+    if v.node is None:
+        return ""
+    from .graph import source_line
+
+    return source_line(v.node) or ""
+
+
+__all__ = ["Body", "EmitError", "Instr", "emit", "product", "result_dtype"]

@@ -1,0 +1,446 @@
+"""Plan + kernels -> a callable: one generated Python function, straight-line.
+
+The function takes one list of inputs and clears it, so that every tensor dies at its last use, as
+in eager mode. Views are resolved to (base, size, stride, offset) when ATen needs the tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from . import private
+from .fuse import base_of
+from .group import Group, Plan
+from .indexing import Size, is_static, simplify, size_of
+from .ir import SizeArg, Value
+from .source import Source
+from .translate import Program
+
+#: ATen calls whose results are fresh, aligned and laid out as their FakeTensors say
+TRUSTED = {"mm", "bmm", "addmm", "baddbmm", "_softmax", "embedding", "native_layer_norm"}
+
+
+def settle(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    """The tensor with the strides and the alignment that kernels were compiled for."""
+    if tensor.stride() == stride and not tensor.data_ptr() & 15:
+        return tensor
+    if any(s > 1 and a != b for s, a, b in zip(tensor.shape, tensor.stride(), stride, strict=True)):
+        out = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+        return out.copy_(tensor)
+    return tensor if not tensor.data_ptr() & 15 else aligned(tensor)
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied if its data does not start on a 16-byte boundary."""
+    if not tensor.data_ptr() & 15:
+        return tensor
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    out = torch.empty(span, dtype=tensor.dtype, device=tensor.device)
+    out = out.as_strided(tensor.shape, tensor.stride())
+    return out.copy_(tensor)
+
+
+class Writer:
+    """Writes the function. ``sources`` and ``launchers`` belong to the plan's groups, in order."""
+
+    def __init__(
+        self, gm: GraphModule, program: Program, plan: Plan, device: torch.device,
+        sources: dict[Group, Source],
+    ) -> None:
+        self.gm, self.program, self.plan, self.device = gm, program, plan, device
+        self.sources = sources
+        self.names: dict[Any, str] = {}  # node or Value -> variable
+        self.constants: dict[str, Any] = {}
+        self.lines: list[str] = []
+        self.uses: dict[str, int] = {}  # variable -> last line that uses it
+        self.symbols: dict[str, str] = {}  # symbol or whole expression -> text
+        self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        self.kernels: list[tuple[str, Group]] = []
+        self.launches = 0
+        self.calls = 0
+
+    # text ----------------------------------------------------------------------------------------
+
+    def constant(self, value: Any, prefix: str = "c") -> str:
+        for name, known in self.constants.items():
+            if known is value:
+                return name
+        name = f"{prefix}{len(self.constants)}"
+        self.constants[name] = value
+        return name
+
+    def size(self, size: Any) -> str:
+        """A size as Python: a literal, an input, or an expression of symbols."""
+        if not is_static(size) and not isinstance(size, int):
+            text = str(size)
+            if text in self.symbols:
+                return self.symbols[text]
+            from torch.utils._sympy.printers import PythonPrinter
+
+            missing = [str(s) for s in size.free_symbols if str(s) not in self.symbols]
+            if missing:
+                raise KeyError(f"no input tells the value of {missing[0]}")
+            named = {s: _symbol(self.symbols[str(s)]) for s in size.free_symbols}
+            return f"({PythonPrinter().doprint(size.xreplace(named))})"
+        return str(int(size))
+
+    def sizes(self, sizes: Sequence[Size]) -> str:
+        inner = ", ".join(self.size(s) for s in sizes)
+        return f"({inner},)" if sizes else "()"
+
+    def arg(self, value: Any) -> str:
+        if isinstance(value, Node):
+            return self.node(value)
+        if isinstance(value, (list, tuple)):
+            inner = ", ".join(self.arg(v) for v in value)
+            if isinstance(value, tuple):
+                return f"({inner}{',' if len(value) == 1 else ''})"
+            return f"[{inner}]"
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{k!r}: {self.arg(v)}" for k, v in value.items()) + "}"
+        if isinstance(value, torch.SymInt):
+            return self.size(size_of(value))
+        if isinstance(value, float) and not math.isfinite(value):
+            return f'float("{value}")'
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return repr(value)
+        return self.constant(value)
+
+    def node(self, node: Node) -> str:
+        """The text that yields a node's result."""
+        if node in self.names:
+            return self.use(self.names[node])
+        entry = self.program.of.get(node)
+        if isinstance(entry, SizeArg):
+            return self.size(entry.expr)
+        if isinstance(entry, int):
+            return str(entry)
+        if isinstance(entry, (tuple, list)):
+            raise KeyError(f"{node.name} is used whole")
+        return self.value(entry, node)
+
+    def value(self, v: Value, node: Node) -> str:
+        if v in self.names:
+            whole = self.use(self.names[v])
+            return whole if v.kind != "reduce" else self._reinterpret(whole, v, v, node)
+        base = base_of(v)
+        if base in self.names:
+            return self._reinterpret(self.use(self.names[base]), v, base, node)
+        raise KeyError(f"{v!r} is not in memory")
+
+    def _reinterpret(self, whole: str, v: Value, base: Value, node: Node) -> str:
+        val = node.meta["val"]
+        offset: Any = 0
+        if v is not base:
+            offset = size_of(val.storage_offset())
+            base_val = base.node.meta["val"] if base.node is not None else None
+            if base.kind == "buffer" and isinstance(base_val, torch.Tensor):
+                offset = simplify(offset - size_of(base_val.storage_offset()))
+        shape = [size_of(s) for s in val.shape]
+        strides = [size_of(s) for s in val.stride()]
+        if v is base and tuple(shape) == v.shape:
+            return whole
+        return f"view({whole}, {self.sizes(shape)}, {self.sizes(strides)}, {self.size(offset)})"
+
+    def use(self, name: str) -> str:
+        self.uses[name] = len(self.lines)
+        return name
+
+    def add(self, line: str, comment: str = "") -> None:
+        self.lines.append(f"{line}  # {comment}" if comment else line)
+
+    # the function ----------------------------------------------------------------------------------
+
+    def write(self) -> str:
+        self._unpack()
+        if self.program.seed is not None:
+            self.names[self.program.seed] = "seed"
+            self.add("seed = draw_seed()")
+        for step in self.plan.steps:
+            if isinstance(step, Group):
+                self._launch(step)
+            else:
+                self._call(step)
+        self._return()
+        return self._assemble()
+
+    def _unpack(self) -> None:
+        names = []
+        for k, node in enumerate(self.placeholders):
+            name = f"i{k}"
+            self.names[node] = name
+            value = self.program.of.get(node)
+            if isinstance(value, Value):
+                self.names[value] = name
+            names.append(name)
+        if names:
+            self.add(f"{', '.join(names)}{',' if len(names) == 1 else ''} = args")
+        self.add("args.clear()")
+        for node in self.placeholders:
+            self._learn_symbols(node)
+        static = private.static_inputs()
+        for k, node in enumerate(self.placeholders):
+            value = self.program.of.get(node)
+            if isinstance(value, Value) and value.op != "opaque" and self._read_by_kernel(value):
+                check = "first and " if k in static else ""
+                name = self.use(self.names[node])
+                self.add(f"if {check}{name}.data_ptr() & 15: {name} = aligned({name})")
+
+    def _learn_symbols(self, node: Node) -> None:
+        val, name = node.meta.get("val"), self.names[node]
+        if isinstance(val, torch.SymInt):
+            self.symbols.setdefault(str(size_of(val)), name)
+        elif isinstance(val, torch.Tensor) and val.layout == torch.strided:
+            for k, s in enumerate(val.shape):
+                if isinstance(s, torch.SymInt):
+                    expr = size_of(s)
+                    if not is_static(expr) and str(expr) not in self.symbols:
+                        symbol = f"n{len(self.symbols)}"
+                        self.add(f"{symbol} = {self.use(name)}.shape[{k}]")
+                        self.symbols[str(expr)] = symbol
+
+    def _read_by_kernel(self, value: Value) -> bool:
+        if not hasattr(self, "_inputs"):
+            self._inputs = {
+                what for s in self.sources.values() for _, role, what in s.params if role == "in"
+            }
+        return value in self._inputs
+
+    def _launch(self, group: Group) -> None:
+        source = self.sources[group]
+        for out in group.outputs:
+            name = f"b{out.id}"
+            self.names[out] = name
+            dtype = self.constant(getattr(torch, out.dtype), "d")
+            self.add(f"{name} = empty({self.sizes(out.shape)}, {self.sizes(out.strides)}, {dtype})")
+        kernel = f"k{len(self.kernels)}"
+        self.kernels.append((kernel, group))
+        self.launches += 1
+        grid = self.size(source.grid)
+        if not is_static(source.grid):
+            self.add(f"grid = {grid}")
+        args = [
+            self.size(what) if role == "size" else self.use(self.names[what])
+            for _, role, what in source.params
+        ]
+        if is_static(source.grid):
+            self.add(f"{kernel}({grid}, 1, 1, stream, {', '.join(args)})", source.name)
+        else:
+            self.add(f"if grid: {kernel}(grid, 1, 1, stream, {', '.join(args)})", source.name)
+
+    def _call(self, node: Node) -> None:
+        if node.op == "get_attr":
+            self.names[node] = self.constant(operator.attrgetter(node.target)(self.gm), "g")
+            self._alias(node)
+            return
+        name = f"a{len(self.names)}"
+        function = self.constant(node.target, "f")
+        args = [self.arg(a) for a in node.args]
+        args += [f"{k}={self.arg(v)}" for k, v in node.kwargs.items()]
+        if node.target is operator.getitem:
+            self.add(f"{name} = {args[0]}[{args[1]}]")
+        else:
+            self.calls += 1
+            self.add(f"{name} = {function}({', '.join(args)})")
+        self.names[node] = name
+        self._alias(node)
+        self._settle(node, name)
+        val = node.meta.get("val")
+        if isinstance(val, torch.SymInt) and not is_static(size_of(val)):
+            self.symbols.setdefault(str(size_of(val)), name)
+
+    def _alias(self, node: Node) -> None:
+        value = self.program.of.get(node)
+        if isinstance(value, Value) and value.kind != "view":
+            self.names[value] = self.names[node]
+
+    def _settle(self, node: Node, name: str) -> None:
+        """Check the layout of an ATen result that addresses are computed for."""
+        value, val = self.program.of.get(node), node.meta.get("val")
+        if not isinstance(value, Value) or value.op == "opaque" or value.kind == "full":
+            return
+        if not isinstance(val, torch.Tensor) or val.device != self.device:
+            return
+        target = node.args[0].target if node.target is operator.getitem else node.target
+        if getattr(target, "_opname", None) in TRUSTED:
+            return
+        if self._read_by_kernel(value) or value in self.viewed:
+            self.add(f"{name} = settle({name}, {self.sizes(value.strides)})")
+
+    @property
+    def viewed(self) -> set[Value]:
+        """Values of which ATen reads a view."""
+        if not hasattr(self, "_viewed"):
+            self._viewed = {
+                base_of(e) for e in self.program.of.values()
+                if isinstance(e, Value) and e.kind == "view"
+            }
+        return self._viewed
+
+    def _return(self) -> None:
+        (out,) = (n for n in self.gm.graph.nodes if n.op == "output")
+        results = out.args[0]
+        text = self.arg(results if isinstance(results, (list, tuple)) else (results,))
+        self.add(f"return {text}")
+
+    def _assemble(self) -> str:
+        """Put a ``del`` behind every variable's last use."""
+        dead: dict[int, list[str]] = {}
+        for name, last in self.uses.items():
+            if last < len(self.lines) - 1 and name != "seed" and name not in self.constants:
+                dead.setdefault(last, []).append(name)
+        body = []
+        for k, line in enumerate(self.lines):
+            body.append(line)
+            if k in dead:
+                body.append(f"del {', '.join(dead[k])}")
+        if self.kernels and self.device.type != "cpu":
+            body.insert(0, "stream = current_stream()")
+        elif self.kernels:
+            body.insert(0, "stream = None")
+        return "def call(args, first):\n" + "".join(f"    {line}\n" for line in body)
+
+
+def _symbol(name: str) -> Any:
+    import sympy
+
+    return sympy.Symbol(name, integer=True)
+
+
+def bind(
+    writer: Writer, text: str, launchers: dict[Group, Callable[..., None]], label: str
+) -> Callable[[list[Any]], Any]:
+    """The function, with its kernels and constants, in the boxed form AOTAutograd asks for."""
+    device = writer.device
+    scope: dict[str, Any] = dict(writer.constants)
+    scope.update({name: launchers[group] for name, group in writer.kernels})
+    scope.update(
+        empty=private.allocator(device), view=private.reinterpreter(), aligned=aligned,
+        settle=settle, draw_seed=lambda: draw_seed(device), math=math,
+        Max=max, Min=min, Mod=operator.mod, FloorDiv=operator.floordiv,
+    )
+    if device.type == "cuda":
+        scope["current_stream"] = private.current_stream(device.index or 0)
+    exec(compile(text, f"<gems {label}>", "exec"), scope)
+    return _boxed(scope["call"], device)
+
+
+def _boxed(call: Callable[..., Any], device: torch.device) -> Callable[[list[Any]], Any]:
+    state = [True]  # whether no call was made yet
+
+    def run(args: list[Any]) -> Any:
+        first, state[0] = state[0], False
+        return call(args, first)
+
+    if device.type != "cuda" or torch.cuda.device_count() < 2:
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+    index = device.index or 0
+
+    def guarded(args: list[Any]) -> Any:
+        if torch.cuda.current_device() == index:
+            return run(args)
+        with torch.cuda.device(index):
+            return run(args)
+
+    guarded._boxed_call = True  # type: ignore[attr-defined]
+    return guarded
+
+
+def draw_seed(device: torch.device) -> torch.Tensor:
+    """One 64-bit seed for a run of the graph, from the device's default generator."""
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+# order -------------------------------------------------------------------------------------------
+
+
+def schedule(
+    gm: GraphModule, program: Program, groups: Sequence[Group], home: dict[Value, Group],
+    sources_of: Callable[[Value], Sequence[Value]],
+) -> list[Any]:
+    """Groups and ATen nodes in an order that respects every dependence, close to the graph's."""
+    order: list[Any] = []
+    done: set[Any] = set()
+    live = set(groups)
+
+    def unit(v: Value) -> Any:
+        group = home.get(v)
+        if group is not None and group in live:
+            return group
+        return v.node if v.kind in ("buffer", "full", "iota") and v.node is not None else v
+
+    def needs(thing: Any) -> Iterator[Any]:
+        if isinstance(thing, Group):
+            for m in thing.members:
+                for s in sources_of(m):
+                    yield unit(s)
+        elif isinstance(thing, Node):
+            for value in _values(program.of.get(thing)):
+                for s in sources_of(value):
+                    yield unit(s)
+            for node in thing.all_input_nodes:
+                entry = program.of.get(node)
+                if isinstance(entry, Value):
+                    yield unit(base_of(entry))
+                elif not isinstance(entry, (int, SizeArg, tuple)):
+                    yield node
+                elif isinstance(entry, SizeArg) and node in program.aten:
+                    yield node
+        elif isinstance(thing, Value):
+            for s in sources_of(thing):
+                yield unit(s)
+
+    def visit(start: Any) -> None:
+        stack: list[tuple[Any, Iterator[Any]]] = [(start, needs(start))]
+        busy = {start}
+        while stack:
+            thing, rest = stack[-1]
+            for need in rest:
+                if need not in done and need not in busy:
+                    busy.add(need)
+                    stack.append((need, needs(need)))
+                    break
+            else:
+                stack.pop()
+                done.add(thing)
+                if isinstance(thing, Group) or (
+                    isinstance(thing, Node) and thing.op not in ("placeholder", "output")
+                ):
+                    order.append(thing)
+
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        entry = program.of.get(node)
+        if node in program.aten or node.op == "get_attr" or (
+            isinstance(entry, Value) and entry.kind == "buffer"
+        ):
+            if node not in done:
+                visit(node)
+        else:
+            for value in _values(entry):
+                thing = unit(base_of(value))
+                if isinstance(thing, Group) and thing not in done:
+                    visit(thing)
+    (out,) = (n for n in gm.graph.nodes if n.op == "output")
+    for node in out.all_input_nodes:
+        for value in _values(program.of.get(node)):
+            thing = unit(base_of(value))
+            if isinstance(thing, (Group, Node)) and thing not in done:
+                visit(thing)
+    return order
+
+
+def _values(entry: Any) -> list[Value]:
+    if isinstance(entry, Value):
+        return [entry]
+    if isinstance(entry, (tuple, list)):
+        return [v for e in entry for v in _values(e)]
+    return []

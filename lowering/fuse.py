@@ -1,0 +1,581 @@
+"""Program -> groups. ``Fuser.why_not`` is the whole legality test, and what explain() prints."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from torch.fx import Node
+
+from .group import Group
+from .indexing import Size, is_static, product
+from .ir import Value
+from .translate import Program
+from .views import Frame
+
+MAX_MEMBERS = 96
+MAX_POINTERS = 40
+#: a value recomputed by its readers may cost this much in all (one unit is an add)
+INLINE_BUDGET = 24
+#: values further apart than this do not share a kernel only because they read the same data
+SIBLING_DISTANCE = 24
+HEAVY = {
+    "exp", "log", "pow", "sin", "cos", "tan", "tanh", "erf", "gelu", "gelu_backward", "silu",
+    "sigmoid", "softplus", "mish", "log1p", "expm1", "div", "rsqrt", "sqrt", "lgamma",
+}
+CONSTANT = ("full", "iota")
+SPLITTABLE = {"sum", "amax", "amin", "prod", "any", "all"}
+
+
+class Fuser:
+    """Greedy, in topological order, linear in the number of values for common graphs."""
+
+    def __init__(self, program: Program, graph: Any, multiprocessors: int) -> None:
+        self.program, self.multiprocessors = program, multiprocessors
+        self.place = {v: k for k, v in enumerate(program.values)}
+        self.groups: list[Group] = []
+        self.home: dict[Value, Group] = {}
+        self.near: dict[Value, list[Group]] = defaultdict(list)  # value -> groups that frame it
+        self.upstream: dict[Value, int] = {}  # value -> bitset of groups it waits for
+        self.unfused: list[tuple[Value, Value, str]] = []
+        self.readers, self.escapes = find_readers(program, graph)
+        self.waits = order_edges(program, graph)
+        self.inlined: set[Value] = set()
+        self._choose_inlined()
+        self.column_feeds = self._find_column_feeds()
+
+    # which values are recomputed by their readers instead of stored -----------------------------
+
+    def _choose_inlined(self) -> None:
+        cost: dict[Value, int] = {}
+        for v in self.program.values:
+            if v.kind in CONSTANT:
+                self.inlined.add(v)
+                cost[v] = 0
+            elif v.kind in ("pointwise", "cast", "concat") and v not in self.escapes:
+                own = 4 if v.op in HEAVY else 1
+                inputs = [base_of(a) for a in v.inputs]
+                cost[v] = own + sum(cost[a] for a in inputs if a in self.inlined)
+                readers = self.readers.get(v, [])
+                if (
+                    readers
+                    and cost[v] * len(readers) <= INLINE_BUDGET
+                    and all(not same_size for _, same_size in readers)
+                    and all(a in self.inlined or a.kind == "buffer" for a in inputs)
+                ):
+                    self.inlined.add(v)
+
+    def _find_column_feeds(self) -> set[Value]:
+        """Values that only column reductions need: worth a kernel with those, not a store."""
+        feeds: set[Value] = set()
+        for v in reversed(self.program.values):
+            readers = self.readers.get(v)
+            if v.computes and v.kind != "reduce" and v not in self.escapes and readers:
+                if all(r in feeds or (r.kind == "reduce" and is_column(r)) for r, _ in readers):
+                    feeds.add(v)
+        return feeds
+
+    # grouping -------------------------------------------------------------------------------
+
+    def run(self) -> list[Group]:
+        for v in self.program.values:
+            waits = 0
+            for source in self._sources(v):
+                waits |= self._closure(source)
+            self.upstream[v] = waits
+            if v.computes and v not in self.inlined:
+                self._place(v)
+        live = [g for g in self.groups if g.members]
+        for group in live:
+            group.outputs = [m for m in group.members if self._stored(m, group)]
+        return live
+
+    def _sources(self, v: Value) -> list[Value]:
+        return [*(base_of(a) for a in v.inputs), *self.waits.get(v, ())]
+
+    def _closure(self, v: Value) -> int:
+        """Groups that must have run before v can be read."""
+        own = self.home.get(v)
+        return self.upstream.get(v, 0) | (1 << own.number if own is not None else 0)
+
+    def _stored(self, v: Value, group: Group) -> bool:
+        if v in self.escapes:
+            return True
+        return any(self._reads_elsewhere(r, group) for r, _ in self.readers.get(v, []))
+
+    def _reads_elsewhere(self, reader: Value, group: Group) -> bool:
+        if reader in self.inlined:
+            return any(self._reads_elsewhere(r, group) for r, _ in self.readers.get(reader, []))
+        return self.home.get(reader) is not group
+
+    def _candidates(self, v: Value) -> tuple[list[Group], list[Group]]:
+        """(groups that produce an operand, groups that only read the same data), latest first."""
+        producers: dict[Group, None] = {}
+        siblings: dict[Group, None] = {}
+        for a in v.inputs:
+            while True:
+                own = self.home.get(a)
+                if own is not None:
+                    producers[own] = None
+                for g in self.near.get(a, ()):
+                    if g.members and self.place[v] - g.last <= SIBLING_DISTANCE:
+                        siblings[g] = None
+                if a.kind != "view":
+                    break
+                a = a.args[0]
+        order = sorted(producers, key=lambda g: -g.last)
+        return order, sorted((g for g in siblings if g not in producers), key=lambda g: -g.last)
+
+    def _place(self, v: Value) -> None:
+        producers, siblings = self._candidates(v)
+        joined: Group | None = None
+        for group in (*producers, *siblings):
+            if joined is group:
+                continue
+            if joined is None:
+                frame = frame_for(group, v)
+                why = self.why_not(group, v, frame, sibling=group not in producers)
+                if why is None:
+                    self._join(group, v, frame)
+                    joined = group
+                    continue
+            elif group in producers:
+                why = self._merge(joined, group, v)
+                if why is None:
+                    continue
+            else:
+                continue
+            if group in producers:
+                self._note(group, v, why)
+        if joined is None:
+            self._open(v)
+
+    def _note(self, group: Group, v: Value, why: str) -> None:
+        for a in v.inputs:
+            if self.home.get(base_of(a)) is group:
+                self.unfused.append((base_of(a), v, why))
+                return
+
+    def why_not(
+        self, group: Group, v: Value, frame: Frame | None, sibling: bool = False
+    ) -> str | None:
+        """Why v cannot join the group, or None."""
+        if len(group.members) >= MAX_MEMBERS:
+            return f"the group has {MAX_MEMBERS} members already"
+        if frame is None:
+            return "their shapes do not line up without recomputing the producer"
+        if v in self.column_feeds and not self._only_feeds(group):
+            return "only a column reduction needs it, which computes it in its own kernel"
+        if self._makes_cycle(group, v):
+            return "the kernel would wait for its own result"
+        if pointers(group, v) > MAX_POINTERS:
+            return f"the kernel would take more than {MAX_POINTERS} tensors"
+        if v.kind == "reduce":
+            return self._why_not_reduce(group, v, frame)
+        full = set(atoms_of(frame)) == set(group.domain)
+        if group.reduced:
+            if full and group.column and self._after_reduction(group, v):
+                return "the column reduction would be followed by a second pass over the data"
+            if full and group.column and v in self.escapes:
+                return "a column reduction does not also store its full-size operands"
+            if not full and sibling:
+                return "row values only share a kernel with their own reduction"
+        return None
+
+    def _only_feeds(self, group: Group) -> bool:
+        return group.column or all(m in self.column_feeds for m in group.members)
+
+    def _why_not_reduce(self, group: Group, v: Value, frame: Frame) -> str | None:
+        atoms = tuple(a for k in v.params for a in frame[k])
+        if set(atoms_of(frame)) != set(group.domain):
+            return "it reduces what the group holds once a row"
+        if group.reduced:
+            if set(atoms) != set(group.reduced):
+                return "it reduces other dims than the group does"
+            return None
+        column = is_column(v)
+        if column and any(self._stored_beside(m, group, v) for m in group.members):
+            return "a column reduction does not also store its full-size operands"
+        if not column and is_static(*(group.sizes[a] for a in group.domain)):
+            rows = product(group.sizes[a] for a in group.domain if a not in set(atoms))
+            if rows < 8 and any(self._stored_beside(m, group, v) for m in group.members):
+                return "few long rows: storing the operands would leave most of the GPU idle"
+        return None
+
+    def _stored_beside(self, m: Value, group: Group, v: Value) -> bool:
+        if m in self.escapes:
+            return True
+        return any(
+            r is not v and self._reads_elsewhere(r, group) for r, _ in self.readers.get(m, [])
+        )
+
+    def _after_reduction(self, group: Group, v: Value) -> bool:
+        return any(self._reduced_before(group, base_of(a)) for a in v.inputs)
+
+    def _reduced_before(self, group: Group, v: Value) -> bool:
+        if self.home.get(v) is not group:
+            return False
+        return v.kind == "reduce" or any(self._reduced_before(group, base_of(a)) for a in v.inputs)
+
+    def _makes_cycle(self, group: Group, v: Value) -> bool:
+        bit = 1 << group.number
+        return any(
+            self.upstream.get(s, 0) & bit
+            for s in self.reads(v)
+            if self.home.get(s) is not group
+        )
+
+    def reads(self, v: Value) -> list[Value]:
+        """What v reads, seen through inlined values."""
+        out: list[Value] = []
+        for s in self._sources(v):
+            out.extend(self.reads(s) if s in self.inlined else (s,))
+        return out
+
+    # changes --------------------------------------------------------------------------------
+
+    def _open(self, v: Value) -> None:
+        group = Group(len(self.groups))
+        self.groups.append(group)
+        group.first = self.place[v]
+        frame = group.open(v.args[0].shape if v.kind == "reduce" else v.shape)
+        self._join(group, v, frame)
+
+    def _join(self, group: Group, v: Value, frame: Frame) -> None:
+        if v.kind == "reduce":
+            if not group.reduced:
+                group.set_reduced([a for k in v.params for a in frame[k]])
+                group.column = is_column(v)
+            group.frames.setdefault(v.args[0], frame)
+            self._near(v.args[0], group)
+            group.frames[v] = tuple(() if k in v.params else f for k, f in enumerate(frame))
+        else:
+            group.frames[v] = frame
+            if v.kind not in ("gather", "concat"):
+                for a in v.inputs:
+                    if a.shape == v.shape:
+                        group.frames.setdefault(a, frame)
+                        self._near(a, group)
+        group.members.append(v)
+        group.last = max(group.last, self.place[v])
+        self.home[v] = group
+        self._grow(group, self.upstream[v])
+
+    def _near(self, a: Value, group: Group) -> None:
+        groups = self.near[a]
+        if group not in groups:
+            groups.append(group)
+
+    def _grow(self, group: Group, waits: int) -> None:
+        """The group now waits for ``waits``; so does everything that waits for the group."""
+        bit = 1 << group.number
+        waits &= ~bit
+        old = self.upstream[group.members[0]]
+        if waits & ~old:
+            for m in group.members:
+                self.upstream[m] |= waits | old
+            values = self.program.values
+            for k in range(group.first, len(values)):
+                v = values[k]
+                known = self.upstream.get(v)
+                if known is None:
+                    break
+                if known & bit:
+                    self.upstream[v] = known | waits
+        self.upstream[group.members[-1]] |= self.upstream[group.members[0]]
+        for m in group.members:
+            self.upstream[m] &= ~bit
+
+    def _merge(self, one: Group, two: Group, v: Value) -> str | None:
+        """Move the members of ``two`` into ``one`` (both feed v), or say why not."""
+        if two.reduced and one.reduced and (two.column or one.column):
+            return "two column reductions"
+        if len(one.members) + len(two.members) > MAX_MEMBERS:
+            return f"together they have more than {MAX_MEMBERS} members"
+        frame = frame_for(two, v)
+        own = one.frame(v.args[0] if v.kind == "reduce" else v)
+        if frame is None or own is None:
+            return "their shapes do not line up"
+        if two.column or (one.column and any(self._stored(m, two) for m in two.members)):
+            return "a column reduction does not also store its full-size operands"
+        if self._path_between(one, two) or self._path_between(two, one):
+            return "the kernel would wait for its own result"
+        mapping = align(one, own, two, frame)
+        if mapping is None:
+            return "their shapes do not line up"
+        if two.reduced and one.reduced and {mapping[a] for a in two.reduced} != set(one.reduced):
+            return "they reduce different dims"
+        self._absorb(one, two, mapping)
+        return None
+
+    def _absorb(self, one: Group, two: Group, mapping: dict[str, str]) -> None:
+        if two.reduced and not one.reduced:
+            one.set_reduced([mapping[a] for a in two.reduced])
+            one.column = two.column
+        for value in list(two.frames):
+            frame = two.frame(value)
+            if value in one.frames or frame is None:
+                continue
+            one.frames[value] = tuple(
+                None if axis is None else tuple(mapping[a] for a in axis) for axis in frame
+            )
+            if two in self.near.get(value, ()):
+                self.near[value].remove(two)
+                self._near(value, one)
+        bit_one, bit_two = 1 << one.number, 1 << two.number
+        for m in two.members:
+            self.home[m] = one
+        waits = (self.upstream[one.members[0]] | self.upstream[two.members[0]]) & ~(
+            bit_one | bit_two
+        )
+        one.members = sorted(one.members + two.members, key=self.place.__getitem__)
+        one.first, one.last = min(one.first, two.first), max(one.last, two.last)
+        two.members = []
+        for m in one.members:
+            self.upstream[m] = waits
+        values = self.program.values
+        for k in range(one.first, len(values)):
+            known = self.upstream.get(values[k])
+            if known is None:
+                break
+            if known & (bit_one | bit_two):
+                self.upstream[values[k]] = (known & ~bit_two) | bit_one | waits
+        for m in one.members:
+            self.upstream[m] = waits
+
+    def _path_between(self, start: Group, end: Group) -> bool:
+        """Whether something outside both waits for ``start`` and is waited for by ``end``."""
+        bit = 1 << start.number
+        for m in end.members:
+            for s in self.reads(m):
+                if self.home.get(s) in (start, end):
+                    continue
+                if self._closure(s) & bit:
+                    return True
+        return False
+
+
+# frames ----------------------------------------------------------------------------------------
+
+
+def frame_for(group: Group, v: Value) -> Frame | None:
+    """How the group's atoms run over v (over its operand, for a reduction), or None."""
+    shape = v.args[0].shape if v.kind == "reduce" else v.shape
+    if v.kind == "concat":
+        return None
+    frame: list[Any] = [None] * len(shape)
+    operands = v.inputs[1:] if v.kind == "gather" else v.inputs
+    for a in operands:
+        known = group.frame(a)
+        if known is None:
+            continue
+        lead = len(shape) - a.ndim
+        for k, axis in enumerate(known):
+            if axis is None or (_is_one(a.shape[k]) and not _is_one(shape[lead + k])):
+                continue
+            if frame[lead + k] is None:
+                frame[lead + k] = axis
+            elif group.resolve(frame[lead + k]) != group.resolve(axis):
+                return None
+    return _complete(group, shape, frame)
+
+
+def _complete(group: Group, shape: tuple[Size, ...], frame: list[Any]) -> Frame | None:
+    """Give unknown axes the atoms that are left, and check that the domain is covered."""
+    for k, size in enumerate(shape):
+        if frame[k] is None and _is_one(size):
+            frame[k] = ()
+    if all(axis is None for axis in frame) and frame:
+        return None
+    unknown = [k for k, axis in enumerate(frame) if axis is None]
+    used = set(group.resolve([a for axis in frame if axis for a in axis]))
+    if unknown:
+        left: tuple[str, ...] = tuple(a for a in group.domain if a not in used)
+        for k in reversed(unknown):
+            try:
+                left, frame[k] = group.take(left, shape[k])
+            except ValueError:
+                return None
+        if left:
+            return None
+    out = tuple(group.resolve(axis) for axis in frame)
+    atoms = atoms_of(out)
+    if len(set(atoms)) != len(atoms):
+        return None
+    covered = set(atoms)
+    if covered == set(group.domain) or (group.reduced and covered == set(group.parallel)):
+        return out
+    return None
+
+
+def align(one: Group, frame_one: Frame, two: Group, frame_two: Frame) -> dict[str, str] | None:
+    """Map the atoms of ``two`` to those of ``one``, splitting both until they match."""
+    mapping: dict[str, str] = {}
+    for axis_one, axis_two in zip(frame_one, frame_two, strict=True):
+        run_one, run_two = list(one.resolve(axis_one)), list(two.resolve(axis_two))
+        while run_one and run_two:
+            a, b = one.size(run_one[-1]), two.size(run_two[-1])
+            try:
+                if a == b:
+                    mapping[run_two.pop()] = run_one.pop()
+                elif is_static(a, b) and a > b:
+                    run_one[-1:] = one.split(run_one[-1], b)
+                else:
+                    run_two[-1:] = two.split(run_two[-1], a)
+            except ValueError:
+                return None
+        if run_one or run_two:
+            return None
+    return mapping if set(mapping) == set(two.domain) else None
+
+
+def atoms_of(frame: Frame) -> list[str]:
+    return [a for axis in frame for a in (axis or ())]
+
+
+def _is_one(size: Size) -> bool:
+    return type(size) is int and size == 1
+
+
+def is_column(v: Value) -> bool:
+    """Whether the reduction runs across memory: its operand's contiguous axis is kept."""
+    x = v.args[0]
+    best, axis = None, None
+    for k, (size, stride) in enumerate(zip(x.shape, x.strides, strict=True)):
+        if _is_one(size):
+            continue
+        if type(stride) is int and (best is None or stride < best):
+            best, axis = stride, k
+    return axis is not None and axis not in v.params
+
+
+def pointers(group: Group, v: Value) -> int:
+    """An upper bound of the tensors the kernel would touch."""
+    seen = {base_of(a) for m in (*group.members, v) for a in m.inputs}
+    return len(seen - set(group.members)) + sum(1 for m in group.members if m.node is not None) // 2
+
+
+# the graph around the values ---------------------------------------------------------------------
+
+
+def base_of(v: Value) -> Value:
+    while v.kind == "view":
+        v = v.args[0]
+    return v
+
+
+def _bijective_size(v: Value) -> bool:
+    """Whether a view shows as many elements as its base holds."""
+    return product(v.shape) == product(base_of(v).shape)
+
+
+def find_readers(
+    program: Program, graph: Any
+) -> tuple[dict[Value, list[tuple[Value, bool]]], set[Value]]:
+    """(value -> [(reader, reads it element for element)], values that ATen or the caller reads)."""
+    readers: dict[Value, list[tuple[Value, bool]]] = defaultdict(list)
+    for v in program.values:
+        if not v.computes:
+            continue
+        for k, a in enumerate(v.inputs):
+            shape = v.args[0].shape if v.kind == "reduce" else v.shape
+            aligned = v.kind != "concat" and not (v.kind == "gather" and k == 0)
+            same = aligned and product(a.shape) == product(shape) and _only_bijections(a)
+            if v.kind in ("reduce",) and not _only_bijections(a):
+                same = False
+            readers[base_of(a)].append((v, same))
+    escapes: set[Value] = set()
+    for node in graph.nodes:
+        if node.op == "output" or node in program.aten:
+            for source in node.all_input_nodes:
+                for value in _flatten(program.of.get(source)):
+                    escapes.add(base_of(value))
+    return readers, escapes
+
+
+def _only_bijections(v: Value) -> bool:
+    while v.kind == "view":
+        if type(v.params).__name__ not in ("Permute", "Reshape"):
+            return False
+        v = v.args[0]
+    return True
+
+
+def _flatten(entry: Any) -> list[Value]:
+    if isinstance(entry, Value):
+        return [entry]
+    if isinstance(entry, (tuple, list)):
+        return [v for e in entry for v in _flatten(e)]
+    return []
+
+
+def order_edges(program: Program, graph: Any) -> dict[Value, list[Value]]:
+    """What each ATen result waits for: its operands, and the order of effects on memory.
+
+    A node that writes an argument waits for everything that read that memory before; whatever
+    reads the memory afterwards waits for the node.
+    """
+    waits: dict[Value, list[Value]] = defaultdict(list)
+    read_by: dict[Value, list[Value]] = defaultdict(list)
+    written_by: dict[Value, Value] = {}
+    last_effect: Value | None = None
+    for node in graph.nodes:
+        if node.op in ("output", "placeholder", "get_attr"):
+            continue
+        own = _flatten(program.of.get(node))
+        bases = [base_of(v) for s in node.all_input_nodes for v in _flatten(program.of.get(s))]
+        if node in program.aten or _is_pick(node, program):
+            for v in own:
+                waits[v].extend(bases)
+        for v in own:
+            for base in bases:
+                read_by[base].append(v)
+                if base in written_by and v is not written_by[base]:
+                    waits[v].append(written_by[base])
+        if node in program.aten and has_effect(node):
+            (me,) = own or (None,)
+            if me is not None:
+                if last_effect is not None:
+                    waits[me].append(last_effect)
+                last_effect = me
+                for base in _written_bases(node, program):
+                    waits[me].extend(r for r in read_by[base] if r is not me)
+                    written_by[base] = me
+    return waits
+
+
+def _is_pick(node: Node, program: Program) -> bool:
+    entry = program.of.get(node)
+    return isinstance(entry, Value) and entry.node is node and entry.kind == "buffer"
+
+
+def _written_bases(node: Node, program: Program) -> list[Value]:
+    schema = getattr(node.target, "_schema", None)
+    nodes = node.all_input_nodes
+    if schema is not None:
+        nodes = []
+        for k, arg in enumerate(schema.arguments):
+            if arg.alias_info is not None and arg.alias_info.is_write:
+                given = node.args[k] if k < len(node.args) else node.kwargs.get(arg.name)
+                nodes += [a for a in _nodes_in(given)]
+    return [base_of(v) for n in nodes for v in _flatten(program.of.get(n))]
+
+
+def _nodes_in(arg: Any) -> list[Node]:
+    if isinstance(arg, Node):
+        return [arg]
+    return [n for a in arg for n in _nodes_in(a)] if isinstance(arg, (list, tuple)) else []
+
+
+def has_effect(node: Node) -> bool:
+    """Whether a call changes memory, draws random numbers or has another effect."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return node.op == "call_function" and not _is_plain_function(node)
+    import torch
+
+    return schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _is_plain_function(node: Node) -> bool:
+    return getattr(node.target, "__module__", "") in ("_operator", "operator", "math")

@@ -1,0 +1,177 @@
+"""Questions about an fx graph. Nothing here changes one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)')
+
+#: Fresh by contract, but the same memory in fact: their result is read as a view.
+_UNSAFE_VIEWS = frozenset({"aten::_unsafe_view", "aten::reshape", "aten::contiguous"})
+
+
+def value_of(node: fx.Node) -> Any:
+    """What the node holds, as a FakeTensor, SymInt or tuple: ``val`` of an ATen graph, or
+    ``example_value`` of a Dynamo graph; None where tracing left nothing."""
+    value = node.meta.get("val")
+    return node.meta.get("example_value") if value is None else value
+
+
+def source_line(node: fx.Node) -> str:
+    """The user's line that made the node: ``model.py:42  return self.ln(h)``, or ``""``."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    path, line, code = frames[-1]
+    return f"{path.rsplit('/', 1)[-1]}:{line}  {code.strip()}".rstrip()
+
+
+def module_path(node: fx.Node) -> str:
+    """The user's module that made the node: ``layers.3.mlp``, or ``""``."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    if not stack:
+        return ""
+    path = next(reversed(stack.values()))
+    return clean_path(path[0] if isinstance(path, tuple) else str(path))
+
+
+def clean_path(path: str) -> str:
+    """``L['self']._modules['layers']._modules['3'].mlp`` -> ``layers.3.mlp``."""
+    path = re.sub(r"\._modules\['([^']*)'\]", r".\1", path)
+    path = re.sub(r"\.?(?:_modules|modules)\.", ".", path)
+    path = re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", path)
+    return re.sub(r"^L\.(?:self\.?|fn\.?)?", "", path).strip(".")
+
+
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def is_symbolic(value: Any) -> bool:
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal for every size the graph may be called with; adds no guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return a is b or statically_known_true(a == b)
+
+
+def all_same(a: Iterable[Any], b: Iterable[Any]) -> bool:
+    a, b = tuple(a), tuple(b)
+    return len(a) == len(b) and all(map(same, a, b))
+
+
+def same_layout(a: Any, b: Any) -> bool:
+    """Same shape, strides, dtype and device: one tensor can stand where the other stood."""
+    return (
+        is_tensor(a)
+        and is_tensor(b)
+        and a.dtype == b.dtype
+        and a.device == b.device
+        and a.layout == b.layout == torch.strided
+        and a.is_conj() == b.is_conj()
+        and a.is_neg() == b.is_neg()
+        and all_same(a.shape, b.shape)
+        and all_same(a.stride(), b.stride())
+    )
+
+
+def schema_of(node: fx.Node) -> Any:
+    return node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the result shares (or may share) the memory of the first argument."""
+    schema = schema_of(node)
+    if schema is None:
+        return False
+    if schema.name in _UNSAFE_VIEWS:
+        return True
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+
+
+def mutated_arguments(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes whose memory this node writes. Of a higher-order op all inputs may be written."""
+    schema = schema_of(node)
+    if schema is None:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            yield from node.all_input_nodes
+        return
+    if not schema.is_mutable:
+        return
+    for i, argument in enumerate(schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        for value in given if isinstance(given, (list, tuple)) else (given,):
+            if isinstance(value, fx.Node):
+                yield value
+
+
+def output_node(graph: fx.Graph) -> fx.Node:
+    return next(iter(reversed(graph.nodes)))
+
+
+class Storage:
+    """Which nodes share memory, who writes it, and what leaves the graph.
+
+    ``root[node]`` is the node that allocated the memory (a placeholder, or an op with a fresh
+    result). The parts of a tuple share its root. All of it may claim too much sharing, never too
+    little.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.root: dict[fx.Node, fx.Node] = {}
+        self.members: dict[fx.Node, list[fx.Node]] = {}
+        self.position: dict[fx.Node, int] = {}
+        self.writes: dict[fx.Node, list[fx.Node]] = {}
+        for i, node in enumerate(graph.nodes):
+            self.position[node] = i
+            root = self._root(node)
+            self.root[node] = root
+            self.members.setdefault(root, []).append(node)
+            for written in mutated_arguments(node):
+                self.writes.setdefault(self.root[written], []).append(node)
+        self.outputs = set(output_node(graph).all_input_nodes)
+        self.escaping = {self.root[node] for node in self.outputs}
+
+    def _root(self, node: fx.Node) -> fx.Node:
+        if node.op != "call_function" or not node.all_input_nodes:
+            return node
+        schema = schema_of(node)
+        if schema is not None and schema.is_mutable:
+            written = next(mutated_arguments(node), None)
+            if written is not None and any(r.alias_info is not None for r in schema.returns):
+                return self.root[written]
+            return node
+        if is_view(node) or getattr(node.target, "__name__", "") == "getitem":
+            return self.root[node.all_input_nodes[0]]
+        return node
+
+    def merge(self, kept: fx.Node, gone: fx.Node) -> None:
+        """``kept`` takes the place of ``gone``, with all that shares its memory."""
+        root, old = self.root[kept], self.root[gone]
+        if gone in self.outputs:
+            self.outputs.add(kept)
+        if old in self.escaping:
+            self.escaping.add(root)
+        if old is gone and old is not root:
+            for member in self.members.pop(old):
+                self.root[member] = root
+                self.members[root].append(member)
+
+    def is_written(self, node: fx.Node) -> bool:
+        return self.root[node] in self.writes
+
+    def is_fixed(self, node: fx.Node) -> bool:
+        """Whether the memory is the caller's (an input or a constant), not made by the graph."""
+        return self.root[node].op in ("placeholder", "get_attr")

@@ -1,0 +1,118 @@
+"""Group and Plan: the only data between fusing and code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .indexing import Size, product, quotient
+from .ir import Value
+from .views import Frame, take_inner
+
+
+class Group:
+    """Values that become one kernel.
+
+    The kernel's loop variables are *atoms*, ``sizes`` long. ``domain`` is all of them, outermost
+    first; ``reduced`` those that are reduced (none in a pointwise group). ``frames`` says for each
+    value which atoms make up the coordinate along each axis. An atom can be split in two at any
+    time (``parts``), which is how reshapes meet.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.members: list[Value] = []
+        self.frames: dict[Value, Frame] = {}
+        self.sizes: dict[str, Size] = {}
+        self.parts: dict[str, tuple[str, str]] = {}
+        self._domain: tuple[str, ...] = ()
+        self._reduced: tuple[str, ...] = ()
+        self.column = False  # the reduced atoms are not the contiguous ones
+        self.outputs: list[Value] = []
+        self.first = self.last = 0  # places of its first and last member in the program
+
+    # atoms ---------------------------------------------------------------------------------
+
+    def new_atom(self, size: Size) -> str:
+        atom = f"a{len(self.sizes)}"
+        self.sizes[atom] = size
+        return atom
+
+    def size(self, atom: str) -> Size:
+        return self.sizes[atom]
+
+    def split(self, atom: str, inner: Size) -> tuple[str, str]:
+        """Replace an atom by (outer, inner), ``inner`` long."""
+        outer = quotient(self.sizes[atom], inner)
+        if outer is None:
+            raise ValueError(f"{inner} does not divide {self.sizes[atom]}")
+        self.parts[atom] = (self.new_atom(outer), self.new_atom(inner))
+        return self.parts[atom]
+
+    def resolve(self, atoms: Sequence[str]) -> tuple[str, ...]:
+        if not self.parts:
+            return tuple(atoms)
+        out: list[str] = []
+        for atom in atoms:
+            out.extend(self.resolve(self.parts[atom]) if atom in self.parts else (atom,))
+        return tuple(out)
+
+    def take(
+        self, atoms: Sequence[str], inner: Size
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return take_inner(self.resolve(atoms), inner, self.size, self.split)
+
+    @property
+    def domain(self) -> tuple[str, ...]:
+        return self.resolve(self._domain)
+
+    @property
+    def reduced(self) -> tuple[str, ...]:
+        return self.resolve(self._reduced)
+
+    @property
+    def parallel(self) -> tuple[str, ...]:
+        reduced = set(self.reduced)
+        return tuple(a for a in self.domain if a not in reduced)
+
+    def set_reduced(self, atoms: Sequence[str]) -> None:
+        self._reduced = tuple(atoms)
+
+    # frames --------------------------------------------------------------------------------
+
+    def frame(self, value: Value) -> Frame | None:
+        """The frame of a value, also of a view of one that has a frame."""
+        known = self.frames.get(value)
+        if known is not None:
+            return tuple(None if axis is None else self.resolve(axis) for axis in known)
+        if value.kind == "view":
+            below = self.frame(value.args[0])
+            return value.params.carry(below, self) if below is not None else None
+        return None
+
+    def open(self, shape: Sequence[Size]) -> Frame:
+        """Start the domain: one atom for each axis longer than 1."""
+        frame = tuple(() if type(s) is int and s == 1 else (self.new_atom(s),) for s in shape)
+        self._domain = tuple(a for axis in frame for a in axis)
+        return frame
+
+    def numel(self, atoms: Sequence[str]) -> Size:
+        return product(self.sizes[a] for a in atoms)
+
+    @property
+    def nodes(self) -> list[Any]:
+        """The FX nodes its members came from, each once."""
+        return list(dict.fromkeys(m.node for m in self.members if m.node is not None))
+
+
+@dataclass
+class Plan:
+    """What runs, in order: groups and ATen nodes; and why what is not fused is not."""
+
+    steps: list[Any] = field(default_factory=list)  # Group | fx.Node
+    groups: list[Group] = field(default_factory=list)
+    aten: dict[Any, str] = field(default_factory=dict)  # node -> reason
+    unfused: list[tuple[Value, Value, str]] = field(default_factory=list)
+    inlined: set[Value] = field(default_factory=set)
+    stored: set[Value] = field(default_factory=set)

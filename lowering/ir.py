@@ -1,0 +1,278 @@
+"""The values fusion works on: a light twin of the FX graph, without FakeTensors.
+
+A ``Value`` is a tensor computed elementwise over its shape. Composite ops (norms, softmax, losses)
+are written as small graphs of Values, so that everything downstream knows pointwise ops,
+reductions, views and gathers only. Dtypes are torch's names as strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any
+
+from ..kernels.op import BODIES
+from .indexing import Size, contiguous_strides, is_static, product, simplify
+from .views import Expand, Flip, Permute, Reshape, Slice, View
+
+FLOATING = {"float16", "bfloat16", "float32", "float64"}
+SUPPORTED = FLOATING | {"bool", "uint8", "int8", "int16", "int32", "int64"}
+SIXTEEN_BIT = {"float16", "bfloat16"}
+
+_ids = count()
+
+
+class Value:
+    """One tensor.
+
+    kind       op                    args
+    buffer     -                     () : lives in memory (an input, or the result of an ATen call)
+    pointwise  name in BODIES        Values and literals, the body's parameters
+    cast       -                     (Value,)
+    reduce     name in REDUCTIONS    (Value,), axes in ``params``; the reduced axes stay, of size 1
+    view       -                     (Value,), the View in ``params``
+    concat     -                     Values, the axis in ``params``
+    gather     -                     (base, index, ...): see Builder.gather
+    iota, full -                     literals
+    random     -                     (seed buffer, offset literal): uniform in [0, 1)
+    """
+
+    __slots__ = ("args", "dtype", "id", "kind", "node", "op", "params", "shape", "strides")
+
+    def __init__(
+        self,
+        kind: str,
+        op: str | None,
+        args: Sequence[Any],
+        shape: Sequence[Size],
+        dtype: str,
+        *,
+        params: Any = None,
+        strides: Sequence[Size] | None = None,
+        node: Any = None,
+    ) -> None:
+        self.id = next(_ids)
+        self.kind, self.op, self.args, self.params = kind, op, tuple(args), params
+        self.shape, self.dtype, self.node = tuple(shape), dtype, node
+        self.strides = tuple(strides) if strides is not None else contiguous_strides(self.shape)
+
+    def __repr__(self) -> str:
+        args = ", ".join(f"v{a.id}" if isinstance(a, Value) else repr(a) for a in self.args)
+        what = self.op or self.kind
+        return f"v{self.id}:{self.dtype}{list(self.shape)} = {what}({args})"
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return tuple(a for a in self.args if isinstance(a, Value))
+
+    @property
+    def computes(self) -> bool:
+        """Whether a kernel must do something for it (not memory, not a view)."""
+        return self.kind not in ("buffer", "view")
+
+
+class SizeArg:
+    """A symbolic integer used as a number in the graph (``x * s0``)."""
+
+    __slots__ = ("expr",)
+
+    def __init__(self, expr: Size) -> None:
+        self.expr = expr
+
+    def __repr__(self) -> str:
+        return f"size({self.expr})"
+
+
+class Builder:
+    """Makes Values. Composite ops receive one: ``b.exp(x)`` applies the declared op ``exp``."""
+
+    def __init__(self, seed: Callable[[], Value] | None = None) -> None:
+        self._seed = seed
+        self._salt = 0
+
+    # pointwise -----------------------------------------------------------------------------
+
+    def call(self, name: str, *args: Any, dtype: str | None = None) -> Value:
+        """The declared pointwise op ``name`` on Values and literals, broadcast together."""
+        if name not in BODIES:
+            raise KeyError(f"no op named {name} is declared")
+        values = [a for a in args if isinstance(a, Value)]
+        shape = broadcast_shapes([v.shape for v in values])
+        strides = next((v.strides for v in values if v.shape == shape and _dense(v)), None)
+        dtype = dtype or result_dtype(values, args)
+        return Value("pointwise", name, args, shape, dtype, strides=strides)
+
+    def __getattr__(self, name: str) -> Callable[..., Value]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self.call(name, *args, **kwargs)
+
+    def cast(self, x: Value, dtype: str) -> Value:
+        if x.dtype == dtype:
+            return x
+        return Value("cast", None, (x,), x.shape, dtype, strides=x.strides if _dense(x) else None)
+
+    def copy(self, x: Value) -> Value:
+        """A fresh tensor with x's elements."""
+        return Value("cast", None, (x,), x.shape, x.dtype)
+
+    def full(self, shape: Sequence[Size], value: Any, dtype: str) -> Value:
+        return Value("full", None, (value,), shape, dtype)
+
+    def iota(self, shape: Sequence[Size], axis: int, dtype: str = "int64") -> Value:
+        """The coordinate along ``axis``, as a tensor of ``shape``."""
+        return Value("iota", None, (), shape, dtype, params=axis)
+
+    def random(self, shape: Sequence[Size], salt: int) -> Value:
+        """Uniform float32 in [0, 1), a function of the graph's seed, the salt and the position."""
+        if self._seed is None:
+            raise KeyError("random numbers need a graph with a seed")
+        return Value("random", None, (self._seed(), salt), shape, "float32")
+
+    # reductions ----------------------------------------------------------------------------
+
+    def reduce(self, op: str, x: Value, axes: Sequence[int], dtype: str | None = None) -> Value:
+        """Reduce ``axes``, which stay with size 1."""
+        axes = normalize_axes(axes, x.ndim)
+        shape = tuple(1 if k in axes else s for k, s in enumerate(x.shape))
+        return Value("reduce", op, (x,), shape, dtype or x.dtype, params=axes)
+
+    def sum(self, x: Value, axes: Sequence[int]) -> Value:
+        return self.reduce("sum", x, axes)
+
+    def amax(self, x: Value, axes: Sequence[int]) -> Value:
+        return self.reduce("amax", x, axes)
+
+    def mean(self, x: Value, axes: Sequence[int]) -> Value:
+        n = self.size_number(count_of(x, axes))
+        return self.call("div", self.sum(x, axes), n)
+
+    def count(self, x: Value, axes: Sequence[int]) -> Size:
+        return count_of(x, axes)
+
+    def next_salt(self) -> int:
+        """A number of its own for every random op of a graph."""
+        self._salt += 1
+        return self._salt
+
+    def size_number(self, size: Size) -> Any:
+        """A size as an operand: a literal when static."""
+        return size if is_static(size) else SizeArg(size)
+
+    # views ---------------------------------------------------------------------------------
+
+    def view(self, x: Value, view: View) -> Value:
+        if view.trivial:
+            return x
+        return Value("view", None, (x,), view.shape, x.dtype, params=view)
+
+    def permute(self, x: Value, dims: Sequence[int]) -> Value:
+        return self.view(x, Permute(x.shape, dims))
+
+    def reshape(self, x: Value, shape: Sequence[Size]) -> Value:
+        return self.view(x, Reshape(x.shape, shape))
+
+    def expand(self, x: Value, shape: Sequence[Size]) -> Value:
+        return self.view(x, Expand(x.shape, shape))
+
+    def slice(self, x: Value, axis: int, start: Size, stop: Size, step: int = 1) -> Value:
+        return self.view(x, Slice(x.shape, axis, start, stop, step))
+
+    def flip(self, x: Value, dims: Sequence[int]) -> Value:
+        return self.view(x, Flip(x.shape, dims))
+
+    def squeeze(self, x: Value, axes: Sequence[int]) -> Value:
+        axes = normalize_axes(axes, x.ndim)
+        return self.reshape(x, [s for k, s in enumerate(x.shape) if k not in axes])
+
+    def unsqueeze(self, x: Value, axes: Sequence[int], ndim: int) -> Value:
+        """Insert size-1 axes so that x has ``ndim`` dims."""
+        axes = normalize_axes(axes, ndim)
+        rest = iter(x.shape)
+        return self.reshape(x, [1 if k in axes else next(rest) for k in range(ndim)])
+
+    def concat(self, parts: Sequence[Value], axis: int) -> Value:
+        axis %= parts[0].ndim
+        total: Size = 0
+        for part in parts:
+            total = total + part.shape[axis]
+        shape = list(parts[0].shape)
+        shape[axis] = simplify(total)
+        return Value("concat", None, parts, shape, parts[0].dtype, params=axis)
+
+    def gather(
+        self, base: Value, indices: Sequence[tuple[int, Value]], places: Sequence[int | None],
+        shape: Sequence[Size], wrap: bool = True,
+    ) -> Value:
+        """``base`` read at computed places.
+
+        For each axis of base: ``indices`` holds (axis, index Value broadcastable to ``shape``);
+        every other axis k of base runs along axis ``places[k]`` of the result. Negative indices
+        count from the end when ``wrap``.
+        """
+        axes = tuple(a for a, _ in indices)
+        args = (base, *(v for _, v in indices))
+        return Value(
+            "gather", None, args, shape, base.dtype, params=(axes, tuple(places), wrap)
+        )
+
+
+def broadcast_shapes(shapes: Sequence[Sequence[Size]]) -> tuple[Size, ...]:
+    ndim = max((len(s) for s in shapes), default=0)
+    out: list[Size] = [1] * ndim
+    for shape in shapes:
+        for k, size in enumerate(shape):
+            place = ndim - len(shape) + k
+            if type(out[place]) is int and out[place] == 1:
+                out[place] = size
+    return tuple(out)
+
+
+def normalize_axes(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
+    return tuple(sorted({a % ndim for a in axes})) if ndim else ()
+
+
+def count_of(x: Value, axes: Sequence[int]) -> Size:
+    """How many elements are reduced."""
+    return product(x.shape[a] for a in normalize_axes(axes, x.ndim))
+
+
+_ORDER = [
+    "bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64",
+]
+
+
+def result_dtype(values: Sequence[Value], args: Sequence[Any] = ()) -> str:
+    """torch's promotion among tensors and Python numbers (0-d tensors are not special here)."""
+    dtypes = {v.dtype for v in values}
+    if {"float16", "bfloat16"} <= dtypes:
+        dtypes.add("float32")
+    best = max(dtypes, key=_ORDER.index) if dtypes else "int64"
+    has_float = any(type(a) is float for a in args)
+    has_int = any(type(a) is int for a in args)
+    if has_float and best not in FLOATING:
+        return "float32"
+    if has_int and best == "bool":
+        return "int64"
+    return best
+
+
+def computing_dtype(dtype: str) -> str:
+    """What a tile of this dtype is held as in registers."""
+    return "float32" if dtype in SIXTEEN_BIT else dtype
+
+
+def _dense(v: Value) -> bool:
+    """Whether v's strides are a permutation of a contiguous layout."""
+    if not is_static(*v.shape, *v.strides):
+        return v.strides == contiguous_strides(v.shape)
+    step = 1
+    for stride, size in sorted((st, s) for st, s in zip(v.strides, v.shape, strict=True) if s != 1):
+        if stride != step:
+            return False
+        step *= size
+    return True

@@ -1,0 +1,224 @@
+"""Sources -> launchers: a disk cache by content, a pool of compile workers, a launch function."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import logging
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .options import Options
+from .source import Source
+from .worker import compile_file, load_module, write_atomically
+
+log = logging.getLogger("gems_compile.lowering.load")
+Launcher = Callable[..., None]  # (grid_x, grid_y, grid_z, stream, *args)
+
+
+class CompileError(Exception):
+    """Triton could not compile a kernel."""
+
+    def __init__(self, source: Source, why: str) -> None:
+        super().__init__(f"{source.name}: {why}")
+        self.source = source
+
+
+class Pool:
+    """Worker processes that import Triton only; kernels compile side by side.
+
+    Threads read the answers and die with the process, as do the workers (their stdin closes).
+    """
+
+    def __init__(self, size: int) -> None:
+        self.jobs: queue.Queue[tuple[dict[str, Any], queue.Queue[str | None]]] = queue.Queue()
+        self.processes: list[subprocess.Popen[str]] = []
+        for _ in range(size):
+            threading.Thread(target=self._serve, daemon=True).start()
+
+    def submit(self, job: dict[str, Any]) -> queue.Queue[str | None]:
+        answer: queue.Queue[str | None] = queue.Queue(1)
+        self.jobs.put((job, answer))
+        return answer
+
+    def _start(self) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gems_compile.lowering.worker"], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, env=_worker_environment(),
+        )
+        self.processes.append(process)
+        return process
+
+    def _serve(self) -> None:
+        process = self._start()
+        while True:
+            job, answer = self.jobs.get()
+            try:
+                process.stdin.write(json.dumps(job) + "\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+                if not line:
+                    raise OSError("the compile worker died")
+                answer.put(json.loads(line)["error"])
+            except (OSError, ValueError) as e:
+                answer.put(f"{type(e).__name__}: {e}")
+                process = self._start()
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+
+def _worker_environment() -> dict[str, str]:
+    env = dict(os.environ)
+    env.pop("TRITON_INTERPRET", None)
+    paths = [p for p in sys.path if p]
+    env["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [env.get("PYTHONPATH")])])
+    return env
+
+
+@functools.cache
+def pool(threads: int | None) -> Pool | None:
+    """The process-wide pool; None where one core would gain nothing from it."""
+    size = threads if threads is not None else min(16, os.cpu_count() or 1)
+    if size < 2:
+        return None
+    made = Pool(size)
+    atexit.register(made.close)
+    return made
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=pool.cache_clear)
+
+
+@functools.cache
+def private_directory() -> str:
+    """Where sources go when there is no cache: Triton needs a real file."""
+    holder = tempfile.TemporaryDirectory(prefix="gems_")
+    atexit.register(holder.cleanup)
+    return holder.name
+
+
+_launchers: dict[tuple[str, int | None], Launcher] = {}
+_lock = threading.Lock()
+
+
+@functools.cache
+def library_digest() -> str:
+    """A digest of the device functions that generated sources import, and of Triton."""
+    import hashlib
+
+    import triton
+
+    digest = hashlib.sha256(triton.__version__.encode())
+    kernels = os.path.dirname(sys.modules["gems_compile.kernels"].__file__)
+    for name in sorted(os.listdir(kernels)):
+        if name.endswith(".py"):
+            with open(os.path.join(kernels, name), "rb") as f:
+                digest.update(f.read())
+    return digest.hexdigest()[:16]
+
+
+class Loading:
+    """One kernel on its way: ``result()`` waits and returns its launcher."""
+
+    def __init__(self, source: Source, options: Options, device: int | None) -> None:
+        self.source, self.options, self.device = source, options, device
+        self.key = source.key
+        self.answer: queue.Queue[str | None] | None = None
+        self.compiled = False
+        target = options.target
+        where = options.cache_dir or private_directory()
+        self.folder = os.path.join(where, "kernels", f"{target.name}-{target.arch}",
+                                   library_digest())
+        self.path = os.path.join(self.folder, f"{self.key}.py")
+        if (self.key, device) not in _launchers:
+            self._start()
+
+    def _start(self) -> None:
+        try:
+            os.makedirs(self.folder, mode=0o700, exist_ok=True)
+            if not os.path.exists(self.path):
+                write_atomically(self.path, self.source.text.encode())
+        except OSError as e:
+            log.warning("kernel cache unusable (%s); kernels are not kept", e)
+            self.folder = private_directory()
+            self.path = os.path.join(self.folder, f"{self.key}.py")
+            write_atomically(self.path, self.source.text.encode())
+        if self.options.target.name == "interpreter" or self._record() is not None:
+            return
+        self.compiled = True
+        workers = pool(self.options.threads)
+        if workers is not None:
+            self.answer = workers.submit(self._job())
+
+    def _job(self) -> dict[str, Any]:
+        target = self.options.target
+        return {
+            "path": self.path, "meta": self.source.meta,
+            "target": [target.backend, target.arch, target.warp],
+        }
+
+    def _record(self) -> dict[str, Any] | None:
+        """What is known of the compiled kernel; a damaged record is a miss."""
+        try:
+            with open(self.path.removesuffix(".py") + ".json") as f:
+                record = json.load(f)
+            binary = os.path.join(self.folder, record["binary"])
+            return {**record, "path": binary} if os.path.getsize(binary) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def result(self) -> Launcher:
+        with _lock:
+            launcher = _launchers.get((self.key, self.device))
+            if launcher is None:
+                launcher = self._load()
+                _launchers[(self.key, self.device)] = launcher
+        return launcher
+
+    def _load(self) -> Launcher:
+        if self.options.target.name == "interpreter":
+            return interpreter_launcher(self.path, self.source)
+        if self.compiled:
+            job = self._job()
+            error = self.answer.get() if self.answer is not None else None
+            if self.answer is None or (error or "").startswith(("OSError", "BrokenPipe")):
+                try:
+                    compile_file(job["path"], job["meta"], job["target"])
+                    error = None
+                except Exception as e:
+                    error = f"{type(e).__name__}: {e}"
+            if error is not None:
+                raise CompileError(self.source, error)
+        record = self._record()
+        if record is None:
+            raise CompileError(self.source, "the compiled kernel vanished from the cache")
+        from .private import static_launcher
+
+        return static_launcher(self.source, record, self.path, self.device)
+
+
+def interpreter_launcher(path: str, source: Source) -> Launcher:
+    """Run the kernel's Python on CPU tensors through Triton's interpreter."""
+    function = getattr(load_module(path), source.meta["name"])
+    constants = source.meta["constants"]
+
+    def launch(x: int, y: int, z: int, stream: Any, *args: Any) -> None:
+        function[(x, y, z)](*args, **constants)
+
+    return launch
+
+
+def load_all(
+    sources: Sequence[Source], options: Options, device: int | None
+) -> list[Loading]:
+    return [Loading(source, options, device) for source in sources]

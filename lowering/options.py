@@ -1,0 +1,22 @@
+"""The few values a compile depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Options:
+    """``exact``: round where eager rounds. ``alone``: also fuse an op that has no neighbour.
+
+    ``target`` is a ``kernels.target.Target``; ``cache_dir`` where kernels are kept, or None.
+    """
+
+    target: Any
+    exact: bool = True
+    strict: bool = False
+    alone: bool = False
+    own_rng: bool = True
+    cache_dir: str | None = None
+    threads: int | None = None

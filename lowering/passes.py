@@ -1,0 +1,453 @@
+"""Passes over an ATen graph: each edits ``gm.graph`` in place and says how much it changed.
+
+All of them take one walk over the graph and compute no tensor, so 4500 nodes cost milliseconds.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from .graph import (
+    Storage,
+    is_symbolic,
+    is_tensor,
+    mutated_arguments,
+    same,
+    same_layout,
+    schema_of,
+    value_of,
+)
+
+aten = torch.ops.aten
+log = logging.getLogger("gems_compile")
+
+# Casts that lose nothing, so the cast back gives the same bits.
+_WIDER = {
+    torch.float16: (torch.float32, torch.float64),
+    torch.bfloat16: (torch.float32, torch.float64),
+    torch.float32: (torch.float64,),
+}
+
+_VIEWS = frozenset(
+    {
+        aten.alias.default,
+        aten.detach.default,
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten._reshape_alias.default,
+        aten.expand.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.slice.Tensor,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.unsqueeze.default,
+        aten.as_strided.default,
+        aten.select.int,
+    }
+)
+_COPIES = frozenset(
+    {
+        aten.clone.default,
+        aten._to_copy.default,
+        aten.lift_fresh_copy.default,
+        aten.contiguous.default,
+        aten.reshape.default,
+    }
+)
+_SCALAR_IDENTITIES: dict[Any, Callable[[Any, Any], bool]] = {
+    # x + 0 is no identity for floats: -0.0 + 0 is +0.0. x - (+0.0) is.
+    aten.mul.Tensor: lambda x, c: c == 1,
+    aten.mul.Scalar: lambda x, c: c == 1,
+    aten.div.Tensor: lambda x, c: c == 1,
+    aten.div.Scalar: lambda x, c: c == 1,
+    aten.add.Tensor: lambda x, c: c == 0 and not x.dtype.is_floating_point,
+    aten.sub.Tensor: lambda x, c: c == 0 and math.copysign(1, c) > 0,
+    aten.pow.Tensor_Scalar: lambda x, c: c == 1,
+}
+
+
+def drop_no_ops(gm: fx.GraphModule) -> int:
+    """Drop views, copies and arithmetic that change nothing; returns how many.
+
+    A view goes when it, or the view of a view of it, has the geometry of something it came from:
+    same memory and same geometry is the same tensor. A copy or a ``x * 1`` goes when the layout is
+    the same, nobody writes either side, and no output starts to share memory with an input or with
+    another output.
+    """
+    storage, dropped = Storage(gm.graph), 0
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function":
+            continue
+        source = _view_source(node) or _copy_source(node, storage)
+        if source is None or (node in storage.outputs and _becomes_shared(source, storage)):
+            continue
+        storage.merge(source, node)
+        node.replace_all_uses_with(source)
+        gm.graph.erase_node(node)
+        dropped += 1
+    return dropped
+
+
+def _becomes_shared(source: fx.Node, storage: Storage) -> bool:
+    return storage.is_fixed(source) or source in storage.outputs
+
+
+def _view_source(node: fx.Node) -> fx.Node | None:
+    """The nearest thing this view came from that is the same tensor."""
+    value, source = value_of(node), node
+    while source.target in _VIEWS and isinstance(source.args[0], fx.Node):
+        source = source.args[0]
+        base = value_of(source)
+        if same_layout(value, base) and same(value.storage_offset(), base.storage_offset()):
+            return source
+    return None
+
+
+def _copy_source(node: fx.Node, storage: Storage) -> fx.Node | None:
+    """What this node is a copy of, if it can read the original instead."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or not is_tensor(value_of(source)):
+        return None
+    if node.target is aten._to_copy.default and source.target is aten._to_copy.default:
+        source = _before_widening(node, source)
+    elif node.target in _SCALAR_IDENTITIES:
+        if len(node.args) != 2 or node.kwargs or type(node.args[1]) not in (int, float):
+            return None
+        if not _SCALAR_IDENTITIES[node.target](value_of(source), node.args[1]):
+            return None
+    elif node.target not in _COPIES:
+        return None
+    if not same_layout(value_of(node), value_of(source)):
+        return None
+    if storage.is_written(source) or storage.is_written(node):
+        return None
+    if storage.root[node] in storage.escaping and (
+        storage.is_fixed(source) or storage.root[source] in storage.escaping
+    ):
+        return None
+    return source
+
+
+def _before_widening(node: fx.Node, cast: fx.Node) -> fx.Node:
+    """x for ``narrow(widen(x))``: every 16-bit float is a float32, so nothing was rounded."""
+    origin = cast.args[0]
+    narrow, wide = value_of(origin), value_of(cast)
+    if is_tensor(narrow) and wide.dtype in _WIDER.get(narrow.dtype, ()):
+        return origin
+    return cast
+
+
+def drop_duplicates(gm: fx.GraphModule) -> int:
+    """Compute equal things once and drop what nobody reads; returns how many nodes went.
+
+    Left alone: random, effectful and mutating ops, ops outside ATen, uninitialised memory, results
+    that somebody writes, and pairs of which both are returned (they were two tensors).
+    """
+    storage = Storage(gm.graph)
+    version: dict[fx.Node, int] = {}
+    seen: dict[Any, fx.Node] = {}
+    dropped = 0
+    for node in list(gm.graph.nodes):
+        for written in mutated_arguments(node):
+            root = storage.root[written]
+            version[root] = version.get(root, 0) + 1
+        key = _duplicate_key(node, storage, version)
+        if key is None:
+            continue
+        first = seen.setdefault(key, node)
+        if first is node or not _may_merge(first, node, storage):
+            continue
+        storage.merge(first, node)
+        node.replace_all_uses_with(first)
+        gm.graph.erase_node(node)
+        dropped += 1
+    return dropped + drop_dead_code(gm)
+
+
+def _may_merge(first: fx.Node, node: fx.Node, storage: Storage) -> bool:
+    if is_symbolic(value_of(node)):
+        return True
+    if first in storage.outputs and node in storage.outputs:
+        return False
+    a, b = storage.root[first], storage.root[node]
+    if a is b:
+        return True
+    return a not in storage.writes and b not in storage.writes and not {a, b} <= storage.escaping
+
+
+def _duplicate_key(node: fx.Node, storage: Storage, version: dict[fx.Node, int]) -> Any:
+    if node.op != "call_function" or "unbacked_bindings" in node.meta:
+        return None
+    value = value_of(node)
+    if is_symbolic(value):
+        return "symbol", type(value), str(value.node.expr)
+    if node.target is operator.getitem:
+        return operator.getitem, node.args
+    if not _is_pure(node) or "empty" in node.target._schema.name:
+        return None
+    epochs = tuple(version.get(storage.root[n], 0) for n in node.all_input_nodes)
+    return node.target, _literal(node.args), _literal(node.kwargs), epochs
+
+
+def _literal(value: Any) -> Any:
+    """A hashable twin of an argument, in which 1, 1.0 and True differ, and 0.0 and -0.0."""
+    if isinstance(value, fx.Node):
+        held = value_of(value)
+        return ("symbol", str(held.node.expr)) if is_symbolic(held) else value
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_literal, value))
+    if isinstance(value, dict):
+        return tuple((name, _literal(item)) for name, item in sorted(value.items()))
+    return type(value), repr(value)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    schema = schema_of(node)
+    return (
+        schema is not None
+        and node.target.namespace in ("aten", "prims", "gems")
+        and not schema.is_mutable
+        and bool(schema.returns)
+        and torch.Tag.nondeterministic_seeded not in node.target.tags
+        and not node.is_impure()
+    )
+
+
+def drop_dead_code(gm: fx.GraphModule) -> int:
+    """Erase what nobody reads, if computing it has no effect."""
+    dropped = 0
+    for node in reversed(list(gm.graph.nodes)):
+        if node.users or node.op not in ("call_function", "get_attr"):
+            continue
+        if "unbacked_bindings" in node.meta:
+            continue
+        harmless = node.op == "get_attr" or node.target is operator.getitem
+        if harmless or is_symbolic(value_of(node)) or _is_pure(node):
+            gm.graph.erase_node(node)
+            dropped += 1
+    return dropped
+
+
+_IN_PLACE = {
+    aten.index_put.default: aten.index_put_.default,
+    aten.index_copy.default: aten.index_copy_.default,
+    aten.index_add.default: aten.index_add_.default,
+    aten.index_fill.int_Scalar: aten.index_fill_.int_Scalar,
+    aten.index_fill.int_Tensor: aten.index_fill_.int_Tensor,
+    aten.scatter.src: aten.scatter_.src,
+    aten.scatter.value: aten.scatter_.value,
+    aten.scatter_add.default: aten.scatter_add_.default,
+    aten.masked_scatter.default: aten.masked_scatter_.default,
+}
+_PART = {
+    aten.slice_scatter.default: aten.slice.Tensor,
+    aten.select_scatter.default: aten.select.int,
+}
+
+
+def reinplace_updates(gm: fx.GraphModule) -> int:
+    """``copy_(p, index_put(p, ...))`` -> ``index_put_(p, ...)``; returns how many inputs changed.
+
+    A KV cache is then updated where it is, not copied twice. Needs: nobody reads p's old value
+    afterwards, no other argument of the update shares memory with p, the new value is no output,
+    and its layout is p's.
+    """
+    storage, changed = Storage(gm.graph), 0
+    for node in list(gm.graph.nodes):
+        if node.target is not aten.copy_.default or node.users or len(node.args) != 2:
+            continue
+        target, updates = node.args[0], _updates(*node.args)
+        if updates and _may_update_in_place(target, updates, node, storage):
+            for update in updates:
+                _update_in_place(gm.graph, target, update, storage)
+            gm.graph.erase_node(node)
+            changed += 1
+    if changed:
+        drop_dead_code(gm)  # the old parts, and copies into them
+    return changed
+
+
+def _updates(target: fx.Node, new: Any) -> list[fx.Node]:
+    """The chain of updates that leads from ``target`` to ``new``, first one first."""
+    chain: list[fx.Node] = []
+    while isinstance(new, fx.Node) and new is not target:
+        if new.target not in _IN_PLACE and new.target not in _PART:
+            return []
+        if len(new.args) < 2 or not isinstance(new.args[0], fx.Node):
+            return []
+        chain.append(new)
+        new = new.args[0]
+    return chain[::-1] if new is target and target.op == "placeholder" else []
+
+
+def _may_update_in_place(
+    target: fx.Node, updates: list[fx.Node], final: fx.Node, storage: Storage
+) -> bool:
+    value = value_of(target)
+    if storage.writes.get(target) != [final] or not is_tensor(value):
+        return False
+    if any(same(s, 0) and not same(n, 1) for n, s in zip(value.shape, value.stride(), strict=True)):
+        return False  # an expanded input: one write would show in many places
+    old = target
+    family = {target, *updates}  # every root that will be the memory of target
+    for update in updates:
+        if update in storage.escaping or update in storage.writes:
+            return False
+        if not same_layout(value_of(update), value):
+            return False
+        others = [n for n in update.all_input_nodes if n is not old]
+        if old in _nodes_in(update.args[1:]) or any(storage.root[n] in family for n in others):
+            return False
+        moment = storage.position[update]
+        for alias in storage.members[old]:
+            for reader in alias.users:
+                late = storage.position[reader] > moment
+                if late and reader is not final and reader.op != "output":
+                    return False
+        old = update
+    return True
+
+
+def _nodes_in(values: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(values, found.append)
+    return found
+
+
+def _update_in_place(graph: fx.Graph, target: fx.Node, update: fx.Node, storage: Storage) -> None:
+    with graph.inserting_before(update):
+        for node in _write(graph, target, update, {target, update}, storage):
+            storage.position[node] = storage.position[update]
+    storage.merge(target, update)
+    update.replace_all_uses_with(target)
+    graph.erase_node(update)
+
+
+def _write(
+    graph: fx.Graph, target: fx.Node, update: fx.Node, family: set[fx.Node], storage: Storage
+) -> list[fx.Node]:
+    """The nodes that do ``update`` to the memory of ``target``.
+
+    An update of a slice of a slice writes the inner slice alone, and copies nothing else.
+    """
+
+    def add(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        node = graph.call_function(op, args, kwargs)
+        node.meta = dict(update.meta)
+        return node
+
+    rest = update.args[1:]
+    if update.target in _IN_PLACE:
+        node = add(_IN_PLACE[update.target], (target, *rest), update.kwargs)
+        node.meta["val"] = value_of(target)
+        return [node]
+    part = add(_PART[update.target], (target, *rest[1:]), update.kwargs)
+    part.meta["val"] = _part_value(part)
+    source = rest[0]
+    if (
+        isinstance(source, fx.Node)
+        and len(source.users) == 1
+        and not any(
+            storage.root[n] in family or storage.is_written(n)
+            for n in source.all_input_nodes
+            if n is not source.args[0]
+        )
+    ):
+        if source.target is aten.copy.default:
+            source = source.args[1]
+        elif (source.target in _IN_PLACE or source.target in _PART) and _is_old_part(
+            source.args[0], update
+        ):
+            return [part, *_write(graph, part, source, family, storage)]
+    node = add(aten.copy_.default, (part, source), {})
+    node.meta["val"] = part.meta["val"]
+    return [part, node]
+
+
+def _is_old_part(node: Any, update: fx.Node) -> bool:
+    """Whether ``node`` is the part that ``update`` replaces, as it was before."""
+    return (
+        isinstance(node, fx.Node)
+        and node.target is _PART.get(update.target)
+        and node.args == (update.args[0], *update.args[2:])
+        and node.kwargs == update.kwargs
+    )
+
+
+def _part_value(part: fx.Node) -> Any:
+    """The view that a slice or select makes, on the fake tensors of its arguments."""
+    args, kwargs = fx.map_arg((part.args, part.kwargs), value_of)
+    with args[0].fake_mode:
+        return part.target(*args, **kwargs)
+
+
+def inline_functionalized_ops(gm: fx.GraphModule) -> int:
+    """Turn ``auto_functionalized`` custom ops and Triton kernels back into in-place calls.
+
+    Left in the graph they would clone every tensor they write. torch's own passes do the work; if
+    they fail (they are private), the graph stays as it was, right but with the clones.
+    """
+    wanted = [n for n in gm.graph.nodes if _is_functionalized(n)]
+    if not wanted:
+        return 0
+    before = copy.deepcopy(gm.graph)
+    try:
+        _inline_with_torch(gm, fake_mode_of(gm.graph))
+    except Exception as error:
+        log.warning("%d functionalized ops keep their clones: %s", len(wanted), error)
+        gm.graph = before
+        return 0
+    return len(wanted) - sum(map(_is_functionalized, gm.graph.nodes))
+
+
+def _is_functionalized(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in (
+        "auto_functionalized",
+        "auto_functionalized_v2",
+        "triton_kernel_wrapper_functional",
+    )
+
+
+def fake_mode_of(graph: fx.Graph) -> Any:
+    """The fake mode in which the graph's values live, or None."""
+    modes = (getattr(value_of(node), "fake_mode", None) for node in graph.nodes)
+    return next((mode for mode in modes if mode is not None), None)
+
+
+def _inline_with_torch(gm: fx.GraphModule, mode: Any) -> None:
+    from torch._inductor.fx_passes import post_grad
+    from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops
+    from torch._inductor.fx_utils import FakeTensorUpdater
+    from torch._inductor.virtualized import V
+
+    with V.set_fake_mode(mode):
+        # torch 2.11 takes the graph, 2.13 the module
+        takes_module = "gm" in inspect.signature(FakeTensorUpdater).parameters
+        updater = FakeTensorUpdater(gm if takes_module else gm.graph)
+        reinplace_inplaceable_ops(updater, gm.graph)
+        post_grad.decompose_triton_kernel_wrapper_functional(gm.graph)
+        post_grad.decompose_auto_functionalized(gm.graph)
+    gm.graph.lint()
+
+
+PASSES = (inline_functionalized_ops, drop_no_ops, drop_duplicates, reinplace_updates)
+
+__all__ = [
+    "PASSES",
+    "drop_dead_code",
+    "drop_duplicates",
+    "drop_no_ops",
+    "inline_functionalized_ops",
+    "reinplace_updates",
+]

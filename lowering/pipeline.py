@@ -1,0 +1,222 @@
+"""compile_graph: the story of one graph, on one screen."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..kernels import load_ops
+from . import executor
+from .emit import EmitError, emit
+from .fuse import Fuser, base_of
+from .group import Group, Plan
+from .indexing import product
+from .ir import Value
+from .load import CompileError, Loading
+from .options import Options
+from .passes import drop_duplicates, drop_no_ops, inline_functionalized_ops, reinplace_updates
+from .render import Renderer, kernel_name
+from .schedule import needs_loop
+from .source import Source
+from .translate import Program, Translator, op_of
+
+log = logging.getLogger("gems_compile.lowering")
+
+PASSES = (
+    inline_functionalized_ops,  # custom ops that mutate, without the copies
+    drop_no_ops,  # views and casts that change nothing
+    drop_duplicates,  # the same pure call twice
+    reinplace_updates,  # a cache update writes its input instead of a copy
+)
+
+Observer = Callable[[str, Any], None]
+
+
+@dataclass
+class Report:
+    """What became of one graph; explain() and the benchmarks read it."""
+
+    label: str
+    nodes: int = 0
+    fused: int = 0  # ATen nodes inside kernels
+    kernels: int = 0  # distinct
+    launches: int = 0  # a call
+    aten_calls: int = 0  # a call
+    aten: dict[str, int] = field(default_factory=dict)  # "op: reason" -> how often
+    seconds: dict[str, float] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    plan: Plan | None = None
+    sources: list[Source] = field(default_factory=list)
+    wrapper: str = ""
+
+
+def compile_graph(
+    gm: GraphModule, inputs: Sequence[Any], options: Options, label: str = "graph",
+    observe: Observer = lambda stage, thing: None,
+) -> tuple[Callable[[list[Any]], Any], Report]:
+    """An ATen graph -> (boxed callable, report)."""
+    load_ops()
+    report, clock = Report(label), _Clock()
+    observe("aten", gm)
+    for run in PASSES:
+        run(gm)
+        observe(run.__name__, gm)
+    gm.graph.lint()
+    report.nodes = sum(n.op == "call_function" for n in gm.graph.nodes)
+    clock.lap(report, "passes")
+    device = kernel_device(gm, options)
+    deny: dict[Node, str] = {}
+    while True:
+        failed = _attempt(gm, device, deny, options, report, observe, clock)
+        if isinstance(failed, executor.Writer):
+            return _finish(failed, report, options, label, observe, clock), report
+        group, error = failed
+        _give_up(group, error, deny, options, report)
+
+
+def _attempt(
+    gm: GraphModule, device: torch.device | None, deny: dict[Node, str], options: Options,
+    report: Report, observe: Observer, clock: _Clock,
+) -> Any:
+    """The Writer with its launchers, or (the group that failed, why)."""
+    program = Translator(device, deny).run(gm.graph)
+    clock.lap(report, "translate")
+    fuser = Fuser(program, gm.graph, options.target.multiprocessors)
+    groups = fuser.run()
+    if not options.alone:
+        groups = [g for g in groups if not _leave_alone(g, program, fuser)]
+    clock.lap(report, "fuse")
+    plan = Plan(
+        executor.schedule(gm, program, groups, fuser.home, fuser.reads),
+        groups, dict(program.aten), fuser.unfused, fuser.inlined,
+    )
+    report.plan = plan
+    observe("fuse", plan)
+    sources: dict[Group, Source] = {}
+    loading: dict[Group, Loading] = {}
+    for group in groups:
+        try:
+            sources[group] = source_for(group, fuser.inlined, options)
+        except Exception as e:
+            return group, e
+        index = device.index if device.type != "cpu" else None
+        loading[group] = Loading(sources[group], options, index)
+    observe("emit", list(sources.values()))
+    clock.lap(report, "emit")
+    writer = executor.Writer(gm, program, plan, device, sources)
+    report.wrapper = writer.write()
+    clock.lap(report, "wrapper")
+    writer.launchers = {}
+    for group, kernel in loading.items():
+        try:
+            writer.launchers[group] = kernel.result()
+        except CompileError as e:
+            return group, e
+    clock.lap(report, "triton")
+    report.sources = list({s.key: s for s in sources.values()}.values())
+    return writer
+
+
+def _finish(
+    writer: executor.Writer, report: Report, options: Options, label: str, observe: Observer,
+    clock: _Clock,
+) -> Callable[[list[Any]], Any]:
+    run = executor.bind(writer, report.wrapper, writer.launchers, label)
+    plan = report.plan
+    report.fused = sum(len(g.nodes) for g in plan.groups)
+    report.kernels, report.launches = len(report.sources), writer.launches
+    report.aten_calls = writer.calls
+    for node, why in plan.aten.items():
+        key = f"{node.target}: {why}"
+        report.aten[key] = report.aten.get(key, 0) + 1
+    clock.lap(report, "bind")
+    observe("done", report)
+    return run
+
+
+def source_for(group: Group, inlined: set[Value], options: Options) -> Source:
+    """One kernel's text."""
+    rows = product(group.sizes[a] for a in group.parallel)
+    reduced = product(group.sizes[a] for a in group.reduced)
+    is_reduction = any(m.kind == "reduce" for m in group.members)
+    looped = is_reduction and needs_loop(rows, reduced, group.column)
+    body = emit(group, inlined, options.exact, looped)
+    name = kernel_name(group.members)
+    source = Renderer(body, name, options.target.multiprocessors).run()
+    source.meta["exact"] = options.exact
+    return source
+
+
+def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
+    """Give a group that is one plain ATen call back to ATen, which runs it as fast."""
+    nodes = group.nodes
+    if len(nodes) != 1 or any(m.node is None for m in group.members) or len(group.members) != 1:
+        return False
+    (member,) = group.members
+    if member.kind not in ("pointwise", "cast", "concat", "reduce"):
+        return False
+    (node,) = nodes
+    op = op_of(node.target)
+    if node.target is operator.getitem or (op is not None and op.kind == "composite"):
+        return False
+    for source in node.all_input_nodes:
+        entry = program.of.get(source)
+        for value in [entry] if isinstance(entry, Value) else []:
+            base = base_of(value)
+            if base in fuser.inlined and base.kind not in ("full", "iota"):
+                return False
+    member.kind, member.op, member.args, member.params = "buffer", None, (), None
+    program.of[node] = member
+    program.aten[node] = "alone: nothing to fuse it with"
+    del fuser.home[member]
+    return True
+
+
+def _give_up(
+    group: Group, error: Exception, deny: dict[Node, str], options: Options, report: Report
+) -> None:
+    """Let ATen run a group's nodes, once and with a warning; strict mode raises."""
+    if options.strict:
+        raise error
+    nodes = group.nodes
+    names = ", ".join(n.name for n in nodes[:6]) + (" ..." if len(nodes) > 6 else "")
+    why = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    fresh = [n for n in nodes if n not in deny]
+    if not fresh:
+        raise error
+    deny.update(dict.fromkeys(fresh, f"its kernel failed ({why})"))
+    message = f"{kernel_name(group.members)} ({names}) runs as ATen: {why}"
+    report.failures.append(message)
+    log.warning("%s", message)
+
+
+def kernel_device(gm: GraphModule, options: Options) -> torch.device:
+    """The device of the graph's kernels: the first one of the target's type that occurs."""
+    for node in gm.graph.nodes:
+        val = node.meta.get("val")
+        for tensor in val if isinstance(val, (tuple, list)) else [val]:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == options.target.device:
+                return tensor.device
+    return torch.device(options.target.device)
+
+
+class _Clock:
+    """Seconds a stage, summed over attempts."""
+
+    def __init__(self) -> None:
+        self.at = time.perf_counter()
+
+    def lap(self, report: Report, stage: str) -> None:
+        now = time.perf_counter()
+        report.seconds[stage] = report.seconds.get(stage, 0.0) + now - self.at
+        self.at = now
+
+
+__all__ = ["EmitError", "Report", "compile_graph", "source_for"]

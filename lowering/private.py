@@ -1,0 +1,120 @@
+"""The one place that touches private interfaces of torch.
+
+Checked on torch 2.11.0 (CUDA) and 2.13.0 (CPU). Every use degrades to something slower.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from .source import Source
+
+log = logging.getLogger("gems_compile.lowering.private")
+
+
+def static_launcher(
+    source: Source, record: dict[str, Any], path: str, device: int | None
+) -> Callable[..., None]:
+    """A launch function (x, y, z, stream, *args) for a compiled binary.
+
+    Through torch's statically launched kernels where they exist; else through Triton's JIT.
+    """
+    try:
+        from torch._inductor.runtime.static_triton_launcher import StaticallyLaunchedCudaKernel
+
+        kernel = StaticallyLaunchedCudaKernel(_as_compiled(source, record))
+        kernel.load_kernel(device or 0)
+        return _direct(kernel)
+    except Exception as e:
+        log.info("no static launcher for %s (%s); Triton's own is used", source.name, e)
+        return jit_launcher(source, path)
+
+
+def _as_compiled(source: Source, record: dict[str, Any]) -> Any:
+    """What StaticallyLaunchedCudaKernel reads of a Triton CompiledKernel."""
+    meta = source.meta
+    names = [*meta["signature"], *meta["constants"]]
+    signature = {**meta["signature"], **dict.fromkeys(meta["constants"], "constexpr")}
+    params = [
+        SimpleNamespace(num=k, name=n, is_constexpr=n in meta["constants"])
+        for k, n in enumerate(names)
+    ]
+    # A name of its own for every binary: torch keys loaded modules by it.
+    function = SimpleNamespace(__name__=record["name"], arg_names=names, params=params)
+    src = SimpleNamespace(
+        fn=function, signature=signature,
+        constants={(names.index(n),): c for n, c in meta["constants"].items()},
+    )
+    facts = SimpleNamespace(num_warps=record["num_warps"], shared=record["shared"],
+                            num_ctas=record["num_ctas"])
+    for key in ("global_scratch_size", "profile_scratch_size"):
+        if record[key] is not None:
+            setattr(facts, key, record[key])
+    return SimpleNamespace(src=src, metadata=facts, hash=record["hash"], shared=record["shared"],
+                           _cubin_path=record["path"])
+
+
+def _direct(kernel: Any) -> Callable[..., None]:
+    """The kernel's own C launch with everything constant bound."""
+    scratch = int(kernel.has_global_scratch) + int(kernel.has_profile_scratch)
+    if torch.version.hip is not None:
+        return kernel.run
+    types = kernel.arg_tys + "O" * scratch
+    launch, function = kernel.C_impl._launch_kernel, kernel.function
+    warps, shared, nothing = kernel.num_warps, kernel.shared, (None,) * scratch
+
+    def run(x: int, y: int, z: int, stream: int, *args: Any) -> None:
+        launch(function, x, y, z, warps, shared, types, args + nothing, stream)
+
+    run.kernel = kernel  # type: ignore[attr-defined]  # keeps the module loaded
+    return run
+
+
+def jit_launcher(source: Source, path: str) -> Callable[..., None]:
+    from .worker import load_module
+
+    function = getattr(load_module(path), source.meta["name"])
+    constants, warps = source.meta["constants"], source.meta["num_warps"]
+
+    def launch(x: int, y: int, z: int, stream: Any, *args: Any) -> None:
+        function[(x, y, z)](*args, **constants, num_warps=warps, num_stages=1,
+                            enable_fp_fusion=not source.meta["exact"])
+
+    return launch
+
+
+def allocator(device: torch.device) -> Callable[..., torch.Tensor]:
+    """(size, stride, dtype) -> an uninitialised tensor on the device, as cheaply as there is."""
+    guards = getattr(torch._C._dynamo, "guards", None)
+    quick = getattr(guards, f"_empty_strided_{device.type}", None)
+    if quick is not None:
+        return quick
+    return lambda size, stride, dtype: torch.empty_strided(
+        size, stride, dtype=dtype, device=device
+    )
+
+
+def reinterpreter() -> Callable[..., torch.Tensor]:
+    """(tensor, size, stride, offset from the tensor's own) -> a view, without dispatch."""
+    quick = getattr(getattr(torch._C._dynamo, "guards", None), "_reinterpret_tensor", None)
+    if quick is not None:
+        return quick
+    return lambda t, size, stride, offset: t.as_strided(size, stride, t.storage_offset() + offset)
+
+
+def current_stream(device: int) -> Callable[[], int]:
+    if hasattr(torch._C, "_cuda_getCurrentRawStream"):
+        return lambda: torch._C._cuda_getCurrentRawStream(device)
+    return lambda: torch.cuda.current_stream(device).cuda_stream
+
+
+def static_inputs() -> set[int]:
+    """Places of the graph's inputs whose addresses do not change (parameters and buffers)."""
+    context = torch._guards.TracingContext.try_get()
+    metadata = getattr(context, "fw_metadata", None)
+    return set(getattr(metadata, "static_input_indices", None) or ())

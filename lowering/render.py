@@ -1,0 +1,428 @@
+"""Instructions -> the text of a Triton kernel: loop order, tiles, masks, addresses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from .emit import REDUCTIONS, Body, Instr, identity
+from .indexing import Index, Size, is_static, product, quotient, simplify
+from .ir import SIXTEEN_BIT, Value
+from .schedule import Tile, column_tile, pointwise_tile, row_tile, transpose_tile
+from .source import POINTER, Lines, Source
+
+HEADER = "import triton\nimport triton.language as tl\n"
+LIMIT_32 = 2**31 - 1
+
+
+class Renderer:
+    def __init__(self, body: Body, name: str, multiprocessors: int) -> None:
+        self.body, self.name = body, name
+        self.group = body.group
+        self.multiprocessors = multiprocessors
+        self.sizes: dict[str, Size] = {a: self.group.size(a) for a in self.group.domain}
+        self.merged: dict[str, str | None] = {}  # atom -> atom it became, None when it vanished
+        self.lines = Lines()
+        self.parallel = self._order(self.group.parallel)
+        self.reduced = list(self.group.reduced)
+        self._collapse(self.parallel)
+        self._collapse(self.reduced)
+        self.rank = 2 if self.reduced or self.group.reduced or self._is_reduction() else 1
+        self.wide64 = self._needs_int64()
+        self.square: tuple[str, str] | None = None  # (x atom, y atom) of a 2-D pointwise tile
+        self.tile = self._choose_tile()
+
+    def _is_reduction(self) -> bool:
+        return any(m.kind == "reduce" for m in self.group.members)
+
+    # loop order --------------------------------------------------------------------------------
+
+    def _instrs(self) -> list[Instr]:
+        return [i for section in self.body.sections.values() for i in section]
+
+    def _indices(self) -> list[Index]:
+        found = [x for i in self._instrs() for x in i.indices]
+        return found + [index for _, index, _ in self.body.derived.values()]
+
+    def _order(self, atoms: Sequence[str]) -> list[str]:
+        """Outermost first, by the strides of the first output that has all of them."""
+        for instr in self._instrs():
+            if instr.kind == "store":
+                strides = dict(instr.indices[0].terms)
+                if all(type(strides.get(a)) is int for a in atoms):
+                    return sorted(atoms, key=lambda a: -strides[a])
+        return list(atoms)
+
+    def _collapse(self, atoms: list[str]) -> None:
+        """Join neighbouring atoms that every address runs through as one."""
+        k = len(atoms) - 1
+        while k > 0:
+            outer, inner = atoms[k - 1], atoms[k]
+            step = self.sizes[inner]
+            if all(
+                i.coefficient(outer) == simplify(i.coefficient(inner) * step)
+                for i in self._live_indices()
+            ):
+                self.sizes[inner] = simplify(self.sizes[outer] * step)
+                self.merged[outer] = None
+                del atoms[k - 1]
+            k -= 1
+
+    def _live_indices(self) -> list[Index]:
+        if not hasattr(self, "_known_indices"):
+            self._known_indices = list(dict.fromkeys(self._indices()))
+        return self._known_indices
+
+    # tiles ---------------------------------------------------------------------------------------
+
+    def _choose_tile(self) -> Tile:
+        rows = product(self.sizes[a] for a in self.parallel)
+        reduced = product(self.sizes[a] for a in self.reduced)
+        if self.rank == 1:
+            self.square = self._transposed()
+            if self.square is not None:
+                x, y = (self.sizes[a] for a in self.square)
+                return transpose_tile(x, y)
+            return pointwise_tile(rows, self.multiprocessors)
+        if self.group.column:
+            return column_tile(rows, reduced, self.body.looped)
+        loads = len({i.text for i in self._instrs() if i.kind == "load"})
+        return row_tile(rows, reduced, loads, self.body.looped, self.multiprocessors)
+
+    def _transposed(self) -> tuple[str, str] | None:
+        """The axes along which the output and some operand are contiguous, when they differ."""
+        if len(self.parallel) < 2 or not is_static(*(self.sizes[a] for a in self.parallel)):
+            return None
+        x = self.parallel[-1]
+        stores = [i for i in self._instrs() if i.kind == "store"]
+        if not all(i.indices[0].coefficient(x) == 1 for i in stores) or self.sizes[x] < 8:
+            return None
+        for instr in self._instrs():
+            if instr.kind != "load":
+                continue
+            index = instr.indices[0]
+            along = index.coefficient(x)
+            for y in self.parallel[:-1]:
+                if index.coefficient(y) == 1 and along not in (0, 1) and self.sizes[y] >= 8:
+                    return x, y
+        return None
+
+    def _needs_int64(self) -> bool:
+        for instr in self._instrs():
+            if instr.kind in ("load", "store"):
+                top = instr.indices[0].const
+                for atom, c in instr.indices[0].terms:
+                    if atom not in self.group.sizes:
+                        if atom in self.body.derived:
+                            continue
+                        base = self._param(instr.text)
+                        reach = product(base.shape) if isinstance(base, Value) else 0
+                        top = top + (reach if is_static(reach) else LIMIT_32)
+                        continue
+                    top = top + abs(c) * (self.group.size(atom) - 1)
+                if not is_static(top) or top > LIMIT_32:
+                    return True
+        total = product(self.sizes[a] for a in (*self.parallel, *self.reduced))
+        return not is_static(total) or total > LIMIT_32
+
+    def _param(self, name: str) -> object:
+        return next((what for n, _, what in self.body.params if n == name), None)
+
+    # text ------------------------------------------------------------------------------------------
+
+    def run(self) -> Source:
+        grid = self._prologue()
+        self._sections()
+        names = [n for n, _, _ in self.body.params]
+        constants = {"XBLOCK": self.tile.x}
+        if self.rank == 2:
+            constants["RBLOCK"] = self.tile.r
+        elif self.square is not None:
+            constants["YBLOCK"] = self.tile.r
+        signature = {n: self._type(role, what) for n, role, what in self.body.params}
+        meta = {
+            "name": self.name, "signature": signature, "constants": constants,
+            "num_warps": self.tile.warps,
+        }
+        modules = ", ".join(sorted(self.body.modules))
+        imports = f"\nfrom gems_compile.kernels import {modules}\n" if modules else ""
+        params = ", ".join([*names, *(f"{c}: tl.constexpr" for c in constants)])
+        head = f"{HEADER}{imports}\n\n@triton.jit\ndef {self.name}({params}):\n"
+        return Source(
+            self.name, head + "\n".join(self.lines.clean) + "\n",
+            head + "\n".join(self.lines.commented) + "\n", self.body.params, grid, meta,
+        )
+
+    def _type(self, role: str, what: object) -> str:
+        return "i64" if role == "size" else POINTER[what.dtype]  # type: ignore[attr-defined]
+
+    def _prologue(self) -> Size:
+        """Program ids -> x (and y), their masks and the atoms; returns the grid."""
+        self.lines.depth = 1
+        add, x = self.lines.add, self.tile.x
+        pid = "tl.program_id(0).to(tl.int64)" if self.wide64 else "tl.program_id(0)"
+        rows = product(self.sizes[a] for a in self.parallel)
+        self.xmask = self.ymask = self.rmask = None
+        self.defined: set[str] = set()
+        if self.square is not None:
+            return self._square_prologue(pid)
+        column = "[:, None]" if self.rank == 2 else ""
+        add(f"x = {pid} * XBLOCK + tl.arange(0, XBLOCK){column}")
+        if not (is_static(rows) and rows % x == 0):
+            add(f"xmask = x < {self.body_size(rows)}")
+            self.xmask = "xmask"
+        self._unravel("x", self.parallel)
+        if self.rank == 2 and not self.body.looped:
+            add("r = tl.arange(0, RBLOCK)[None, :]")
+            self._reduced_vars()
+        return -(-rows // x) if is_static(rows) else _ceil_div(rows, x)
+
+    def _square_prologue(self, pid: str) -> Size:
+        add = self.lines.add
+        ax, ay = self.square
+        nx = -(-self.sizes[ax] // self.tile.x)
+        ny = -(-self.sizes[ay] // self.tile.r)
+        rest = [a for a in self.parallel if a not in self.square]
+        add(f"pid = {pid}")
+        add(f"x = (pid % {nx}) * XBLOCK + tl.arange(0, XBLOCK)[None, :]")
+        add(f"y = (pid // {nx} % {ny}) * YBLOCK + tl.arange(0, YBLOCK)[:, None]")
+        for var, atom, block in (("x", ax, self.tile.x), ("y", ay, self.tile.r)):
+            if self.sizes[atom] % block:
+                add(f"{var}mask = {var} < {self.sizes[atom]}")
+                setattr(self, f"{var}mask", f"{var}mask")
+            add(f"{atom} = {var}")
+        if rest:
+            add(f"z = pid // {nx * ny}")
+            self._unravel("z", rest)
+        return nx * ny * product(self.sizes[a] for a in rest)
+
+    def _unravel(self, var: str, atoms: Sequence[str]) -> None:
+        """Define the atoms as the digits of ``var``."""
+        inner: Size = 1
+        for place, atom in enumerate(reversed(atoms)):
+            text = var if inner == 1 and is_static(inner) else f"({var} // {self.body_size(inner)})"
+            if place < len(atoms) - 1:
+                text = f"{text} % {self.body_size(self.sizes[atom])}"
+            self.lines.add(f"{atom} = {text}")
+            inner = simplify(inner * self.sizes[atom])
+
+    def _reduced_vars(self) -> None:
+        length = product(self.sizes[a] for a in self.reduced)
+        if not (is_static(length) and length % self.tile.r == 0):
+            self.lines.add(f"rmask = r < {self.body_size(length)}")
+            self.rmask = "rmask"
+        self._unravel("r", self.reduced)
+
+    def body_size(self, size: Size) -> str:
+        if is_static(size):
+            return str(size)
+        for name, role, what in self.body.params:
+            if role == "size" and what == size:
+                return name
+        name = f"ks{sum(role == 'size' for _, role, _ in self.body.params)}"
+        self.body.params.append((name, "size", size))
+        return name
+
+    def _sections(self) -> None:
+        top = max((level for _, level in self.body.sections), default=0)
+        for level in range(top + 1):
+            for instr in self.body.sections.get(("row", level), ()):
+                self._instr(instr)
+            steps = self.body.sections.get(("loop", level))
+            if steps:
+                self._loop(steps)
+
+    def _loop(self, steps: list[Instr]) -> None:
+        length = product(self.sizes[a] for a in self.reduced)
+        outside = set(self.defined)
+        self.lines.add(f"for start in range(0, {self.body_size(length)}, RBLOCK):")
+        self.lines.depth += 1
+        start = "start.to(tl.int64)" if self.wide64 and not is_static(length) else "start"
+        self.lines.add(f"r = {start} + tl.arange(0, RBLOCK)[None, :]")
+        self._reduced_vars()
+        for instr in steps:
+            self._instr(instr)
+        self.lines.depth -= 1
+        self.defined = outside
+
+    def _instr(self, instr: Instr) -> None:
+        for index in instr.indices:
+            self._define(index)
+        getattr(self, f"_{instr.kind}")(instr)
+
+    def _define(self, index: Index) -> None:
+        """Emit the derived atoms an index needs."""
+        for atom in index.atoms:
+            if atom in self.body.derived and atom not in self.defined:
+                kind, inner, divisor = self.body.derived[atom]
+                self._define(inner)
+                self.lines.add(f"{atom} = ({self.index(inner)}) {kind} {self.body_size(divisor)}")
+                self.defined.add(atom)
+
+    def index(self, index: Index) -> str:
+        parts = []
+        for atom, c in index.terms:
+            if atom in self.merged:
+                continue
+            unit = is_static(c) and c == 1
+            parts.append(atom if unit else f"{atom} * {self.body_size(c)}")
+        if not (is_static(index.const) and index.const == 0):
+            parts.append(self.body_size(index.const))
+        return " + ".join(parts) or "0"
+
+    # instructions ------------------------------------------------------------------------------------
+
+    def _line(self, instr: Instr) -> None:
+        text = instr.text
+        for k, index in enumerate(instr.indices):
+            text = text.replace(f"{{i{k}}}", self._coordinate(index))
+        text = text.replace("{ones}", "1, 1" if self._two_dims else "1")
+        self.lines.add(f"{instr.out} = {text}", instr.comment)
+
+    @property
+    def _two_dims(self) -> bool:
+        return self.rank == 2 or self.square is not None
+
+    def _coordinate(self, index: Index) -> str:
+        """An index as a tile of numbers (never a bare literal)."""
+        text = self.index(index)
+        return f"(x * 0 + {text})" if not index.atoms else f"({text})"
+
+    def _load(self, instr: Instr) -> None:
+        index = instr.indices[0]
+        wide = any(self._varies(a) for a in index.atoms) or instr.cond in self.body.wide
+        pointer = self.index(index)
+        masks = self._masks(index, wide)
+        if instr.cond is not None:
+            masks.append(instr.cond)
+            pointer += self._missing(index, wide)
+        mask = f", mask={' & '.join(masks)}, other=0" if masks else ""
+        text = f"tl.load({instr.text} + ({pointer}){mask})"
+        if instr.dtype in SIXTEEN_BIT:
+            text += ".to(tl.float32)"
+        self.lines.add(f"{instr.out} = {text}")
+
+    def _varies(self, atom: str) -> bool:
+        return atom in self.group.reduced or atom in self.body.wide
+
+    def _masks(self, index: Index, wide: bool) -> list[str]:
+        across = self._spans(index)
+        masks = []
+        if self.xmask and (across["x"] or across["other"]):
+            masks.append(self.xmask)
+        if self.ymask and (across["y"] or across["other"]):
+            masks.append(self.ymask)
+        if self.rmask and wide:
+            masks.append(self.rmask)
+        return masks
+
+    def _spans(self, index: Index) -> dict[str, bool]:
+        """Which tile axes an index moves along; "other" for registers and derived atoms."""
+        out = {"x": False, "y": False, "other": False}
+        for atom in index.atoms:
+            if atom in self.merged:
+                continue
+            if self.square is not None and atom in self.square:
+                out["x" if atom == self.square[0] else "y"] = True
+            elif atom in self.parallel:
+                out["x"] = out["x"] or self.square is None
+            elif atom not in self.reduced:
+                out["other"] = True
+        return out
+
+    def _missing(self, index: Index, wide: bool) -> str:
+        """Zero terms that give an address the whole tile's shape."""
+        across = self._spans(index)
+        out = "" if across["x"] else " + x * 0"
+        if self.square is not None and not across["y"]:
+            out += " + y * 0"
+        if wide and not any(a in self.reduced for a in index.atoms):
+            out += " + r * 0"
+        return out
+
+    def _store(self, instr: Instr) -> None:
+        index, wide = instr.indices[0], instr.cond == "wide"
+        pointer = self.index(index) + self._missing(index, wide)
+        masks = [m for m in (self.xmask, self.ymask, self.rmask if wide else None) if m]
+        mask = f", mask={' & '.join(masks)}" if masks else ""
+        self.lines.add(f"tl.store({instr.text} + ({pointer}), {instr.out}{mask})")
+
+    def _begin(self, instr: Instr) -> None:
+        if not self.body.looped:
+            return
+        shape, op = "[XBLOCK, RBLOCK]", instr.text
+        dtype = "int1" if instr.dtype == "bool" else instr.dtype
+        start = identity(op, instr.dtype)
+        self.lines.add(f"acc_{instr.out} = tl.full({shape}, {start}, tl.{dtype})")
+        if op in ("argmax", "argmin"):
+            self.lines.add(f"at_{instr.out} = tl.full({shape}, {2**62}, tl.int64)")
+        if op == "logsumexp":
+            self.lines.add(f"sum_{instr.out} = tl.full({shape}, 0, tl.{dtype})")
+
+    def _step(self, instr: Instr) -> None:
+        add, out, op = self.lines.add, instr.out, instr.text
+        x, acc = f"x_{out}", f"acc_{out}"
+        add(f"{x} = tl.broadcast_to({instr.cond}, [XBLOCK, RBLOCK])")
+        if op in ("argmax", "argmin"):
+            self._argbest_step(instr)
+            return
+        ident = identity(op, instr.dtype)
+        if self.rmask:
+            if instr.dtype == "bool":
+                add(f"{x} = {x} & {self.rmask}" if op == "any" else f"{x} = {x} | ({self.rmask} == 0)")
+            else:
+                add(f"{x} = tl.where({self.rmask}, {x}, {ident})")
+        if not self.body.looped:
+            return
+        if op == "logsumexp":
+            add(f"{acc}, sum_{out} = reductions.running_logsumexp({acc}, sum_{out}, {x})")
+        else:
+            add(f"{acc} = {REDUCTIONS[op][0].format(acc, x)}")
+
+    def _argbest_step(self, instr: Instr) -> None:
+        add, out = self.lines.add, instr.out
+        x, at, largest = f"x_{out}", f"at_{out}", instr.text == "argmax"
+        place = f"tl.broadcast_to({self._coordinate(instr.indices[0])}, [XBLOCK, RBLOCK])"
+        add(f"place_{out} = ({place}).to(tl.int64)")
+        if self.rmask:
+            add(f"place_{out} = tl.where({self.rmask}, place_{out}, {2**62})")
+        if self.body.looped:
+            better = f"reductions.beats({x}, acc_{out}, {largest}) | ({at} == {2**62})"
+            add(f"better_{out} = ({better}) & (place_{out} < {2**62})")
+            add(f"acc_{out} = tl.where(better_{out}, {x}, acc_{out})")
+            add(f"{at} = tl.where(better_{out}, place_{out}, {at})")
+
+    def _end(self, instr: Instr) -> None:
+        add, out, op = self.lines.add, instr.out, instr.text
+        looped = self.body.looped
+        if op in ("argmax", "argmin"):
+            x, at = (f"acc_{out}", f"at_{out}") if looped else (f"x_{out}", f"place_{out}")
+            add(f"{out} = reductions.row_argbest({x}, {at}, {op == 'argmax'})")
+        elif op == "logsumexp":
+            m, s = (f"acc_{out}", f"sum_{out}") if looped else (f"x_{out}", f"x_{out} * 0 + 1")
+            if not looped:
+                s = f"tl.full([XBLOCK, RBLOCK], 1, tl.{instr.dtype})"
+            add(f"{out} = reductions.row_logsumexp({m}, {s})")
+        else:
+            add(f"{out} = {REDUCTIONS[op][3]}({'acc' if looped else 'x'}_{out})")
+
+
+def _ceil_div(size: Size, block: int) -> Size:
+    """ceil(size / block) for a symbolic size, as a sympy floor division."""
+    from torch.utils._sympy.functions import FloorDiv
+
+    return FloorDiv(size + (block - 1), block)
+
+
+def kernel_name(group_members: Sequence[Value]) -> str:
+    words: list[str] = []
+    for m in group_members:
+        node = m.node
+        word = getattr(getattr(node, "target", None), "_opname", None) or m.op or m.kind
+        word = re.sub(r"\W", "_", str(word)).strip("_")
+        if word not in words and word not in ("view", "to_copy", "cast", "clone"):
+            words.append(word)
+    return "fused_" + ("_".join(words)[:56].strip("_") or "copy")
+
+
+__all__ = ["Renderer", "kernel_name", "quotient"]

@@ -1,0 +1,70 @@
+"""Tile shapes and warps, in closed form: no benchmark runs while a model compiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .indexing import Size, is_static
+
+#: the longest row that is held in registers
+MAX_PERSISTENT = 16384
+#: elements of a column reduction held in registers by one program
+MAX_COLUMN_TILE = 8192
+
+
+@dataclass(frozen=True)
+class Tile:
+    x: int
+    r: int = 1  # rows of a pointwise 2-D tile, or the reduced extent
+    warps: int = 4
+
+
+def power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def needs_loop(rows: Size, reduced: Size, column: bool) -> bool:
+    """Whether a reduction runs over its row in steps."""
+    if not is_static(reduced):
+        return True
+    if column:
+        columns = min(64, power_of_two(rows)) if is_static(rows) else 64
+        return columns * power_of_two(reduced) > MAX_COLUMN_TILE
+    return power_of_two(reduced) > MAX_PERSISTENT
+
+
+def pointwise_tile(numel: Size, multiprocessors: int) -> Tile:
+    if not is_static(numel):
+        return Tile(1024)
+    if numel >= 1024 * 4 * multiprocessors:
+        return Tile(1024)
+    block = max(64, min(1024, power_of_two(numel // max(1, 2 * multiprocessors))))
+    return Tile(block, warps=max(1, min(4, block // 64)))
+
+
+def transpose_tile(x: int, y: int) -> Tile:
+    """x, y: how long the two axes are along which the operands are contiguous."""
+    across, down = min(64, power_of_two(x)), min(64, power_of_two(y))
+    return Tile(across, down, warps=max(1, min(8, across * down // 512)))
+
+
+def row_tile(rows: Size, reduced: Size, loads: int, looped: bool, multiprocessors: int) -> Tile:
+    if looped:
+        if is_static(reduced):
+            return Tile(1, min(4096, power_of_two(reduced)), warps=8)
+        return Tile(1, 1024, warps=4)
+    length = power_of_two(reduced)
+    together = max(1, 2048 // length)
+    if is_static(rows):
+        while together > 1 and rows // together < 4 * multiprocessors:
+            together //= 2
+        together = min(together, power_of_two(rows))
+    per_thread = 16 if loads <= 4 else 8
+    warps = max(1, min(16, together * length // (32 * per_thread)))
+    return Tile(together, length, warps)
+
+
+def column_tile(columns: Size, reduced: Size, looped: bool) -> Tile:
+    across = min(64, power_of_two(columns)) if is_static(columns) else 64
+    down = max(1, 4096 // across) if looped else power_of_two(reduced)
+    return Tile(across, down, warps=max(1, min(8, across * down // 512)))

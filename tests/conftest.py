@@ -1,0 +1,69 @@
+"""Run on a GPU when there is one, else through Triton's interpreter; `torch.empty` holds NaN."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # triton reads it once, when it is first imported, and torch._dynamo imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import atexit
+import importlib.util
+import shutil
+import tempfile
+
+import pytest
+
+os.environ.setdefault("GEMS_STRICT", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+if "GEMS_CACHE_DIR" not in os.environ:  # xdist's workers inherit the first process's folder
+    os.environ["GEMS_CACHE_DIR"] = tempfile.mkdtemp(prefix="gems-tests-")
+    atexit.register(shutil.rmtree, os.environ["GEMS_CACHE_DIR"], ignore_errors=True)
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("gems_compile"):
+    try:
+        interpreter = importlib.import_module("gems_compile.kernels.interpreter")
+    except ModuleNotFoundError as missing:
+        if missing.name != "gems_compile.kernels.interpreter":
+            raise
+    else:
+        interpreter.repair()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for text in (
+        "ignore:.*does not have a deterministic implementation.*:UserWarning",
+        "ignore:.*Deterministic behavior was enabled.*:UserWarning",
+    ):
+        config.addinivalue_line("filterwarnings", text)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a GPU")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state():
+    """No compiled code and no random state of an earlier test; memory nobody wrote reads as NaN.
+
+    `fill_uninitialized_memory` works below Python (so for `empty_strided` and `new_empty` of any
+    caller), but only while deterministic algorithms are on.
+    """
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    before = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.set_deterministic_debug_mode(before)
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
