@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._dynamo.backends.common import aot_autograd
@@ -18,22 +19,31 @@ from .lowering.decompose import decompositions
 from .lowering.options import Options
 from .lowering.pipeline import Report, compile_graph
 
+if TYPE_CHECKING:
+    from .dump import Session
+
 log = logging.getLogger(__name__)
 
-_reports: list[Report] = []
 _told: set[str] = set()
 
 
 def reports() -> list[Report]:
     """What became of every graph compiled in this process, oldest first."""
-    return list(_reports)
+    return list(gems.reports)
 
 
 class Gems:
-    """The backend object: ``torch.compile(model, backend=gems)``, or ``backend="gems"``."""
+    """The backend object: ``torch.compile(model, backend=gems)``, or ``backend="gems"``.
+
+    ``reports`` tells what became of each graph compiled through this object, oldest first.
+    """
 
     compiler_name = "gems"
     __name__ = "gems"
+
+    def __init__(self) -> None:
+        self.reports: list[Report] = []
+        self.graphs = count()
 
     def __call__(
         self, gm: GraphModule, inputs: Sequence[Any], *, mode: str | None = None,
@@ -47,11 +57,12 @@ class Gems:
                 gm, inputs
             )
         load_ops()
-        return _compile(gm, inputs, config, target)
+        return _compile(gm, inputs, config, target, self)
 
     def reset(self) -> None:
         """``torch._dynamo.reset()`` calls this."""
-        _reports.clear()
+        self.reports.clear()
+        self.graphs = count()
 
     def __repr__(self) -> str:
         return "<backend gems>"
@@ -60,27 +71,56 @@ class Gems:
 gems = Gems()
 
 
-def _compile(gm: GraphModule, inputs: Sequence[Any], config: Config, target: Any) -> Any:
+def _compile(
+    gm: GraphModule, inputs: Sequence[Any], config: Config, target: Any, owner: Gems
+) -> Any:
     options = lowering_options(config, target)
     if target.name != "interpreter":
         from .lowering.load import pool
 
         pool(options.threads)  # workers start while AOTAutograd traces
-    if config.rewrites:
-        from .lowering.rewrite import rewrite_dynamo_graph
+    session = _dump_session(config)
+    rewrites = _rewrite(gm, session) if config.rewrites else None
+    number = next(owner.graphs)
 
-        rewrite_dynamo_graph(gm)
-    compilers = {
-        kind: _compiler(kind, config, options) for kind in ("forward", "backward", "inference")
-    }
+    def compiler(kind: str) -> Callable[..., Any]:
+        def compile_one(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            report = Report(f"{len(owner.reports)}_{kind}")
+            report.graph, report.kind, report.rewrites = number, kind, rewrites
+            run, report = _compile_one(gm, inputs, options, report, session)
+            owner.reports.append(report)
+            return run
+
+        return compile_one
+
     return aot_autograd(
-        fw_compiler=compilers["forward"],
-        bw_compiler=compilers["backward"],
-        inference_compiler=compilers["inference"],
+        fw_compiler=compiler("forward"),
+        bw_compiler=compiler("backward"),
+        inference_compiler=compiler("inference"),
         decompositions=decompositions,
         partition_fn=min_cut_rematerialization_partition,
         keep_inference_input_mutations=True,
     )(gm, inputs)
+
+
+def _dump_session(config: Config) -> Session | None:
+    if config.dump is None:
+        return None
+    from .dump import Session
+
+    return Session(config.dump)
+
+
+def _rewrite(gm: GraphModule, session: Session | None) -> Any:
+    """Rewrite Dynamo's graph in place; the RewriteLog."""
+    from .lowering.rewrite import rewrite_dynamo_graph
+
+    if session is not None:
+        session.dynamo(gm, "dynamo.txt")
+    rewrites = rewrite_dynamo_graph(gm)
+    if session is not None and rewrites.fired:
+        session.dynamo(gm, "dynamo_rewritten.txt")
+    return rewrites
 
 
 def lowering_options(config: Config, target: Any) -> Options:
@@ -90,21 +130,26 @@ def lowering_options(config: Config, target: Any) -> Options:
     )
 
 
-def _compiler(kind: str, config: Config, options: Options) -> Callable[..., Any]:
-    def compile_one(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        label = f"{len(_reports)}_{kind}"
-        try:
-            run, report = compile_graph(gm, inputs, options, label)
-        except Exception as e:
-            if options.strict:
-                raise
-            log.warning("graph %s runs as ATen: %s: %s", label, type(e).__name__, e)
-            _reports.append(Report(label, failures=[f"{type(e).__name__}: {e}"]))
-            return run_as_aten(gm, inputs)
-        _reports.append(report)
-        return run
-
-    return compile_one
+def _compile_one(
+    gm: GraphModule, inputs: Sequence[Any], options: Options, head: Report, session: Session | None
+) -> tuple[Callable[..., Any], Report]:
+    """One ATen graph -> (boxed callable, report); ``head`` is the report before the compile."""
+    dump = session.start(head.kind) if session is not None else None
+    observe = {"observe": dump.observe} if dump is not None else {}
+    try:
+        run, report = compile_graph(gm, inputs, options, head.label, **observe)
+    except Exception as e:
+        if dump is not None:
+            dump.failed(e)
+        if options.strict:
+            raise
+        log.warning("graph %s runs as ATen: %s: %s", head.label, type(e).__name__, e)
+        run, report = run_as_aten(gm, inputs), head
+        report.failures.append(f"{type(e).__name__}: {e}")
+    report.graph, report.kind, report.rewrites = head.graph, head.kind, head.rewrites
+    if dump is not None:
+        dump.finish(report)
+    return run, report
 
 
 def run_as_aten(gm: GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:

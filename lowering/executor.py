@@ -60,6 +60,7 @@ class Writer:
         self.lines: list[str] = []
         self.uses: dict[str, int] = {}  # variable -> last line that uses it
         self.symbols: dict[str, str] = {}  # symbol or whole expression -> text
+        self.kept = {"seed"}  # variables that are not tensors to free
         self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.kernels: list[tuple[str, Group]] = []
         self.launches = 0
@@ -196,6 +197,7 @@ class Writer:
         val, name = node.meta.get("val"), self.names[node]
         if isinstance(val, torch.SymInt):
             self.symbols.setdefault(str(size_of(val)), name)
+            self.kept.add(name)
         elif isinstance(val, torch.Tensor) and val.layout == torch.strided:
             for k, s in enumerate(val.shape):
                 if isinstance(s, torch.SymInt):
@@ -254,15 +256,19 @@ class Writer:
         val = node.meta.get("val")
         if isinstance(val, torch.SymInt) and not is_static(size_of(val)):
             self.symbols.setdefault(str(size_of(val)), name)
+            self.kept.add(name)
 
     def _alias(self, node: Node) -> None:
         value = self.program.of.get(node)
-        if isinstance(value, Value) and value.kind != "view":
-            self.names[value] = self.names[node]
+        if isinstance(value, Value):
+            base = base_of(value)
+            if base is value or (base.kind == "buffer" and base.node is node):
+                self.names[base] = self.names[node]
 
     def _settle(self, node: Node, name: str) -> None:
         """Check the layout of an ATen result that addresses are computed for."""
         value, val = self.program.of.get(node), node.meta.get("val")
+        value = base_of(value) if isinstance(value, Value) else value
         if not isinstance(value, Value) or value.op == "opaque" or value.kind == "full":
             return
         if not isinstance(val, torch.Tensor) or val.device != self.device:
@@ -271,7 +277,8 @@ class Writer:
         if getattr(target, "_opname", None) in TRUSTED:
             return
         if self._read_by_kernel(value) or value in self.viewed:
-            self.add(f"{name} = settle({name}, {self.sizes(value.strides)})")
+            strides = [size_of(s) for s in val.stride()]
+            self.add(f"{name} = settle({name}, {self.sizes(strides)})")
 
     @property
     def viewed(self) -> set[Value]:
@@ -293,7 +300,7 @@ class Writer:
         """Put a ``del`` behind every variable's last use."""
         dead: dict[int, list[str]] = {}
         for name, last in self.uses.items():
-            if last < len(self.lines) - 1 and name != "seed" and name not in self.constants:
+            if last < len(self.lines) - 1 and name not in self.kept and name not in self.constants:
                 dead.setdefault(last, []).append(name)
         body = []
         for k, line in enumerate(self.lines):

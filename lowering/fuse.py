@@ -39,7 +39,7 @@ class Fuser:
         self.upstream: dict[Value, int] = {}  # value -> bitset of groups it waits for
         self.unfused: list[tuple[Value, Value, str]] = []
         self.readers, self.escapes = find_readers(program, graph)
-        self.waits = order_edges(program, graph)
+        self.waits, self.written = order_edges(program, graph)
         self.inlined: set[Value] = set()
         self._choose_inlined()
         self.column_feeds = self._find_column_feeds()
@@ -52,7 +52,9 @@ class Fuser:
             if v.kind in CONSTANT:
                 self.inlined.add(v)
                 cost[v] = 0
-            elif v.kind in ("pointwise", "cast", "concat") and v not in self.escapes:
+            elif v.kind in ("pointwise", "cast", "concat") and v not in self.escapes and not (
+                v in self.waits or any(base_of(a) in self.written for a in v.inputs)
+            ):
                 own = 4 if v.op in HEAVY else 1
                 inputs = [base_of(a) for a in v.inputs]
                 cost[v] = own + sum(cost[a] for a in inputs if a in self.inlined)
@@ -292,6 +294,8 @@ class Fuser:
             return "two column reductions"
         if len(one.members) + len(two.members) > MAX_MEMBERS:
             return f"together they have more than {MAX_MEMBERS} members"
+        if self._only_feeds(one) != self._only_feeds(two):
+            return "one of them is for a column reduction, which runs in its own kernel"
         frame = frame_for(two, v)
         own = one.frame(v.args[0] if v.kind == "reduce" else v)
         if frame is None or own is None:
@@ -509,8 +513,8 @@ def _flatten(entry: Any) -> list[Value]:
     return []
 
 
-def order_edges(program: Program, graph: Any) -> dict[Value, list[Value]]:
-    """What each ATen result waits for: its operands, and the order of effects on memory.
+def order_edges(program: Program, graph: Any) -> tuple[dict[Value, list[Value]], set[Value]]:
+    """(what each ATen result waits for besides its operands, memory that the graph writes).
 
     A node that writes an argument waits for everything that read that memory before; whatever
     reads the memory afterwards waits for the node.
@@ -522,7 +526,7 @@ def order_edges(program: Program, graph: Any) -> dict[Value, list[Value]]:
     for node in graph.nodes:
         if node.op in ("output", "placeholder", "get_attr"):
             continue
-        own = _flatten(program.of.get(node))
+        own = program.made.get(node) or _flatten(program.of.get(node))
         bases = [base_of(v) for s in node.all_input_nodes for v in _flatten(program.of.get(s))]
         if node in program.aten or _is_pick(node, program):
             for v in own:
@@ -533,7 +537,7 @@ def order_edges(program: Program, graph: Any) -> dict[Value, list[Value]]:
                 if base in written_by and v is not written_by[base]:
                     waits[v].append(written_by[base])
         if node in program.aten and has_effect(node):
-            (me,) = own or (None,)
+            me = own[0] if own else None
             if me is not None:
                 if last_effect is not None:
                     waits[me].append(last_effect)
@@ -541,7 +545,7 @@ def order_edges(program: Program, graph: Any) -> dict[Value, list[Value]]:
                 for base in _written_bases(node, program):
                     waits[me].extend(r for r in read_by[base] if r is not me)
                     written_by[base] = me
-    return waits
+    return waits, set(written_by)
 
 
 def _is_pick(node: Node, program: Program) -> bool:

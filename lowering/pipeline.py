@@ -54,7 +54,12 @@ class Report:
     failures: list[str] = field(default_factory=list)
     plan: Plan | None = None
     sources: list[Source] = field(default_factory=list)
+    source_of: dict[Group, Source] = field(default_factory=dict)
     wrapper: str = ""
+    constants: dict[str, str] = field(default_factory=dict)  # what the wrapper's names stand for
+    graph: int = 0  # Dynamo's graphs, counted; a forward and its backward share a number
+    kind: str = ""  # forward, backward or inference
+    rewrites: Any = None  # RewriteLog of Dynamo's graph
 
 
 def compile_graph(
@@ -121,6 +126,7 @@ def _attempt(
             return group, e
     clock.lap(report, "triton")
     report.sources = list({s.key: s for s in sources.values()}.values())
+    report.source_of = sources
     return writer
 
 
@@ -133,12 +139,19 @@ def _finish(
     report.fused = sum(len(g.nodes) for g in plan.groups)
     report.kernels, report.launches = len(report.sources), writer.launches
     report.aten_calls = writer.calls
+    report.constants = {name: _spelled(c) for name, c in writer.constants.items()}
     for node, why in plan.aten.items():
         key = f"{node.target}: {why}"
         report.aten[key] = report.aten.get(key, 0) + 1
     clock.lap(report, "bind")
     observe("done", report)
     return run
+
+
+def _spelled(constant: Any) -> str:
+    """A constant as text; of a tensor or an object only the type, for its data may be large."""
+    plain = isinstance(constant, (torch.dtype, torch.device, torch._ops.OpOverload))
+    return str(constant) if plain else type(constant).__name__
 
 
 def source_for(group: Group, inlined: set[Value], options: Options) -> Source:
@@ -173,7 +186,6 @@ def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
             if base in fuser.inlined and base.kind not in ("full", "iota"):
                 return False
     member.kind, member.op, member.args, member.params = "buffer", None, (), None
-    program.of[node] = member
     program.aten[node] = "alone: nothing to fuse it with"
     del fuser.home[member]
     return True

@@ -237,8 +237,9 @@ class Renderer:
         outside = set(self.defined)
         self.lines.add(f"for start in range(0, {self.body_size(length)}, RBLOCK):")
         self.lines.depth += 1
-        start = "start.to(tl.int64)" if self.wide64 and not is_static(length) else "start"
-        self.lines.add(f"r = {start} + tl.arange(0, RBLOCK)[None, :]")
+        lane = "tl.arange(0, RBLOCK)[None, :]"
+        lane = f"{lane}.to(tl.int64)" if self.wide64 and not is_static(length) else lane
+        self.lines.add(f"r = start + {lane}")
         self._reduced_vars()
         for instr in steps:
             self._instr(instr)

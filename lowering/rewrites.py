@@ -24,8 +24,8 @@ _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 def attention_pattern(
-    q: Any, kt: Any, v: Any, dim: Any, factor: Any, divisor: Any, mask: Any, hidden: Any,
-    keep: Any, fill: Any,
+    q: Any, kt: Any, v: Any, dim: Any, factor: Any, divisor: Any, mask: Any, bias: Any,
+    hidden: Any, keep: Any, fill: Any,
 ) -> Any:  # fmt: skip
     """softmax(q @ kt * factor + mask) @ v in each of its spellings; absent parts stay unbound."""
     product = through("cast", o.matmul(q, kt))
@@ -33,6 +33,7 @@ def attention_pattern(
     scores = through("cast", scores)
     masked = either(
         o.add(scores, mask),
+        o.add(o.add(scores, bias), mask),
         o.masked_fill(scores, hidden, fill),
         o.where(keep, scores, fill),
         scores,
@@ -43,7 +44,7 @@ def attention_pattern(
 
 def attention(
     match: Match, q: Any, kt: Any, v: Any, dim: Any, factor: Any, divisor: Any, mask: Any,
-    hidden: Any, keep: Any, fill: Any,
+    bias: Any, hidden: Any, keep: Any, fill: Any,
 ) -> Any:  # fmt: skip
     """scaled_dot_product_attention; 3-D operands get a dimension of one head."""
     k = _transposed(match, kt)
@@ -54,7 +55,10 @@ def attention(
     elif name == "keep":
         mask = keep if fill == -math.inf else _addend(match, aten.logical_not.default(keep))
     one_head = match.value("q").dim() == 3
-    if name is not None and match.value(name).dim() == 3:
+    rank = 0 if name is None else match.value(name).dim()
+    if bias is not None:
+        mask, rank = aten.add.Tensor(bias, mask), max(rank, match.value("bias").dim())
+    if rank == 3:
         mask = aten.unsqueeze.default(mask, 1 if one_head else 0)
     if one_head:
         q, k, v = (aten.unsqueeze.default(x, 1) for x in (q, k, v))
@@ -106,7 +110,7 @@ def check_attention(match: Match) -> str | None:
         or _why_not_dtypes(match)
         or _why_not_scale(match)
         or _why_not_mask(match)
-        or _why_not_kernel(q, kt, v)
+        or _why_not_kernel(q, kt, v, out.dtype)
     )
 
 
@@ -160,19 +164,22 @@ def _why_not_scale(match: Match) -> str | None:
 
 
 def _why_not_mask(match: Match) -> str | None:
-    name = next((n for n in ("mask", "hidden", "keep") if match[n] is not None), None)
-    if name is None:
-        return None
-    mask, fill = match.value(name), match["fill"]
+    names = [n for n in ("mask", "bias", "hidden", "keep") if match[n] is not None]
+    reasons = (_why_not_one_mask(match, name) for name in names)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _why_not_one_mask(match: Match, name: str) -> str | None:
+    mask, fill, additive = match.value(name), match["fill"], name in ("mask", "bias")
     if not is_tensor(mask):
         return "what is added to the scores is a number"
-    if name == "mask" and mask.dtype != _product(match).dtype:
+    if additive and mask.dtype != _product(match).dtype:
         return f"the mask is {mask.dtype}, the scores are {_product(match).dtype}"
-    if name != "mask" and mask.dtype != torch.bool:
+    if not additive and mask.dtype != torch.bool:
         return "the mask is not bool"
-    if name != "mask" and type(fill) not in (int, float):
+    if not additive and type(fill) not in (int, float):
         return "hidden scores are filled with a tensor, not with a number"
-    if name != "mask" and fill != -math.inf and not -3.5e38 < fill < -1e30:
+    if not additive and fill != -math.inf and not -3.5e38 < fill < -1e30:
         # adding it must absorb any score, so that a row with no visible key stays uniform
         return f"hidden scores are filled with {fill}, not with -inf or about -3e38"
     scores, q, kt = _scores(match), match.value("q"), match.value("kt")
@@ -186,18 +193,26 @@ def _why_not_mask(match: Match) -> str | None:
     return None
 
 
-def _why_not_kernel(q: Any, kt: Any, v: Any) -> str | None:
-    """On a GPU: why no fused kernel would take it, and attention would fall back to a slow one."""
+def _why_not_kernel(q: Any, kt: Any, v: Any, dtype: torch.dtype) -> str | None:
+    """On a GPU: why no fused kernel would take it, or why it would be less accurate."""
     if q.device.type == "cpu":
         return None
-    if q.dtype == torch.float64:
+    if dtype == torch.float64:
         return "there is no fused kernel for float64"
-    step = 8 if q.dtype in _SIXTEEN_BITS else 4
-    if any(type(n) is not int or n % step for n in (q.shape[-1], v.shape[-1])):
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        # measured on an H100: up to ten times the error of two float32 matmuls
+        return "the fused kernel multiplies float32 in parts of TF32, which is less exact"
+    step = 8 if dtype in _SIXTEEN_BITS else 4
+    if any(_hint(n) % step for n in (q.shape[-1], v.shape[-1])):
         return f"heads of {q.shape[-1]} and {v.shape[-1]} features are no multiple of {step}"
     if not (same(q.stride(-1), 1) and same(kt.stride(-2), 1) and same(v.stride(-1), 1)):
         return "the features of a head are not next to each other in memory"
     return None
+
+
+def _hint(size: Any) -> int:
+    """A size, or what it is in this call: any other value is as right, if slower; adds no guard."""
+    return size if isinstance(size, int) else (size.node.hint or 0)
 
 
 def _llama_attention(q: Any, k: Any, v: Any, mask: Any) -> Any:
@@ -221,6 +236,11 @@ def _t5_attention(q: Any, k: Any, v: Any, bias: Any) -> Any:
     scores = torch.matmul(q, k.transpose(3, 2))
     scores += bias
     return torch.matmul(F.softmax(scores.float(), dim=-1).type_as(scores), v)
+
+
+def _bias_and_mask(q: Any, k: Any, v: Any, bias: Any, mask: Any) -> Any:
+    scores = torch.matmul(q, k.transpose(2, 3)) * 1.0 + bias
+    return torch.matmul(torch.softmax(scores + mask, dim=-1), v)
 
 
 def _where_finite(q: Any, k: Any, v: Any) -> Any:
@@ -292,6 +312,7 @@ ATTENTION = Rewrite(
         sample(_gpt_head, *_ONE),
         sample(_scaled_query, *_HEADS),
         sample(_t5_attention, *_HEADS, T(1, 3, 8, 12)),
+        sample(_bias_and_mask, *_HEADS, T(3, 8, 12), T(2, 1, 1, 12)),
         sample(_where_finite, *_HEADS),
     ),
     leaves_alone=(

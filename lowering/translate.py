@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ class Program:
     values: list[Value] = field(default_factory=list)
     of: dict[Node, Any] = field(default_factory=dict)  # node -> Value | SizeArg | tuple of them
     aten: dict[Node, str] = field(default_factory=dict)  # node run by ATen -> why
+    made: dict[Node, list[Value]] = field(default_factory=dict)  # all that a node became
     seed: Value | None = None
 
 
@@ -91,6 +93,8 @@ class Translator:
             elif node.target is operator.getitem and node.args[0] in self.program.of:
                 whole = self.program.of[node.args[0]]
                 picked = whole[node.args[1]] if isinstance(whole, (tuple, list)) else None
+                if picked is None and isinstance(whole, tuple):
+                    _make_alone(node)
                 self.program.of[node] = picked if picked is not None else self._memory(node)
             else:
                 self.program.of[node] = self._translate(node)
@@ -100,6 +104,8 @@ class Translator:
         val = node.meta.get("val")
         if isinstance(val, (torch.SymInt, int)) and not isinstance(val, bool):
             size = size_of(val)
+            if _unbacked(val):
+                self.program.aten[node] = "a number that depends on data"
             return size if is_static(size) else SizeArg(size)
         mark = len(self.program.values)
         try:
@@ -109,7 +115,8 @@ class Translator:
         except Declined as why:
             del self.program.values[mark:]
             self.program.aten[node] = str(why)
-            return self._memory(node)
+            out = self._memory(node)
+        self.program.made[node] = self.program.values[mark:]
         return out
 
     def _memory(self, node: Node) -> Any:
@@ -136,7 +143,7 @@ class Translator:
         op = op_of(node.target)
         if view is None and op is None:
             raise Declined("no kernel is declared for it")
-        self._check_tensors(node, val)
+        self._check_tensors(node, val, composite=op is not None and op.kind == "composite")
         args = map_arg(schema_args(node), self._operand)
         if view is not None:
             return self._bind_view(view(self.builder, val, *args), node, val)
@@ -155,16 +162,22 @@ class Translator:
 
     def _operand(self, node: Node) -> Any:
         value = self.program.of.get(node)
+        if _is_empty(node.meta.get("val")):
+            return None  # of a composite: see _check_tensors
         if value is None or (isinstance(value, Value) and value.op == "opaque"):
             raise Declined(f"operand {node.name} is no plain tensor")
         return value
 
-    def _check_tensors(self, node: Node, val: Any) -> None:
-        for tensor in _tensors(val):
-            self._check(tensor, "result")
-        for arg in node.all_input_nodes:
+    def _check_tensors(self, node: Node, val: Any, composite: bool) -> None:
+        """A composite's further operands and results may be empty, which says that they are absent
+        (the saved statistics of a batch norm in evaluation)."""
+        for k, tensor in enumerate(_tensors(val)):
+            if not (composite and k and _is_empty(tensor)):
+                self._check(tensor, "result")
+        for k, arg in enumerate(node.all_input_nodes):
             for tensor in _tensors(arg.meta.get("val")):
-                self._check(tensor, f"operand {arg.name}")
+                if not (composite and k and _is_empty(tensor)):
+                    self._check(tensor, f"operand {arg.name}")
 
     def _check(self, tensor: torch.Tensor, what: str) -> None:
         if why := unsupported_tensor(tensor):
@@ -180,6 +193,8 @@ class Translator:
         if not all(isinstance(a, _OPERANDS) for a in args):
             bad = next(a for a in args if not isinstance(a, _OPERANDS))
             raise Declined(f"operand {bad!r} is no tensor and no number")
+        if any(type(a) is float and a == 0.0 and math.copysign(1.0, a) < 0 for a in args):
+            raise Declined("negative zero as a literal")
         shape, dtype = [size_of(s) for s in val.shape], dtype_name(val.dtype)
         strides = [size_of(s) for s in val.stride()]
         if op.name in CASTS:
@@ -209,7 +224,7 @@ class Translator:
         b = self.builder
         b.origin = node
         dtype = dtype_name(val.dtype)
-        fresh = result.computes and result.node is None
+        fresh = result.computes and result.node is None and result.kind not in ("full", "iota")
         base = result.args[0] if result.kind == "view" else result
         squeezed = (
             result.kind == "view" and isinstance(result.params, Reshape) and base.computes
@@ -292,9 +307,20 @@ def unsupported_tensor(tensor: torch.Tensor) -> str | None:
         return "quantised"
     if dtype_name(tensor.dtype) not in SUPPORTED:
         return f"of dtype {dtype_name(tensor.dtype)}"
-    if any(type(s) is int and s == 0 for s in tensor.shape):
-        return "empty"
-    return None
+    return "empty" if _is_empty(tensor) else None
+
+
+def _is_empty(val: Any) -> bool:
+    return isinstance(val, torch.Tensor) and any(type(s) is int and s == 0 for s in val.shape)
+
+
+def _make_alone(node: Node) -> None:
+    """Turn an empty part of a composite's result into a call that makes it."""
+    val = node.meta.get("val")
+    if _is_empty(val):
+        node.target = torch.ops.aten.full.default
+        node.args = (list(val.shape), 0)
+        node.kwargs = {"dtype": val.dtype, "device": val.device}
 
 
 def _unbacked(size: Any) -> bool:

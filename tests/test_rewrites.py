@@ -33,6 +33,7 @@ DECOMPOSITIONS = {
     if getattr(op, "_schema", None) is None or op._schema.name.removeprefix("aten::") not in KEPT
 }
 DTYPES = (torch.float32, torch.bfloat16)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SAMPLES = [
     pytest.param(rule, s, id=f"{rule.name}-{s.program.__name__.strip('_')}-{i}")
     for rule in TABLE
@@ -79,7 +80,7 @@ class Backend:
 
 def make(inputs: tuple, dtype: torch.dtype, requires_grad: bool = False) -> list:
     torch.manual_seed(0)
-    made = [torch.randn(t.shape).to(dtype) if isinstance(t, T) else t for t in inputs]
+    made = [torch.randn(t.shape).to(DEVICE, dtype) if isinstance(t, T) else t for t in inputs]
     return [t.requires_grad_(requires_grad) if torch.is_tensor(t) else t for t in made]
 
 
@@ -89,7 +90,7 @@ def run(program: object, args: list) -> list[torch.Tensor]:
     outputs = list(result) if isinstance(result, tuple) else [result]
     if args[0].requires_grad:
         torch.manual_seed(1)
-        weighted = sum((y * torch.randn(y.shape).to(y.dtype)).sum() for y in outputs)
+        weighted = sum((y * torch.randn(y.shape).to(y)).sum() for y in outputs)
         outputs += torch.autograd.grad(weighted, args)
     return [t.detach() for t in outputs]
 
@@ -132,6 +133,10 @@ def test_fires_once_with_the_same_numbers(
     backend = Backend()
     args = make(sample.inputs, dtype, requires_grad=train)
     got = run(torch.compile(sample.program, backend=backend, fullgraph=True), args)
+    if rule.name == "attention" and dtype is torch.float32 and DEVICE != "cpu":
+        (miss,) = backend.log.near_misses
+        assert "TF32" in miss.reason
+        return
     assert [fired.rule for fired in backend.log.fired] == [rule.name], backend.log.near_misses
     plain, exact = run(sample.program, args), in_float64(sample.program, args)
     assert_as_accurate(got, plain, exact, dtype)
@@ -150,11 +155,12 @@ def test_leaves_lookalikes_alone(rule: Rewrite, sample: Sample) -> None:
 
 @pytest.mark.parametrize(("rule", "sample"), [p for p in SAMPLES if p.values[0] is TABLE[0]])
 def test_attention_is_found_in_aten_inference_graphs(rule: Rewrite, sample: Sample) -> None:
-    backend, args = Backend(dynamo=False), make(sample.inputs, torch.float32)
+    dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
+    backend, args = Backend(dynamo=False), make(sample.inputs, dtype)
     got = run(torch.compile(sample.program, backend=backend, fullgraph=True), args)
     assert [fired.rule for fired in backend.log.fired] == [rule.name]
     plain, exact = run(sample.program, args), in_float64(sample.program, args)
-    assert_as_accurate(got, plain, exact, torch.float32)
+    assert_as_accurate(got, plain, exact, dtype)
 
 
 def test_near_miss_says_why() -> None:
@@ -173,8 +179,9 @@ def test_dynamic_sizes_compile_once() -> None:
         compiled = torch.compile(sample.program, backend=backend, dynamic=True)
         for extra in (0, 3, 5):
             shapes = [[n + extra if n in (8, 12, 6) else n for n in t.shape] for t in sample.inputs]
-            args = make(tuple(T(*shape) for shape in shapes), torch.float32)
-            torch.testing.assert_close(compiled(*args), sample.program(*args))
+            args = make(tuple(T(*shape) for shape in shapes), torch.bfloat16)
+            got, plain = run(compiled, args), run(sample.program, args)
+            assert_as_accurate(got, plain, in_float64(sample.program, args), torch.bfloat16)
         assert len(backend.log.fired) == 1
         assert len(backend.graphs) == 1
 
@@ -207,7 +214,7 @@ def test_autocast_keeps_dtypes_and_numbers() -> None:
     rule = TABLE[0]
     sample = next(s for s in rule.samples if "scaled_query" in s.program.__name__)
     args, backend = make(sample.inputs, torch.float32), Backend()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         got = torch.compile(sample.program, backend=backend)(*args)
         plain = sample.program(*args)
     assert [fired.rule for fired in backend.log.fired] == ["attention"]
@@ -267,7 +274,7 @@ def tiny(name: str, **more: object) -> torch.nn.Module:
     ],
 )
 def test_models(name: str, attentions: int, norms: int, dtype: torch.dtype) -> None:
-    model, backend = tiny(name).to(dtype), Backend()
+    model, backend = tiny(name).to(DEVICE, dtype), Backend()
     compiled = torch.compile(model, backend=backend)
     wide = torch.float32 if dtype is torch.bfloat16 else torch.float64
     exact_model = copy.deepcopy(model).to(wide)
@@ -283,7 +290,8 @@ def test_models(name: str, attentions: int, norms: int, dtype: torch.dtype) -> N
                 error = (found[key].to(wide) - exact[key]).norm() / exact[key].norm()
                 errors[kind].append(error.item())
     fired = [f.rule for f in backend.log.fired]
-    assert fired.count("attention") == attentions, backend.log.near_misses
+    fused = dtype is torch.bfloat16 or DEVICE == "cpu"  # float32 on a GPU stays two matmuls
+    assert fired.count("attention") == (attentions if fused else 0), backend.log.near_misses
     assert len(fired) - fired.count("attention") == norms, backend.log.near_misses
     mean = {kind: sum(values) / len(values) for kind, values in errors.items()}
     assert mean["got"] <= 1.2 * mean["plain"], mean
@@ -293,8 +301,8 @@ def model_inputs(name: str, dtype: torch.dtype, seed: int, via: torch.dtype | No
     """What the model is called with; pixels rounded to ``via`` first."""
     torch.manual_seed(seed)
     if name == "ViT":
-        return {"pixel_values": torch.randn(2, 3, 32, 32).to(via or dtype).to(dtype)}
-    ids = {"input_ids": torch.randint(0, 100, (2, 9))}
+        return {"pixel_values": torch.randn(2, 3, 32, 32).to(via or dtype).to(DEVICE, dtype)}
+    ids = {"input_ids": torch.randint(0, 100, (2, 9)).to(DEVICE)}
     return ids if name in ("Bert", "T5") else {**ids, "use_cache": False}
 
 
@@ -304,7 +312,7 @@ def step(
     """The hidden states, and the gradients of a random projection of them."""
     hidden = run(**inputs).last_hidden_state
     torch.manual_seed(seed)
-    (hidden * torch.randn(hidden.shape).bfloat16().to(hidden.dtype)).mean().backward()
+    (hidden * torch.randn(hidden.shape).bfloat16().to(hidden)).mean().backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return {"hidden": hidden.detach(), **found}

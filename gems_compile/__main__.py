@@ -1,0 +1,66 @@
+"""``python -m gems_compile demo``, ``python -m gems_compile doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(argv)
+    _choose_target(argv)
+    if args.command == "demo":
+        from .demo import main as demo
+
+        return demo(None if args.no_dump else args.dump, args.json)
+    from .doctor import main as doctor
+
+    return doctor(args.json)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m gems_compile", description="gems-compile")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="a small Llama-style model, eager beside gems")
+    demo.add_argument("--dump", default="gems_dump", metavar="DIR",
+                      help="where every stage of the compile is written (default: ./gems_dump)")
+    demo.add_argument("--no-dump", action="store_true", help="write no files")
+    doctor = commands.add_parser("doctor", help="versions, target, cache, and a self-test")
+    for command in (demo, doctor):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _choose_target(argv: Sequence[str]) -> None:
+    """Without a GPU, run kernels in Triton's interpreter.
+
+    Triton reads the variable once, when it is first imported, so it is set before torch comes in;
+    and where a device file is there but torch finds no GPU behind it, this process starts again.
+    """
+    if "TRITON_INTERPRET" in os.environ or os.environ.get("GEMS_VENDOR"):
+        return
+    if not _may_have_gpu():
+        os.environ["TRITON_INTERPRET"] = "1"
+        return
+    from .kernels.target import current_target
+
+    if current_target() is None:
+        print("torch finds no GPU: kernels run in Triton's interpreter", file=sys.stderr)
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "gems_compile", *argv])
+
+
+def _may_have_gpu() -> bool:
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return False
+    devices = glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/kfd") + glob.glob("/dev/dxg")
+    return bool(devices) or shutil.which("nvidia-smi") is not None
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

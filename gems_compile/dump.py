@@ -1,0 +1,261 @@
+"""``GEMS_DUMP=folder``: every stage of every compile as files, a folder a graph.
+
+    graph_00_forward/
+        dynamo.txt, dynamo_rewritten.txt   the traced program before and after the rewrites
+        00_aten.py, 01_drop_no_ops.py ...  the graph after each pass, as Python that runs by itself
+        rewrites.txt   what was rewritten and why, and what nearly was
+        plan.txt       each launch and each ATen call in order, and why edges were not fused
+        kernels/       each kernel, with the user's lines
+        wrapper.py     the function that calls them
+        report.json    all of it as data
+
+Graphs are counted in the order Dynamo compiles them, so the same program gives the same names. A
+dump must not stop a compile: a disk that is full costs one warning.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import traceback
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.fx import GraphModule
+
+from .lowering.pipeline import Report
+from .runnable import to_python
+from .summary import Call, Edge, GraphSummary, counted, summarize
+
+log = logging.getLogger(__name__)
+
+WHAT = {
+    "aten": "The graph as AOTAutograd made it.",
+    "inline_functionalized_ops": "After inlining custom ops that mutate their arguments.",
+    "drop_no_ops": "After dropping views, copies and casts that change nothing.",
+    "drop_duplicates": "After merging equal calls.",
+    "reinplace_updates": "After turning functional updates back into updates in place.",
+}
+_numbers: dict[str, itertools.count[int]] = {}
+_taken: set[str] = set()
+_warned: set[str] = set()
+
+
+class Session:
+    """The dumps of one Dynamo graph: what it becomes is one forward graph, or also a backward."""
+
+    def __init__(self, folder: str) -> None:
+        self.root = _of_this_rank(folder)
+        self.number = next(_numbers.setdefault(self.root, itertools.count()))
+        self.texts: dict[str, str] = {}  # files that wait for the folder of the forward graph
+
+    def dynamo(self, gm: GraphModule, name: str) -> None:
+        """Keep Dynamo's graph as text; the rewrites edit it in place."""
+        with _guarded(self.root):
+            self.texts[name] = gm.print_readable(print_output=False)
+
+    def start(self, kind: str) -> Dump:
+        dump = Dump(self.root, self._fresh(kind))
+        if kind != "backward":
+            for name, text in self.texts.items():
+                dump.write(name, text)
+        return dump
+
+    def _fresh(self, kind: str) -> str:
+        """A folder no other graph of this process has; what an earlier process left there goes."""
+        name = f"graph_{self.number:02}_{kind}"
+        for k in itertools.count(2):
+            path = os.path.join(self.root, name)
+            if path not in _taken:
+                break
+            name = f"graph_{self.number:02}_{kind}_{k}"
+        _taken.add(path)
+        with _guarded(path):
+            if os.path.isfile(os.path.join(path, "00_aten.py")) and not os.path.islink(path):
+                shutil.rmtree(path)
+        return name
+
+
+class Dump:
+    """One graph's folder. ``observe`` is for ``compile_graph``, ``finish`` for its report."""
+
+    def __init__(self, root: str, name: str) -> None:
+        self.name, self.path = name, os.path.join(root, name)
+        self.passes = 0
+        self.before = ""  # the last graph's file, without its title
+
+    def observe(self, stage: str, thing: Any) -> None:
+        """A graph after a pass becomes a file; the later stages are written by ``finish``."""
+        if isinstance(thing, GraphModule):
+            with _guarded(self.path):
+                name = f"{self.passes:02}_{stage}.py"
+                title = WHAT.get(stage, f"After {stage.replace('_', ' ')}.")
+                text = to_python(thing, f"{self.name}/{name}\n\n{title}")
+                after = text.partition(title)[2]
+                if after == self.before:
+                    text = text.replace(title, f"{title[:-1]}: nothing to do here.", 1)
+                self.before = after
+                self.write(name, text)
+            self.passes += 1
+
+    def finish(self, report: Report) -> None:
+        with _guarded(self.path):
+            summary = summarize(report)
+            self.write("rewrites.txt", rewrites_text(summary))
+            self.write("plan.txt", plan_text(summary))
+            for source in report.sources:
+                name = f"{_file_name(source.name)}_{source.key[:8]}.py"
+                self.write(f"kernels/{name}", _kernel_text(source, summary))
+            if report.wrapper:
+                self.write("wrapper.py", _wrapper_text(report))
+            self.write("report.json", json.dumps(summary.to_dict(), indent=1) + "\n")
+
+    def failed(self, error: BaseException) -> None:
+        """The compiler failed on this graph, which runs as ATen: keep the traceback."""
+        lines = traceback.format_exception(type(error), error, error.__traceback__)
+        self.write("failure.txt", "".join(lines))
+
+    def write(self, name: str, text: str) -> None:
+        """The whole file or none of it: a reader never sees half of one."""
+        with _guarded(self.path):
+            path = os.path.join(self.path, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            partial = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+            try:
+                with open(partial, "w", encoding="utf-8") as file:
+                    file.write(text)
+                os.replace(partial, path)
+            except OSError:
+                if os.path.exists(partial):
+                    os.unlink(partial)
+                raise
+
+
+@contextmanager
+def _guarded(where: str) -> Iterator[None]:
+    """A dump that fails warns once a folder, and the compile goes on."""
+    try:
+        yield
+    except Exception as error:
+        root = os.path.dirname(where)
+        if root not in _warned:
+            _warned.add(root)
+            reason = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            log.warning("the dump in %s is not complete: %s", where, reason)
+
+
+def _of_this_rank(folder: str) -> str:
+    """A folder of its own for each process of a distributed run."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return os.path.join(folder, f"rank_{dist.get_rank()}")
+    return folder
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"\W", "_", name)[:80]
+
+
+# the texts ---------------------------------------------------------------------------------------
+
+
+def rewrites_text(summary: GraphSummary) -> str:
+    lines = [f"{summary.title}: rewrites", ""]
+    if summary.kind == "backward":
+        return f"{lines[0]}\n\nA backward follows from its forward: see that one's rewrites.\n"
+    if not summary.rewritten:
+        lines.append("Nothing was rewritten.")
+    for found, times in counted(summary.rewritten):
+        lines.append(f"{found.rule}{_times(times)}: {found.nodes_before} nodes became "
+                     f"{found.nodes_after}")
+        lines += _indented(f"because {found.because}", found.line, _module(found.module))
+        lines.append("")
+    if summary.near_misses:
+        lines += ["", "Nearly rewritten, and left as they were:", ""]
+    for missed, times in counted(summary.near_misses):
+        lines.append(f"{missed.rule}{_times(times)} at {missed.node}: {missed.reason}")
+        lines += [*_indented(missed.line, _module(missed.module)), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def plan_text(summary: GraphSummary) -> str:
+    """What one call runs, in order; then what could have fused and did not."""
+    n = summary.numbers()
+    lines = [
+        f"{summary.title}: {n['nodes']} nodes -> {n['launches']} launches of {n['kernels']} "
+        f"kernels and {n['aten_calls']} ATen calls",
+        f"{n['fused']} nodes are fused, {n['free']} need no call (views, sizes)",
+        "",
+    ]
+    lines += [f"failed     {text}" for text in summary.failures]
+    for k, call in enumerate(summary.calls):
+        lines += _call_lines(k, call)
+    if summary.unfused:
+        lines += ["", "Not fused, though both ends are in kernels:"]
+    for edge, times in counted(summary.unfused):
+        lines += _edge_lines(edge, times)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _call_lines(place: int, call: Call) -> list[str]:
+    types = f"({', '.join(call.reads)}) -> {', '.join(call.writes)}"
+    if call.kind == "kernel":
+        head = f"{place:4} kernel {call.name}_{call.detail} {types}"
+        more = [f"fuses {' '.join(call.ops)}"]
+    else:
+        head = f"{place:4} aten   {call.name} {types}"
+        more = [f"because {call.detail}"]
+    modules = ", ".join(call.modules[:4]) + (" ..." if len(call.modules) > 4 else "")
+    return [head, *_indented(*more, *call.lines, _module(modules), by=12)]
+
+
+def _edge_lines(edge: Edge, times: int) -> list[str]:
+    head = f"{edge.producer} -> {edge.consumer}{_times(times)}: {edge.reason}"
+    return [f"     {head}", *_indented(edge.line, _module(edge.module), by=12)]
+
+
+def _times(count: int) -> str:
+    return f" x{count}" if count > 1 else ""
+
+
+def _module(path: str) -> str:
+    return f"in {path}" if path else ""
+
+
+def _indented(*texts: str, by: int = 4) -> list[str]:
+    return [" " * by + text for text in texts if text]
+
+
+def _kernel_text(source: Any, summary: GraphSummary) -> str:
+    """The kernel behind a header that says where it is launched, and on what."""
+    places = [
+        (k, c) for k, c in enumerate(summary.calls)
+        if c.kind == "kernel" and c.detail == source.key[:8]
+    ]
+    head = [f"# {summary.title}: launched {len(places)} time{'s' * (len(places) != 1)} a call"]
+    for k, call in places:
+        head.append(f"#   step {k}: ({', '.join(call.reads)}) -> {', '.join(call.writes)}")
+        head += [f"#     in {module}" for module in call.modules]
+    meta = source.meta
+    constants = ", ".join(f"{k}={v}" for k, v in meta.get("constants", {}).items())
+    head.append(f"# {constants}, num_warps={meta.get('num_warps')}, grid={source.grid}")
+    return "\n".join(head) + "\n\n" + source.commented
+
+
+def _wrapper_text(report: Report) -> str:
+    """The generated function, behind a list of what its names stand for."""
+    head = [
+        "# What one call of the graph runs. Not a program: these names are put in by the executor.",
+        "#   k0, k1 ...   launch a kernel: (grid x, y, z, stream, arguments); its name is behind it",
+        "#   empty, view  allocate, and look at memory with another shape, without a dispatcher",
+        "#   aligned, settle   a copy, only if a tensor lacks the alignment or strides foreseen",
+    ]
+    head += [f"#   {name} = {what}" for name, what in report.constants.items()]
+    return "\n".join(head) + "\n\n" + report.wrapper

@@ -1,0 +1,387 @@
+"""Eager mode: the declared ops behind PyTorch's own operators, and as functions.
+
+``enable()`` registers a ``one_op.Handler`` for each declared overload at the target's dispatch key.
+That key lies below autograd, autocast and functorch, which therefore work as ever.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import logging
+import os
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from .config import vendor
+from .errors import UnknownOp, nearest
+from .kernels import load_ops
+from .kernels.op import OPS, Op
+from .kernels.target import Target, current_target
+from .one_op import Handler, aten_name
+
+log = logging.getLogger(__name__)
+
+Names = str | Iterable[str] | None
+Record = str | os.PathLike[str] | Callable[[str], Any] | None
+
+#: On a GPU these are on without being asked for: ops for which ATen launches several kernels, or
+#: reads its operands more than once. One pointwise kernel of ours moves the bytes that ATen's
+#: moves, and a call through Python costs some microseconds more.
+ON_BY_DEFAULT = (
+    "_softmax", "_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data",
+    "native_layer_norm", "native_layer_norm_backward",
+    "_fused_rms_norm", "_fused_rms_norm_backward",
+    "native_group_norm", "native_group_norm_backward",
+    "nll_loss_forward", "nll_loss_backward", "logsumexp",
+)
+
+
+# what a person calls -----------------------------------------------------------------------------
+
+
+def enable(only: Names = None, exclude: Names = None, record: Record = None) -> None:
+    """Let our kernels serve PyTorch's eager ops, in the whole process, until ``disable()``.
+
+    only:    names as ATen spells them: ``"softmax"``, ``"add"`` (all its overloads),
+             ``"add.Tensor"``; None is the target's default
+    exclude: names taken away from that
+    record:  a path or a function: which ops were replaced, each named at its first call; a file
+             gets the number of calls at the end
+    Raises:  UnknownOp for a name that is not declared, with the nearest ones
+    A second call replaces the first one's selection.
+    """
+    layer = _Layer(_select(only, exclude, "enable"), record)
+    with _state.lock:
+        old, _state.base = _state.base, layer
+        _state.apply()
+    if old is not None:
+        old.close()
+
+
+def disable() -> None:
+    """Undo ``enable()``: ATen's kernels are back. Blocks of ``use_gems`` that are open stay so."""
+    with _state.lock:
+        old, _state.base = _state.base, None
+        _state.apply()
+    if old is not None:
+        old.close()
+
+
+class use_gems(contextlib.ContextDecorator):
+    """``enable()`` for a block: ``with use_gems(exclude=["add"]): ...``; a decorator too.
+
+    Inside, the innermost block's selection counts, instead of ``enable()``'s. Registration is the
+    process's, so that backward passes (which run in other threads) are served; blocks open in
+    several threads at once add up.
+    """
+
+    def __init__(self, only: Names = None, exclude: Names = None, record: Record = None) -> None:
+        self._names = _select(only, exclude, "use_gems")
+        self._record = record
+        self._open: list[tuple[int, _Layer]] = []
+
+    def __enter__(self) -> use_gems:
+        entered = (threading.get_ident(), _Layer(self._names, self._record))
+        with _state.lock:
+            self._open.append(entered)
+            _state.blocks.append(entered)
+            _state.apply()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        me = threading.get_ident()
+        with _state.lock:
+            mine = [e for e in self._open if e[0] == me] or self._open
+            entered = mine[-1]
+            self._open.remove(entered)
+            _state.blocks.remove(entered)
+            _state.apply()
+        entered[1].close()
+
+
+def enabled_ops() -> tuple[str, ...]:
+    """The overloads that are replaced now, as ATen spells them: ``("add.Tensor", "gelu", ...)``."""
+    with _state.lock:
+        return tuple(sorted(aten_name(_overloads()[name]) for name in _state.registered))
+
+
+def stats() -> dict[str, dict[str, int]]:
+    """Per overload that was ever called: ``ours`` and ``native`` calls, ``compiled`` variants."""
+    out = {}
+    for handler in list(_state.handlers.values()):
+        variants = [*list(handler.variants.values()), handler._full]
+        row = {
+            "ours": sum(v.calls for v in variants if v.run is not None),
+            "native": sum(v.calls for v in variants if v.run is None),
+            "compiled": sum(v.run is not None for v in variants),
+        }
+        if row["ours"] or row["native"]:
+            out[handler.name] = row
+    return out
+
+
+class Ops:
+    """``ops.gelu(x, approximate="tanh")``: one declared op, arguments as in its ATen schema.
+
+    The op runs through the dispatcher, so autograd differentiates it; where it has no kernel for
+    the call, ATen's runs.
+    """
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        try:
+            function = _function(name)
+        except UnknownOp as error:
+            raise AttributeError(str(error)) from None
+        setattr(self, name, function)
+        return function
+
+    def __dir__(self) -> list[str]:
+        return sorted(n for n in _by_name() if "." not in n)
+
+    def __repr__(self) -> str:
+        return f"<{len(dir(self))} ops>"
+
+
+ops = Ops()
+
+
+# names -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _overloads() -> dict[str, torch._ops.OpOverload]:
+    """Each declared ATen overload that this torch has, by its name in OPS."""
+    load_ops()
+    found = {}
+    for name in OPS:
+        namespace, base, overload = name.split(".")
+        if namespace != "aten":  # nobody calls ours or prims' in eager mode
+            continue
+        packet = getattr(torch.ops.aten, base, None)
+        if packet is None or overload not in packet.overloads():
+            log.info("%s is skipped: torch %s has no such overload", name, torch.__version__)
+            continue
+        found[name] = getattr(packet, overload)
+    return found
+
+
+@functools.cache
+def _by_name() -> dict[str, tuple[str, ...]]:
+    """What a person may write -> the declared overloads it means.
+
+    ``add.Tensor``, ``aten.add.Tensor``, ``aten::add.Tensor``: one overload; ``add``: all of that
+    ATen name; ``softmax``: our name of an op, where ATen has no declared op of that name.
+    """
+    table: dict[str, list[str]] = {}
+    for name in _overloads():
+        _, base, overload = name.split(".")
+        for spelled in (f"{base}.{overload}", base):
+            for prefix in ("", "aten.", "aten::"):
+                table.setdefault(prefix + spelled, []).append(name)
+    bases = set(table)
+    for name in _overloads():
+        if OPS[name].name not in bases:
+            table.setdefault(OPS[name].name, []).append(name)
+    return {spelled: tuple(names) for spelled, names in table.items()}
+
+
+def _names(given: Names, where: str) -> set[str]:
+    out: set[str] = set()
+    for name in [given] if isinstance(given, str) else given or ():
+        if name not in _by_name():
+            close = nearest(name, [n for n in _by_name() if not n.startswith("aten")], at_most=3)
+            raise UnknownOp(f"{where}: no op named {name!r} is declared{close}")
+        out.update(_by_name()[name])
+    return out
+
+
+def _select(only: Names, exclude: Names, where: str) -> frozenset[str]:
+    """The overloads, by their names in OPS, that these arguments ask for on this target."""
+    target = current_target(vendor())
+    chosen = _names(only, f"{where}(only=...)")
+    dropped = _names(exclude, f"{where}(exclude=...)")
+    if target is None:
+        log.warning("no GPU and no interpreter (TRITON_INTERPRET=1): nothing is replaced")
+        return frozenset()
+    if only is None:
+        chosen = {n for n in _overloads() if _on_by_default(OPS[n], n, target)}
+    keep = set()
+    for name in chosen - dropped:
+        why = why_not_replaced(name, target)
+        if why is None:
+            keep.add(name)
+        else:
+            log.log(logging.INFO if only is None else logging.WARNING, "%s: %s", name, why)
+    return frozenset(keep)
+
+
+def _on_by_default(op: Op, name: str, target: Target) -> bool:
+    return target.name == "interpreter" or name.split(".")[1] in ON_BY_DEFAULT
+
+
+@functools.cache
+def why_not_replaced(name: str, target: Target) -> str | None:
+    """Why a declared overload keeps ATen's kernel on this target, or None."""
+    overload = _overloads()[name]
+    has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, overload.name())
+    schema = overload._schema
+    if schema.is_mutable or any(a.alias_info is not None for a in schema.returns):
+        return "it writes or returns an operand"
+    if has("CompositeImplicitAutograd") and not has(target.dispatch_key):
+        # ours at the device key would hide the decomposition that autograd differentiates
+        return f"it has no {target.dispatch_key} kernel: autograd goes through its decomposition"
+    if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(
+        overload.name(), target.dispatch_key
+    ):
+        return f"ATen has no {target.dispatch_key} kernel to fall back to"
+    lazy = [k for k in ("Negative", "Conjugate") if has(k) and _falls_through(overload, k)]
+    if lazy:
+        return "it is given lazily negated tensors, whose memory holds other numbers"
+    return None
+
+
+def _falls_through(overload: torch._ops.OpOverload, key: str) -> bool:
+    return bool(torch._C._dispatch_kernel_for_dispatch_key_is_fallthrough(overload.name(), key))
+
+
+# what is registered ------------------------------------------------------------------------------
+
+
+class _Layer:
+    """One ``enable()`` or one entered block: the overloads it asks for, and its record."""
+
+    def __init__(self, names: frozenset[str], record: Record) -> None:
+        self.names = names
+        self.record = None if record is None else _Record(record)
+
+    def close(self) -> None:
+        if self.record is not None:
+            self.record.close()
+
+
+class _Record:
+    """Counts the calls of each replaced op, and tells the first one of each."""
+
+    def __init__(self, to: Any) -> None:
+        self.tell = to if callable(to) else None
+        self.path = None if callable(to) else os.fspath(to)
+        self.counts: Counter[str] = Counter()
+        if self.path is not None:
+            with open(self.path, "w"):  # a path that cannot be written is an error now
+                pass
+            atexit.register(self.close)
+
+    def saw(self, name: str) -> None:
+        self.counts[name] += 1
+        if self.counts[name] > 1:
+            return
+        if self.tell is not None:
+            self.tell(name)
+        else:
+            with open(self.path, "a") as f:
+                f.write(f"{name}\n")
+
+    def close(self) -> None:
+        if self.path is None:
+            return
+        atexit.unregister(self.close)
+        with open(self.path, "w") as f:
+            f.writelines(f"{name} {count}\n" for name, count in self.counts.most_common())
+
+
+class _State:
+    """The process's registrations, kept equal to what the open layers ask for."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.base: _Layer | None = None
+        self.blocks: list[tuple[int, _Layer]] = []  # (thread, layer), in order of entry
+        self.single: Counter[str] = Counter()  # overloads that calls of ``ops`` need now
+        self.handlers: dict[str, Handler] = {}
+        self.registered: dict[str, torch.library.Library] = {}
+
+    def layers(self) -> list[_Layer]:
+        """The layers that count: each thread's innermost block, or ``enable()``'s without any."""
+        if self.blocks:
+            return list(dict(self.blocks).values())
+        return [] if self.base is None else [self.base]
+
+    def apply(self) -> None:
+        layers = self.layers()
+        wanted = {name for layer in layers for name in layer.names} | set(self.single)
+        for name in self.registered.keys() - wanted:
+            self.registered.pop(name)._destroy()
+        fresh = wanted - self.registered.keys()
+        if fresh:
+            with warnings.catch_warnings():
+                # torch warns of an overridden kernel; this one knows what it does
+                warnings.filterwarnings("ignore", message="(?s).*Overriding a previously")
+                for name in fresh:
+                    self.registered[name] = self.handler(name).register()
+        records = [(layer.names, layer.record) for layer in layers if layer.record is not None]
+        for name in self.registered:
+            self.handlers[name].watchers = tuple(r for names, r in records if name in names)
+
+    def handler(self, name: str) -> Handler:
+        if name not in self.handlers:
+            target = current_target(vendor())
+            assert target is not None, "layers name no op without a target"
+            self.handlers[name] = Handler(_overloads()[name], target)
+        return self.handlers[name]
+
+
+_state = _State()
+
+
+# one op as a function ----------------------------------------------------------------------------
+
+
+def _function(name: str) -> Callable[..., Any]:
+    names = _names([name], "ops")
+    packets = {_overloads()[n].overloadpacket for n in names}
+    if len(packets) > 1:
+        spelled = ", ".join(sorted(aten_name(_overloads()[n]) for n in names))
+        raise UnknownOp(f"ops: {name!r} names several ops; write one of {spelled}")
+    (call,) = {_overloads()[n] for n in names} if len(names) == 1 else packets
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        with _serving(_replaceable(frozenset(names))):
+            return call(*args, **kwargs)
+
+    function.__name__ = function.__qualname__ = name
+    schemas = "\n".join(str(_overloads()[n]._schema) for n in sorted(names))
+    function.__doc__ = f"{OPS[min(names)].doc}\n\n{schemas}"
+    return function
+
+
+@functools.cache
+def _replaceable(names: frozenset[str]) -> frozenset[str]:
+    target = current_target(vendor())
+    if target is None:
+        return frozenset()
+    return frozenset(n for n in names if why_not_replaced(n, target) is None)
+
+
+@contextlib.contextmanager
+def _serving(names: frozenset[str]) -> Any:
+    """Have these overloads registered during one call, beside whatever is."""
+    with _state.lock:
+        _state.single.update(names)
+        if not names <= _state.registered.keys():
+            _state.apply()
+    try:
+        yield
+    finally:
+        with _state.lock:
+            _state.single = +(_state.single - Counter(names))
+            if names and not any(names <= layer.names for layer in _state.layers()):
+                _state.apply()

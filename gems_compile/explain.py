@@ -1,0 +1,301 @@
+"""``explain(fn, *args)``: what fuses, what is rewritten, what runs as ATen, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .backend import Gems
+from .config import vendor
+from .kernels.target import current_target
+from .summary import ATEN, FREE, GraphSummary, summarize
+from .tables import Table, as_text
+
+_calls = itertools.count()
+
+
+def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
+    """Compile ``fn(*args, **kwargs)`` afresh, run it once, and say what became of it.
+
+    Where a result requires grad, a backward from random cotangents runs as well, so that its graph
+    is compiled. The tensors given are copied, no ``.grad`` is touched, and random state and a
+    module's buffers are put back; code that was compiled before stays compiled. Other effects of
+    ``fn`` (an optimizer step inside it) happen. Settings come from the ``GEMS_*`` variables.
+    """
+    fn = _without_compile(fn)
+    backend, watch = Gems(), _Watch()
+    compiled = torch.compile(_fresh_function(), backend=backend)
+    args, kwargs = tree_map(_copy, (args, kwargs))
+    with _put_back(fn), watch:
+        outputs = compiled(fn, args, kwargs)
+        _backward(outputs)
+    return Explanation.of(backend, _name_of(fn), watch)
+
+
+def _fresh_function() -> Callable[..., Any]:
+    """A function with a code object of its own, so that nothing compiled earlier is looked up."""
+
+    def explained(fn: Any, args: Any, kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    name = f"explained_{next(_calls)}"  # torch remembers by name which sizes were dynamic
+    explained.__code__ = explained.__code__.replace(co_name=name)
+    return explained
+
+
+def _without_compile(fn: Any) -> Any:
+    """What ``torch.compile`` was given."""
+    fn = getattr(fn, "_orig_mod", fn)
+    return getattr(fn, "_torchdynamo_orig_callable", fn)
+
+
+def _name_of(fn: Any) -> str:
+    return getattr(fn, "__name__", "") or type(fn).__name__
+
+
+def _copy(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+
+
+@contextlib.contextmanager
+def _put_back(fn: Any) -> Iterator[None]:
+    """Restore the random state, and the buffers of a module."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    buffers = list(fn.buffers()) if isinstance(fn, nn.Module) else []
+    saved = [b.detach().clone() for b in buffers]
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, old in zip(buffers, saved, strict=True):
+                    buffer.copy_(old)
+
+
+def _backward(outputs: Any) -> None:
+    """Gradients of every leaf, returned and dropped: nothing is added to ``.grad``."""
+    roots = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.grad_fn is not None]
+    leaves = _leaves(t.grad_fn for t in roots)
+    if roots and leaves:
+        cotangents = [torch.randn_like(t) for t in roots]
+        torch.autograd.grad(roots, leaves, cotangents, allow_unused=True)
+
+
+def _leaves(start: Iterable[Any]) -> list[Tensor]:
+    """The tensors whose ``.grad`` a backward would fill."""
+    found: list[Tensor] = []
+    seen, stack = set(), list(start)
+    while stack:
+        function = stack.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        if hasattr(function, "variable"):
+            found.append(function.variable)
+        stack.extend(f for f, _ in function.next_functions)
+    return found
+
+
+class _Watch:
+    """torch's own seconds and graph breaks of a stretch of time."""
+
+    DYNAMO, COMPILER = "_compile.compile_inner", "OutputGraph.call_user_compiler"
+
+    def __enter__(self) -> _Watch:
+        self._before, self._breaks_before = self._times(), self._breaks()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        after = self._times()
+        self.spent = {k: after[k] - self._before.get(k, 0.0) for k in after}
+        self.breaks = dict(self._breaks() - self._breaks_before)
+
+    def seconds(self, ours: float) -> dict[str, float]:
+        """By stage, as far as torch counts them; ``ours`` is spent inside AOTAutograd's."""
+        whole, inner = self.spent.get(self.DYNAMO), self.spent.get(self.COMPILER)
+        if whole is None or inner is None:
+            return {}
+        return {"Dynamo": whole - inner, "AOTAutograd": max(inner - ours, 0.0)}
+
+    def _times(self) -> dict[str, float]:
+        known = getattr(torch._dynamo.utils, "compilation_time_metrics", {})
+        return {k: sum(known[k]) for k in (self.DYNAMO, self.COMPILER) if k in known}
+
+    def _breaks(self) -> Counter[str]:
+        return Counter(torch._dynamo.utils.counters["graph_break"])
+
+
+# the answer --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Print it, or take it as data: ``graphs``, ``to_dict()``, ``to_json()``, ``why("norm")``."""
+
+    name: str
+    target: str
+    graphs: tuple[GraphSummary, ...]
+    seconds: dict[str, float] = field(default_factory=dict)
+    breaks: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, backend: Gems, name: str, watch: _Watch | None = None) -> Explanation:
+        """What the compiles through ``backend`` did."""
+        target = current_target(vendor())
+        graphs = tuple(map(summarize, backend.reports))
+        ours = sum(sum(g.seconds.values()) for g in graphs if g.kind != "backward")
+        return cls(
+            name, "none" if target is None else target.label, graphs,
+            watch.seconds(ours) if watch else {}, watch.breaks if watch else {},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name, "target": self.target, "seconds": self.seconds,
+            "graph_breaks": self.breaks, "graphs": [g.to_dict() for g in self.graphs],
+        }
+
+    def to_json(self, indent: int | None = 1) -> str:
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def why(self, text: str) -> list[str]:
+        """Every fact about a node, edge, rewrite or break that holds ``text``: a module's path, an
+        op's name, a line."""
+        wanted = text.lower()
+        return [fact for fact in _facts(self) if wanted in fact.lower()]
+
+    def blocks(self) -> list[Table | str]:
+        """Its tables and paragraphs, in order."""
+        if not self.graphs:
+            return [self._nothing()]
+        parts = [
+            f"{self.name}, compiled by gems for {self.target}", _counts(self.graphs),
+            *_rewrites(self.graphs), *_aten(self.graphs), *_unfused(self.graphs),
+            *_failures(self.graphs), *_breaks(self.breaks), self._time(),
+        ]
+        return [p for p in parts if p]
+
+    def _nothing(self) -> str:
+        if self.target == "none":
+            return (f"{self.name}: nothing was compiled. There is no GPU, and Triton's interpreter "
+                    "was not asked for (TRITON_INTERPRET=1): everything runs as ATen.")
+        return f"{self.name}: Dynamo found no graph in it to compile."
+
+    def _time(self) -> str:
+        stages = dict(self.seconds)
+        ours: Counter[str] = Counter()
+        for graph in self.graphs:
+            ours.update(graph.seconds)
+        stages["gems"] = sum(ours.values())
+        parts = ", ".join(f"{name} {s:.2f}" for name, s in stages.items())
+        detail = ", ".join(f"{name} {s:.3f}" for name, s in ours.items())
+        return f"Compile seconds: {parts} ({detail})"
+
+    def __str__(self) -> str:
+        return as_text(self.blocks())
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+
+        return Group(*self.blocks())
+
+
+def _counts(graphs: Sequence[GraphSummary]) -> Table:
+    columns = ("graph", "nodes", "fused", "views", "ATen", "rewritten", "kernels", "launches",
+               "failures", "compile s")
+    table = Table("", columns)
+    for graph in graphs:
+        n = graph.numbers()
+        names = ("nodes", "fused", "free", "aten_calls", "rewritten", "kernels", "launches",
+                 "failures", "seconds")
+        table.rows.append((f"{graph.graph} {graph.kind}", *(n[k] for k in names)))
+    return table
+
+
+def _rewrites(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
+    fired = [(r, (r.rule, f"{r.nodes_before} -> {r.nodes_after}", r.because))
+             for g in graphs for r in g.rewritten]
+    if fired:
+        columns = ("times", "rewrite", "nodes", "because", "where")
+        yield Table("Rewritten, before the graph is differentiated", columns, _grouped(fired))
+    missed = [(m, (m.rule, m.reason)) for g in graphs for m in g.near_misses]
+    if missed:
+        columns = ("times", "rewrite", "not made because", "where")
+        yield Table("Nearly rewritten", columns, _grouped(missed))
+
+
+def _aten(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
+    calls = [(n, (f"{g.graph} {g.kind}", n.op, n.detail))
+             for g in graphs for n in g.nodes if n.fate == ATEN]
+    if calls:
+        columns = ("calls", "graph", "op", "reason", "where")
+        yield Table("Runs as ATen", columns, _grouped(calls))
+
+
+def _unfused(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
+    edges = [(e, (f"{g.graph} {g.kind}", f"{e.producer} -> {e.consumer}", e.reason))
+             for g in graphs for e in g.unfused]
+    if edges:
+        columns = ("times", "graph", "edge", "reason", "where")
+        yield Table("Not fused, though both ends are in kernels", columns, _grouped(edges))
+
+
+def _failures(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
+    rows = [(f"{g.graph} {g.kind}", text) for g in graphs for text in g.failures]
+    if rows:
+        yield Table("Failed to compile, and runs as ATen", ("graph", "failure"), rows)
+
+
+def _breaks(breaks: dict[str, int]) -> Iterator[Table]:
+    if breaks:
+        rows = [(times, " ".join(why.split())) for why, times in breaks.items()]
+        yield Table("Graph breaks: Dynamo cut the program here", ("times", "reason"), rows)
+
+
+def _grouped(found: Iterable[tuple[Any, tuple[Any, ...]]]) -> list[Sequence[Any]]:
+    """Equal keys as one row: how often, the key, the first line it came from and how many more."""
+    lines: dict[tuple[Any, ...], list[str]] = {}
+    for fact, key in found:
+        lines.setdefault(key, []).append(fact.line)
+    rows: list[Sequence[Any]] = []
+    for key, where in lines.items():
+        distinct = list(dict.fromkeys(w for w in where if w))
+        place, _, code = distinct[0].partition("  ") if distinct else ("", "", "")
+        more = f" and {len(distinct) - 1} more" if len(distinct) > 1 else ""
+        rows.append((len(where), *key, f"{place}{more}  {code}".rstrip()))
+    return rows
+
+
+def _facts(explanation: Explanation) -> Iterator[str]:
+    for graph in explanation.graphs:
+        head = graph.title
+        for n in graph.nodes:
+            fate = {ATEN: "runs as ATen: ", FREE: ""}.get(n.fate, "fused in ")
+            yield _fact(head, f"{n.op} {n.result} ({n.name})", f"{fate}{n.detail}", n)
+        for e in graph.unfused:
+            yield _fact(head, f"{e.producer} -> {e.consumer}", f"not fused: {e.reason}", e)
+        for r in graph.rewritten:
+            what = f"rewritten, {r.nodes_before} nodes -> {r.nodes_after}: {r.because}"
+            yield _fact(head, r.rule, what, r)
+        for m in graph.near_misses:
+            yield _fact(head, m.rule, f"not rewritten at {m.node}: {m.reason}", m)
+        for text in graph.failures:
+            yield f"{head}: failed to compile: {text}"
+    for why, times in explanation.breaks.items():
+        yield f"graph break, {times} times: {' '.join(why.split())}"
+
+
+def _fact(head: str, what: str, fate: str, at: Any) -> str:
+    place = "  ".join(p for p in (at.line, f"in {at.module}" if at.module else "") if p)
+    return f"{head}: {what}: {fate}" + (f"    {place}" if place else "")

@@ -1,0 +1,360 @@
+"""One ATen overload in eager mode: the compiler with a graph of one node.
+
+A ``Handler`` is what the dispatcher calls instead of ATen's kernel. It describes the call (dtypes,
+shapes, strides, alignment, numbers), looks the description up, and runs the kernel compiled for it;
+a description met for the first time is compiled. Whatever has no kernel goes to ATen's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .config import Config
+from .kernels.target import Target
+
+log = logging.getLogger(__name__)
+
+#: Kernels compiled for one overload. A workload whose shapes never repeat would compile for ever.
+MAX_COMPILED = 256
+#: Descriptions remembered for one overload; most of them say "ATen".
+MAX_VARIANTS = 4096
+
+NUMBERS = (bool, int, float, complex)
+PLAIN = (Tensor, Parameter)
+
+
+class Watcher(Protocol):
+    """Told of every call that one of our kernels served."""
+
+    def saw(self, name: str) -> None: ...
+
+
+class _Here(threading.local):
+    off = False  # whether this thread is inside our own code, whose calls are ATen's
+
+
+_here = _Here()
+
+
+class Variant:
+    """What becomes of calls of one description: ``run`` serves them, or ATen does, for ``why``."""
+
+    __slots__ = ("calls", "run", "single", "why")
+
+    def __init__(self, run: Callable[[list[Any]], Any] | None, single: bool, why: str = "") -> None:
+        self.run, self.single, self.why = run, single, why
+        self.calls = 0
+
+
+class Handler:
+    """Stands in for ``overload`` at the target's dispatch key."""
+
+    def __init__(self, overload: torch._ops.OpOverload, target: Target) -> None:
+        self.overload, self.target = overload, target
+        self.name = aten_name(overload)
+        self.variants: dict[Any, Variant] = {}
+        self.watchers: tuple[Watcher, ...] = ()
+        self._native: Any = None
+        self._lock = threading.Lock()
+        self._compiled = 0
+        self._full = Variant(None, False, f"more than {MAX_COMPILED} variants were compiled")
+        # A thread may have looked our kernel up and wait for the GIL while another one unregisters
+        # it; the dispatcher would free it under that call.
+        self._kept: deque[Any] = deque(maxlen=16)
+        takes_tensor = [str(a.type) in ("Tensor", "Optional[Tensor]") for a in _arguments(overload)]
+        self._tensor_places = [k for k, yes in enumerate(takes_tensor) if yes]
+        self._tensor_names = [_arguments(overload)[k].name for k in self._tensor_places]
+
+    # registration --------------------------------------------------------------------------------
+
+    def register(self) -> torch.library.Library:
+        """Put this handler at the device key; destroying what it returns restores ATen's kernel."""
+        key = self.target.dispatch_key
+        self._native = _native_kernel(self.overload, key)
+        library = torch.library.Library("aten", "IMPL")
+        library.impl(self.name, self, key, with_keyset=True)
+        self._kept.append(_native_kernel(self.overload, key))
+        return library
+
+    # a call --------------------------------------------------------------------------------------
+
+    def __call__(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if _here.off:
+            return self._aten(keyset, args, kwargs)
+        parts: list[Any] = [*kwargs]
+        tensors: list[Tensor] = []
+        if not _describe(args, parts, tensors) or not _describe(kwargs.values(), parts, tensors):
+            return self._aten(keyset, args, kwargs)
+        key = tuple(parts)
+        variant = self.variants.get(key) or self._new_variant(key, args, kwargs, tensors)
+        variant.calls += 1
+        run = variant.run
+        if run is None:
+            return self._aten(keyset, args, kwargs)
+        _here.off = True
+        try:
+            out = run(tensors)
+        except Exception as error:
+            self._give_up(variant, error)
+        else:
+            for watcher in self.watchers:
+                watcher.saw(self.name)
+            return out[0] if variant.single else out
+        finally:
+            _here.off = False
+        return self._aten(keyset, args, kwargs)
+
+    def _aten(self, keyset: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """ATen's kernel. The dispatcher gave us ``x + 2``'s wrapped number as a Python number."""
+        native = self._native
+        if not self._has_number(args, kwargs):
+            return native.call_boxed(keyset, *args, **kwargs)
+        return _with_numbers_as_tensors(lambda: native.call_boxed(keyset, *args, **kwargs))
+
+    def _has_number(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        given = len(args)
+        return any(k < given and type(args[k]) in NUMBERS for k in self._tensor_places) or (
+            bool(kwargs) and any(type(kwargs.get(n)) in NUMBERS for n in self._tensor_names)
+        )
+
+    # the first call of a kind ----------------------------------------------------------------------
+
+    def _new_variant(
+        self, key: Any, args: Sequence[Any], kwargs: dict[str, Any], tensors: Sequence[Tensor]
+    ) -> Variant:
+        if self.target.device == "cuda" and torch.cuda.is_current_stream_capturing():
+            return Variant(None, False, "a CUDA graph is being captured: no module can be loaded")
+        with self._lock:
+            if key in self.variants:
+                return self.variants[key]
+            if len(self.variants) >= MAX_VARIANTS:
+                return self._full
+            why = why_native(tensors, self.target)
+            if why is None and self._compiled >= MAX_COMPILED:
+                return self._full
+            variant = Variant(None, False, why) if why else self._compile(args, kwargs)
+            self._compiled += variant.run is not None
+            if self._compiled == MAX_COMPILED and variant.run is not None:
+                log.info("%s: %s; new ones run as ATen", self.name, self._full.why)
+            self.variants[key] = variant
+        return variant
+
+    def _compile(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Variant:
+        config = Config.from_call()
+        try:
+            variant = _in_clean_thread(
+                lambda: compile_one(self.overload, args, kwargs, self.target, config)
+            )
+        except Exception as error:
+            if config.strict:
+                raise
+            log.warning("%s runs as ATen: %s: %s", self.name, type(error).__name__, error)
+            return Variant(None, False, f"{type(error).__name__}: {error}")
+        if variant.why:
+            log.info("%s runs as ATen: %s", self.name, variant.why)
+        return variant
+
+    def _give_up(self, variant: Variant, error: Exception) -> None:
+        """A kernel that fails when first run is not run again; a later failure is the device's."""
+        first = variant.calls == 1 and not isinstance(error, torch.OutOfMemoryError)
+        if not first or Config.from_call().strict:
+            raise error
+        log.warning("%s runs as ATen: its kernel failed: %s", self.name, error)
+        variant.run, variant.why = None, f"its kernel failed: {error}"
+
+
+def aten_name(overload: torch._ops.OpOverload) -> str:
+    """As ATen spells it: ``gelu``, ``add.Tensor``."""
+    return overload.name().removeprefix("aten::")
+
+
+def _arguments(overload: torch._ops.OpOverload) -> Sequence[Any]:
+    return overload._schema.arguments
+
+
+# describing a call -------------------------------------------------------------------------------
+
+
+def _describe(values: Iterable[Any], parts: list[Any], tensors: list[Tensor]) -> bool:
+    """Append what a kernel is compiled for; False if one of the values is no plain tensor."""
+    for value in values:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            parts += (
+                value.dtype, value.shape, value.stride(), value.get_device(), value.data_ptr() & 15
+            )
+            tensors.append(value)
+        elif kind is float:
+            parts.append(value.hex())  # 0.0 equals -0.0 and 1, and a NaN not even itself
+        elif kind is list or kind is tuple:
+            parts.append(len(value))
+            if not _describe(value, parts, tensors):
+                return False
+        elif isinstance(value, Tensor):
+            return False
+        else:
+            parts.append(kind)
+            parts.append(value)
+    return True
+
+
+def why_native(tensors: Sequence[Tensor], target: Target) -> str | None:
+    """Why a call with these operands is ATen's, whatever the op is."""
+    devices = {t.device for t in tensors}
+    if len(devices) != 1 or next(iter(devices)).type != target.device:
+        return f"operands on {', '.join(sorted(map(str, devices)))}"
+    for t in tensors:
+        if t.numel() == 0:
+            return "an operand is empty"
+        if t.is_complex():
+            return "complex numbers"
+        if t.data_ptr() & 15:
+            return "an operand is not aligned to 16 bytes, and a copy costs more than the kernel"
+        if _overlaps(t):
+            return "an operand overlaps itself"
+    return None
+
+
+def _overlaps(t: Tensor) -> bool:
+    """Whether two elements share memory otherwise than by ``expand``."""
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size == 1 or stride == 0:
+            continue
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+# compiling one -----------------------------------------------------------------------------------
+
+
+def compile_one(
+    overload: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any], target: Target,
+    config: Config,
+) -> Variant:
+    """The call as a graph of one node, through the compiler."""
+    from .backend import lowering_options
+    from .lowering.pipeline import compile_graph
+
+    made = one_node_graph(overload, args, kwargs)
+    if isinstance(made, str):
+        return Variant(None, False, made)
+    gm, inputs, single = made
+    # A pool of workers would take longer to start than one kernel to compile.
+    options = replace(lowering_options(config, target), alone=True, threads=0)
+    run, report = compile_graph(gm, inputs, options, f"eager_{aten_name(overload)}")
+    if report.launches and not report.aten_calls:
+        return Variant(run, single)
+    why = [*report.failures, *report.aten]
+    return Variant(None, single, "; ".join(why) or "it computes nothing")
+
+
+def one_node_graph(
+    overload: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[torch.fx.GraphModule, list[Tensor], bool] | str:
+    """(graph, its inputs as FakeTensors, whether it returns one tensor), or why there is none."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    graph, inputs = torch.fx.Graph(), []
+
+    def place(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            node = graph.placeholder(f"x{len(inputs)}")
+            node.meta["val"] = torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device=value.device
+            )
+            inputs.append(node.meta["val"])
+            return node
+        return [place(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    with FakeTensorMode():
+        node_args = tuple(place(a) for a in args)
+        node_kwargs = {name: place(a) for name, a in kwargs.items()}
+        node = graph.call_function(overload, node_args, node_kwargs)
+        fake_args, fake_kwargs = torch.fx.map_arg((node_args, node_kwargs), lambda n: n.meta["val"])
+        try:
+            val = overload(*fake_args, **fake_kwargs)
+        except Exception as error:  # ATen's kernel refuses the call, with its own words
+            return f"its shapes are unknown: {error}"
+    node.meta["val"] = val
+    single = isinstance(val, Tensor)
+    graph.output((node,) if single else _items(graph, node, val))
+    return torch.fx.GraphModule(torch.nn.Module(), graph), inputs, single
+
+
+def _items(graph: torch.fx.Graph, node: torch.fx.Node, val: Sequence[Any]) -> tuple[Any, ...]:
+    import operator
+
+    out: list[Any] = []
+    for k, v in enumerate(val):
+        item = None if v is None else graph.call_function(operator.getitem, (node, k))
+        if item is not None:
+            item.meta["val"] = v
+        out.append(item)
+    return tuple(out)
+
+
+def _in_clean_thread(make: Callable[[], Variant]) -> Variant:
+    """Run in a thread of its own: no dispatch mode, autocast, vmap or tracing of the caller's."""
+    found: list[Variant] = []
+    failed: list[BaseException] = []
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def body() -> None:
+        _here.off = True
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)
+            with torch.no_grad():
+                found.append(make())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=body, name="gems-eager-compile", daemon=True)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return found[0]
+
+
+# reaching ATen's kernel --------------------------------------------------------------------------
+
+
+def _native_kernel(overload: torch._ops.OpOverload, key: str) -> Any:
+    """The kernel that the dispatcher would call now; taken before ours is registered.
+
+    ``OpOverload.redispatch`` would come back to ours, for there is no key below the device's.
+    """
+    return torch.library.get_kernel(overload, key)
+
+
+class _Carrier:
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.call = call
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        return args[0].call()
+
+
+def _with_numbers_as_tensors(call: Callable[[], Any]) -> Any:
+    """Run ``call`` where torch takes a Python number for a tensor and promotes it as a number.
+
+    torch allows that inside calls of ``torch.ops.aten.add`` and its like, and offers no other way;
+    a 0-d tensor in the number's place would change the result's dtype.
+    """
+    return torch.ops.aten.add.Tensor(_Carrier(call), 0)

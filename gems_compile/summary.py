@@ -1,0 +1,308 @@
+"""A compile's ``Report`` as plain data: what became of each node, each call and each edge, and why.
+
+``dump``, ``explain`` and ``demo`` print what stands here; nothing in it refers to a graph, so it can
+be kept, compared and written as JSON.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+from .lowering.graph import module_path, source_line
+from .lowering.group import Group, Plan
+from .lowering.ir import Value
+from .lowering.pipeline import Report
+from .lowering.render import kernel_name
+from .lowering.source import Source
+
+SHORT = {
+    "float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64", "bool": "bool",
+    "uint8": "u8", "int8": "i8", "int16": "i16", "int32": "i32", "int64": "i64",
+    "complex64": "c64", "complex128": "c128",
+}
+FUSED, ATEN, FREE = "fused", "aten", "free"
+UNDECLARED = "no kernel is declared for it"
+# What is left to ATen on purpose, in words; the compiler itself only knows that it has no kernel.
+ON_PURPOSE = {
+    **dict.fromkeys(
+        ("mm", "bmm", "addmm", "baddbmm"), "matrix products are left to the vendor's library"
+    ),
+    **dict.fromkeys(
+        ("convolution", "convolution_backward"), "convolutions are left to the vendor's library"
+    ),
+    **dict.fromkeys(("detach", "alias"), "a new tensor object for the same memory; moves no data"),
+    "embedding_dense_backward": "adds rows that repeat; ATen's kernel sorts them",
+}
+
+
+@dataclass(frozen=True)
+class NodeFact:
+    """One node of the graph after the passes. ``fate`` is fused, aten or free (needs no call)."""
+
+    name: str
+    op: str
+    result: str
+    fate: str
+    detail: str  # the kernel's name, or the reason
+    line: str
+    module: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """One step of the compiled function: a kernel launch or an ATen call, in order."""
+
+    kind: str  # "kernel" or "aten"
+    name: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    detail: str  # of a kernel, its key; of an ATen call, the reason
+    ops: tuple[str, ...]
+    lines: tuple[str, ...]
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A value that went through memory although both its ends are in kernels."""
+
+    producer: str
+    consumer: str
+    reason: str
+    line: str
+    module: str
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    rule: str
+    because: str
+    nodes_before: int
+    nodes_after: int
+    line: str
+    module: str
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    rule: str
+    node: str
+    reason: str
+    line: str
+    module: str
+
+
+@dataclass(frozen=True)
+class GraphSummary:
+    graph: int
+    kind: str  # forward, backward or inference
+    nodes: tuple[NodeFact, ...] = ()  # parts of tuples are not counted
+    calls: tuple[Call, ...] = ()
+    unfused: tuple[Edge, ...] = ()
+    rewritten: tuple[Rewritten, ...] = ()
+    near_misses: tuple[NearMiss, ...] = ()
+    failures: tuple[str, ...] = ()
+    kernels: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        return f"graph {self.graph} {self.kind}"
+
+    def count(self, fate: str) -> int:
+        return sum(n.fate == fate for n in self.nodes)
+
+    @property
+    def launches(self) -> int:
+        return sum(c.kind == "kernel" for c in self.calls)
+
+    @property
+    def aten_calls(self) -> int:
+        return sum(c.kind == "aten" for c in self.calls)
+
+    def numbers(self) -> dict[str, int | float]:
+        """The columns of the table, by name."""
+        return {
+            "nodes": len(self.nodes), "fused": self.count(FUSED), "free": self.count(FREE),
+            "rewritten": len(self.rewritten), "aten_calls": self.aten_calls,
+            "kernels": self.kernels, "launches": self.launches, "unfused": len(self.unfused),
+            "failures": len(self.failures), "seconds": round(sum(self.seconds.values()), 4),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        return {"graph": self.graph, "kind": self.kind, "numbers": self.numbers(), **asdict(self)}
+
+
+def summarize(report: Report) -> GraphSummary:
+    """The report of one graph as plain data."""
+    head = {
+        "graph": report.graph, "kind": report.kind, "failures": tuple(report.failures),
+        "seconds": dict(report.seconds), **_rewrites(report),
+    }
+    plan = report.plan
+    if plan is None:  # the whole graph runs as ATen
+        return GraphSummary(**head)
+    return GraphSummary(
+        **head,
+        nodes=tuple(_node_facts(plan)),
+        calls=tuple(_calls(plan, report.source_of)),
+        unfused=tuple(_unfused(plan)),
+        kernels=len(report.sources),
+    )
+
+
+def _rewrites(report: Report) -> dict[str, Any]:
+    """A rewrite acts on Dynamo's graph, before it is parted: its forward graph tells of it."""
+    log = report.rewrites
+    if log is None or report.kind == "backward":
+        return {}
+    fired = (
+        Rewritten(f.rule, f.because, f.nodes_before, f.nodes_after, f.source, f.module)
+        for f in log.fired
+    )
+    missed = (NearMiss(m.rule, m.node, m.reason, m.source, m.module) for m in log.near_misses)
+    return {"rewritten": tuple(fired), "near_misses": tuple(missed)}
+
+
+# nodes -------------------------------------------------------------------------------------------
+
+
+def op_name(node: Node) -> str:
+    """``aten.mm.default`` as ``mm``; another overload keeps its name: ``sum.dim_IntList``."""
+    target = _op(node).target
+    name = str(target) if hasattr(target, "_schema") else getattr(target, "__name__", str(target))
+    return name.removeprefix("aten.").removesuffix(".default")
+
+
+def _op(node: Node) -> Node:
+    """The node itself; for a part of a tuple, the op whose result the tuple is."""
+    while node.target is operator.getitem and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def reason_for(node: Node, reason: str) -> str:
+    if reason == UNDECLARED:
+        return ON_PURPOSE.get(getattr(node.target, "_opname", ""), reason)
+    return reason
+
+
+def is_call(step: Any) -> bool:
+    """Whether a step of a plan is an ATen call, not a constant or a part of a tuple."""
+    return (
+        isinstance(step, Node) and step.op == "call_function"
+        and step.target is not operator.getitem
+    )
+
+
+def _node_facts(plan: Plan) -> Iterable[NodeFact]:
+    graph = next((g.nodes[0].graph for g in plan.groups if g.nodes), None)
+    graph = graph or next((n.graph for n in plan.steps if isinstance(n, Node)), None)
+    homes: dict[Node, dict[str, None]] = {}
+    for group in plan.groups:
+        for node in group.nodes:
+            homes.setdefault(_op(node), {})[kernel_name(group.members)] = None
+    recomputed = {_op(v.node) for v in plan.inlined if v.node is not None and v.computes}
+    called = {step for step in plan.steps if is_call(step)}
+    for node in graph.nodes if graph is not None else ():
+        if node.op != "call_function" or node.target is operator.getitem:
+            continue
+        if node in called:
+            fate, detail = ATEN, reason_for(node, plan.aten.get(node, "size arithmetic"))
+        elif node in homes:
+            fate, detail = FUSED, " and ".join(homes[node])
+        elif node in recomputed:
+            fate, detail = FUSED, "the kernels that read it, which recompute it"
+        else:
+            fate, detail = FREE, _why_free(node)
+        yield NodeFact(
+            node.name, op_name(node), describe(node.meta.get("val")), fate, detail,
+            source_line(node), module_path(node),
+        )
+
+
+def _why_free(node: Node) -> str:
+    if isinstance(node.meta.get("val"), (tuple, list)) or hasattr(node.meta.get("val"), "shape"):
+        return "a view: part of its readers' addresses"
+    return "a size: computed in Python"
+
+
+def describe(val: Any) -> str:
+    """``f32[4, 33]`` for a tensor, its parts for a tuple."""
+    if isinstance(val, (tuple, list)):
+        return "(" + ", ".join(map(describe, val)) + ")"
+    if hasattr(val, "shape") and hasattr(val, "dtype"):
+        return _typed(str(val.dtype).removeprefix("torch."), val.shape)
+    return "none" if val is None else type(val).__name__
+
+
+def _typed(dtype: str, shape: Iterable[Any]) -> str:
+    return f"{SHORT.get(dtype, dtype)}[{', '.join(map(str, shape))}]"
+
+
+# calls -------------------------------------------------------------------------------------------
+
+
+def _calls(plan: Plan, source_of: dict[Group, Source]) -> Iterable[Call]:
+    for step in plan.steps:
+        if isinstance(step, Group):
+            yield _launch(step, source_of[step])
+        elif is_call(step):
+            reads = tuple(describe(n.meta.get("val")) for n in step.all_input_nodes)
+            yield Call(
+                "aten", op_name(step), reads, (describe(step.meta.get("val")),),
+                reason_for(step, plan.aten.get(step, "size arithmetic")), (op_name(step),),
+                _distinct([source_line(step)]), _distinct([module_path(step)]),
+            )
+
+
+def _launch(group: Group, source: Source) -> Call:
+    reads = tuple(_typed(v.dtype, v.shape) for _, role, v in source.params if role == "in")
+    writes = tuple(_typed(v.dtype, v.shape) for _, role, v in source.params if role == "out")
+    nodes = group.nodes
+    return Call(
+        "kernel", source.name, reads, writes, source.key[:8], _distinct(map(op_name, nodes)),
+        _distinct(map(source_line, nodes)), _distinct(map(module_path, nodes)),
+    )
+
+
+def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(t for t in texts if t))
+
+
+# edges -------------------------------------------------------------------------------------------
+
+
+def _unfused(plan: Plan) -> Iterable[Edge]:
+    """The refusals that still hold at the end: both ends in kernels, not in the same one."""
+    home = {m: g for g in plan.groups for m in g.members}
+    seen: set[tuple[Value, Value]] = set()
+    for producer, consumer, why in plan.unfused:
+        ends = home.get(producer), home.get(consumer)
+        if None in ends or ends[0] is ends[1] or (producer, consumer) in seen:
+            continue
+        seen.add((producer, consumer))
+        node = consumer.node if consumer.node is not None else producer.node
+        where = (source_line(node), module_path(node)) if node is not None else ("", "")
+        yield Edge(_value_name(producer), _value_name(consumer), why, *where)
+
+
+def _value_name(value: Value) -> str:
+    if value.node is not None:
+        return op_name(value.node)
+    return str(value.op or value.kind)
+
+
+# groups of equal things --------------------------------------------------------------------------
+
+
+def counted(keys: Iterable[Any]) -> list[tuple[Any, int]]:
+    """Equal keys with how often each occurs, in the order of their first."""
+    return list(Counter(keys).items())
