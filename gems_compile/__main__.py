@@ -42,7 +42,9 @@ def _choose_target(argv: Sequence[str]) -> None:
     Triton reads the variable once, when it is first imported, so it is set before torch comes in;
     and where a device file is there but torch finds no GPU behind it, this process starts again.
     """
-    if "TRITON_INTERPRET" in os.environ or os.environ.get("GEMS_VENDOR"):
+    from .config import vendor
+
+    if "TRITON_INTERPRET" in os.environ or vendor() is not None:
         return
     if not _may_have_gpu():
         os.environ["TRITON_INTERPRET"] = "1"

@@ -1,4 +1,4 @@
-"""``python -m gems_compile doctor``: what this machine offers, and whether a compile works on it."""
+"""``python -m gems_compile doctor``: what this machine has, and whether a compile works."""
 
 from __future__ import annotations
 

@@ -253,7 +253,7 @@ def _wrapper_text(report: Report) -> str:
     """The generated function, behind a list of what its names stand for."""
     head = [
         "# What one call of the graph runs. Not a program: these names are put in by the executor.",
-        "#   k0, k1 ...   launch a kernel: (grid x, y, z, stream, arguments); its name is behind it",
+        "#   k0, k1 ...   launch a kernel: (grid x, y, z, stream, arguments); its name follows",
         "#   empty, view  allocate, and look at memory with another shape, without a dispatcher",
         "#   aligned, settle   a copy, only if a tensor lacks the alignment or strides foreseen",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from .kernels.target import current_target
 from .summary import ATEN, FREE, GraphSummary, summarize
 from .tables import Table, as_text
 
+MOST_ROWS = 25  # of one table; the data has all of them
+
 _calls = itertools.count()
 
 
@@ -32,7 +35,7 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
     ``fn`` (an optimizer step inside it) happen. Settings come from the ``GEMS_*`` variables.
     """
     fn = _without_compile(fn)
-    backend, watch = Gems(), _Watch()
+    backend, watch = Gems(), Watch()
     compiled = torch.compile(_fresh_function(), backend=backend)
     args, kwargs = tree_map(_copy, (args, kwargs))
     with _put_back(fn), watch:
@@ -107,12 +110,12 @@ def _leaves(start: Iterable[Any]) -> list[Tensor]:
     return found
 
 
-class _Watch:
+class Watch:
     """torch's own seconds and graph breaks of a stretch of time."""
 
     DYNAMO, COMPILER = "_compile.compile_inner", "OutputGraph.call_user_compiler"
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> Watch:
         self._before, self._breaks_before = self._times(), self._breaks()
         return self
 
@@ -150,7 +153,7 @@ class Explanation:
     breaks: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, backend: Gems, name: str, watch: _Watch | None = None) -> Explanation:
+    def of(cls, backend: Gems, name: str, watch: Watch | None = None) -> Explanation:
         """What the compiles through ``backend`` did."""
         target = current_target(vendor())
         graphs = tuple(map(summarize, backend.reports))
@@ -180,7 +183,7 @@ class Explanation:
         if not self.graphs:
             return [self._nothing()]
         parts = [
-            f"{self.name}, compiled by gems for {self.target}", _counts(self.graphs),
+            f"{self.name}, compiled by gems (target: {self.target})", _counts(self.graphs),
             *_rewrites(self.graphs), *_aten(self.graphs), *_unfused(self.graphs),
             *_failures(self.graphs), *_breaks(self.breaks), self._time(),
         ]
@@ -212,43 +215,35 @@ class Explanation:
 
 
 def _counts(graphs: Sequence[GraphSummary]) -> Table:
-    columns = ("graph", "nodes", "fused", "views", "ATen", "rewritten", "kernels", "launches",
-               "failures", "compile s")
+    columns = ("graph", "nodes", "fused", "views", "ATen", "rewrites", "kernels", "launches",
+               "seconds")
+    names = ("nodes", "fused", "free", "aten_calls", "rewritten", "kernels", "launches",
+             "seconds")
     table = Table("", columns)
     for graph in graphs:
-        n = graph.numbers()
-        names = ("nodes", "fused", "free", "aten_calls", "rewritten", "kernels", "launches",
-                 "failures", "seconds")
-        table.rows.append((f"{graph.graph} {graph.kind}", *(n[k] for k in names)))
+        numbers = graph.numbers()
+        table.rows.append((f"{graph.graph} {graph.kind}", *(numbers[n] for n in names)))
     return table
 
 
 def _rewrites(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
-    fired = [(r, (r.rule, f"{r.nodes_before} -> {r.nodes_after}", r.because))
+    """A rewrite acts on what Dynamo traced, before there is a backward."""
+    fired = [(g.kind, r, f"{r.rule}, {r.nodes_before} nodes -> {r.nodes_after}: {r.because}")
              for g in graphs for r in g.rewritten]
-    if fired:
-        columns = ("times", "rewrite", "nodes", "because", "where")
-        yield Table("Rewritten, before the graph is differentiated", columns, _grouped(fired))
-    missed = [(m, (m.rule, m.reason)) for g in graphs for m in g.near_misses]
-    if missed:
-        columns = ("times", "rewrite", "not made because", "where")
-        yield Table("Nearly rewritten", columns, _grouped(missed))
+    yield from _grouped("Rewritten", fired)
+    missed = [(g.kind, m, f"{m.rule}: {m.reason}") for g in graphs for m in g.near_misses]
+    yield from _grouped("Nearly rewritten, but", missed)
 
 
 def _aten(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
-    calls = [(n, (f"{g.graph} {g.kind}", n.op, n.detail))
-             for g in graphs for n in g.nodes if n.fate == ATEN]
-    if calls:
-        columns = ("calls", "graph", "op", "reason", "where")
-        yield Table("Runs as ATen", columns, _grouped(calls))
+    calls = [(g.kind, n, f"{n.op}: {n.detail}") for g in graphs for n in g.nodes if n.fate == ATEN]
+    yield from _grouped("Runs as ATen", calls)
 
 
 def _unfused(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
-    edges = [(e, (f"{g.graph} {g.kind}", f"{e.producer} -> {e.consumer}", e.reason))
+    edges = [(g.kind, e, f"{e.producer} -> {e.consumer}: {e.reason}")
              for g in graphs for e in g.unfused]
-    if edges:
-        columns = ("times", "graph", "edge", "reason", "where")
-        yield Table("Not fused, though both ends are in kernels", columns, _grouped(edges))
+    yield from _grouped("Goes through memory, though both ends are in kernels", edges)
 
 
 def _failures(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
@@ -259,22 +254,34 @@ def _failures(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
 
 def _breaks(breaks: dict[str, int]) -> Iterator[Table]:
     if breaks:
-        rows = [(times, " ".join(why.split())) for why, times in breaks.items()]
-        yield Table("Graph breaks: Dynamo cut the program here", ("times", "reason"), rows)
+        rows = [(times, textwrap.shorten(why, 300)) for why, times in breaks.items()]
+        yield Table("Graph breaks: Dynamo cut the program here", ("times", "because"), rows)
 
 
-def _grouped(found: Iterable[tuple[Any, tuple[Any, ...]]]) -> list[Sequence[Any]]:
-    """Equal keys as one row: how often, the key, the first line it came from and how many more."""
-    lines: dict[tuple[Any, ...], list[str]] = {}
-    for fact, key in found:
-        lines.setdefault(key, []).append(fact.line)
-    rows: list[Sequence[Any]] = []
-    for key, where in lines.items():
-        distinct = list(dict.fromkeys(w for w in where if w))
-        place, _, code = distinct[0].partition("  ") if distinct else ("", "", "")
-        more = f" and {len(distinct) - 1} more" if len(distinct) > 1 else ""
-        rows.append((len(where), *key, f"{place}{more}  {code}".rstrip()))
-    return rows
+def _grouped(title: str, found: Iterable[tuple[str, Any, str]]) -> Iterator[Table]:
+    """(kind of graph, fact, what and why): what is equal as one row, with how often each kind of
+    graph has it; below it the first line it came from and how many more lines there are."""
+    found = list(found)
+    kinds = list(dict.fromkeys(kind for kind, _, _ in found))
+    times = Counter((what, kind) for kind, _, what in found)
+    lines: dict[str, list[str]] = {}
+    for _, fact, what in found:
+        lines.setdefault(what, []).append(fact.line)
+    rows = [
+        (*(times[what, kind] or "" for kind in kinds), f"{what}\n{_where(lines[what])}".rstrip())
+        for what in sorted(lines, key=lambda w: -len(lines[w]))
+    ]
+    if len(rows) > MOST_ROWS:
+        title += f" (the {MOST_ROWS} most frequent of {len(rows)}; to_dict() has all)"
+    if rows:
+        yield Table(title, (*kinds, ""), rows[:MOST_ROWS])
+
+
+def _where(lines: Iterable[str]) -> str:
+    distinct = list(dict.fromkeys(line for line in lines if line))
+    place, _, code = distinct[0].partition("  ") if distinct else ("", "", "")
+    more = f" and {len(distinct) - 1} more" if len(distinct) > 1 else ""
+    return f"{place}{more}  {code}".strip()
 
 
 def _facts(explanation: Explanation) -> Iterator[str]:

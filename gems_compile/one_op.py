@@ -48,10 +48,14 @@ _here = _Here()
 class Variant:
     """What becomes of calls of one description: ``run`` serves them, or ATen does, for ``why``."""
 
-    __slots__ = ("calls", "run", "single", "why")
+    __slots__ = ("calls", "layouts", "run", "single", "why")
 
-    def __init__(self, run: Callable[[list[Any]], Any] | None, single: bool, why: str = "") -> None:
+    def __init__(
+        self, run: Callable[[list[Any]], Any] | None, single: bool, why: str = "",
+        layouts: Sequence[Any] = (),
+    ) -> None:
         self.run, self.single, self.why = run, single, why
+        self.layouts = layouts  # of its results, see layout_of
         self.calls = 0
 
 
@@ -66,6 +70,7 @@ class Handler:
         self._native: Any = None
         self._lock = threading.Lock()
         self._compiled = 0
+        self._random = torch.Tag.nondeterministic_seeded in overload.tags
         self._full = Variant(None, False, f"more than {MAX_COMPILED} variants were compiled")
         # A thread may have looked our kernel up and wait for the GIL while another one unregisters
         # it; the dispatcher would free it under that call.
@@ -95,7 +100,9 @@ class Handler:
         if not _describe(args, parts, tensors) or not _describe(kwargs.values(), parts, tensors):
             return self._aten(keyset, args, kwargs)
         key = tuple(parts)
-        variant = self.variants.get(key) or self._new_variant(key, args, kwargs, tensors)
+        variant = self.variants.get(key)
+        if variant is None:
+            variant = self._new_variant(key, keyset, args, kwargs, tensors)
         variant.calls += 1
         run = variant.run
         if run is None:
@@ -126,10 +133,11 @@ class Handler:
             bool(kwargs) and any(type(kwargs.get(n)) in NUMBERS for n in self._tensor_names)
         )
 
-    # the first call of a kind ----------------------------------------------------------------------
+    # the first call of a kind --------------------------------------------------------------------
 
     def _new_variant(
-        self, key: Any, args: Sequence[Any], kwargs: dict[str, Any], tensors: Sequence[Tensor]
+        self, key: Any, keyset: Any, args: Sequence[Any], kwargs: dict[str, Any],
+        tensors: Sequence[Tensor],
     ) -> Variant:
         if self.target.device == "cuda" and torch.cuda.is_current_stream_capturing():
             return Variant(None, False, "a CUDA graph is being captured: no module can be loaded")
@@ -142,6 +150,8 @@ class Handler:
             if why is None and self._compiled >= MAX_COMPILED:
                 return self._full
             variant = Variant(None, False, why) if why else self._compile(args, kwargs)
+            if variant.run is not None and not self._random:
+                self._check_layouts(variant, keyset, args, kwargs)
             self._compiled += variant.run is not None
             if self._compiled == MAX_COMPILED and variant.run is not None:
                 log.info("%s: %s; new ones run as ATen", self.name, self._full.why)
@@ -163,6 +173,20 @@ class Handler:
             log.info("%s runs as ATen: %s", self.name, variant.why)
         return variant
 
+    def _check_layouts(
+        self, variant: Variant, keyset: Any, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> None:
+        """Compare with ATen's own results, once: FakeTensors promise other strides for some ops."""
+        _here.off = True
+        try:
+            out = self._aten(keyset, args, kwargs)
+        finally:
+            _here.off = False
+        eager = [layout_of(t) for t in ([out] if variant.single else out)]
+        if eager != list(variant.layouts):
+            variant.run, variant.why = None, f"ATen returns {eager}, its meta {variant.layouts}"
+            log.info("%s runs as ATen: %s", self.name, variant.why)
+
     def _give_up(self, variant: Variant, error: Exception) -> None:
         """A kernel that fails when first run is not run again; a later failure is the device's."""
         first = variant.calls == 1 and not isinstance(error, torch.OutOfMemoryError)
@@ -179,6 +203,14 @@ def aten_name(overload: torch._ops.OpOverload) -> str:
 
 def _arguments(overload: torch._ops.OpOverload) -> Sequence[Any]:
     return overload._schema.arguments
+
+
+def layout_of(t: Tensor | None) -> tuple[Any, ...] | None:
+    """What a caller sees beside the values: dtype, shape, the strides that address memory."""
+    if t is None:
+        return None
+    strides = tuple(s for n, s in zip(t.shape, t.stride(), strict=True) if n > 1)
+    return t.dtype, tuple(t.shape), strides
 
 
 # describing a call -------------------------------------------------------------------------------
@@ -255,7 +287,9 @@ def compile_one(
     options = replace(lowering_options(config, target), alone=True, threads=0)
     run, report = compile_graph(gm, inputs, options, f"eager_{aten_name(overload)}")
     if report.launches and not report.aten_calls:
-        return Variant(run, single)
+        (output,) = gm.graph.find_nodes(op="output")
+        layouts = [layout_of(n and n.meta["val"]) for n in output.args[0]]
+        return Variant(run, single, "", layouts)
     why = [*report.failures, *report.aten]
     return Variant(None, single, "; ".join(why) or "it computes nothing")
 
@@ -266,7 +300,8 @@ def one_node_graph(
     """(graph, its inputs as FakeTensors, whether it returns one tensor), or why there is none."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    graph, inputs = torch.fx.Graph(), []
+    graph = torch.fx.Graph()
+    inputs: list[Tensor] = []
 
     def place(value: Any) -> Any:
         if isinstance(value, Tensor):

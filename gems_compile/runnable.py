@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
 
 from .lowering.graph import module_path, source_line
@@ -228,7 +229,8 @@ class _Writer:
     def constant(self, node: Node, held: torch.Tensor) -> str:
         plain = held.layout == torch.strided and not held.is_quantized
         if plain and type(held) is torch.Tensor and held.numel() <= SMALL:
-            values = self.value(held.detach().cpu().tolist())
+            with unset_fake_temporarily():  # a compile runs under a FakeTensorMode
+                values = self.value(held.detach().cpu().tolist())
             return f"torch.tensor({values}, dtype={held.dtype}, device={self.device(held.device)})"
         self.notes.append(f"The constant {_name(node)} is large; random values stand for it")
         return self.tensor(held)
@@ -236,11 +238,11 @@ class _Writer:
     # inputs --------------------------------------------------------------------------------------
 
     def make_inputs(self) -> str:
-        lines = ["def make_inputs():", "    return ["]
-        for node in self.gm.graph.nodes:
-            if node.op == "placeholder":
-                lines.append(f"        {self.input(node)},  # {_name(node)}")
-        return "\n".join([*lines, "    ]"])
+        lines = [
+            f"        {self.input(node)},  # {_name(node)}"
+            for node in self.gm.graph.nodes if node.op == "placeholder"
+        ]
+        return "\n".join(["def make_inputs():", "    return [", *lines, "    ]"])
 
     def input(self, node: Node) -> str:
         value = node.meta.get("val")

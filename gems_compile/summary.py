@@ -1,7 +1,7 @@
 """A compile's ``Report`` as plain data: what became of each node, each call and each edge, and why.
 
-``dump``, ``explain`` and ``demo`` print what stands here; nothing in it refers to a graph, so it can
-be kept, compared and written as JSON.
+``dump``, ``explain`` and ``demo`` print what stands here; nothing in it refers to a graph, so it
+can be kept, compared and written as JSON.
 """
 
 from __future__ import annotations
@@ -37,6 +37,15 @@ ON_PURPOSE = {
         ("convolution", "convolution_backward"), "convolutions are left to the vendor's library"
     ),
     **dict.fromkeys(("detach", "alias"), "a new tensor object for the same memory; moves no data"),
+    **dict.fromkeys(
+        (
+            f"_scaled_dot_product_{kind}{which}"
+            for kind in ("flash_attention", "efficient_attention", "cudnn_attention",
+                         "flash_attention_for_cpu")
+            for which in ("", "_backward")
+        ),
+        "attention is left to torch's own kernels",
+    ),
     "embedding_dense_backward": "adds rows that repeat; ATen's kernel sorts them",
 }
 
@@ -149,11 +158,12 @@ def summarize(report: Report) -> GraphSummary:
     plan = report.plan
     if plan is None:  # the whole graph runs as ATen
         return GraphSummary(**head)
+    origins = _origins(plan)
     return GraphSummary(
         **head,
-        nodes=tuple(_node_facts(plan)),
-        calls=tuple(_calls(plan, report.source_of)),
-        unfused=tuple(_unfused(plan)),
+        nodes=tuple(_node_facts(plan, origins)),
+        calls=tuple(_calls(plan, report.source_of, origins)),
+        unfused=tuple(_unfused(plan, origins)),
         kernels=len(report.sources),
     )
 
@@ -173,6 +183,30 @@ def _rewrites(report: Report) -> dict[str, Any]:
 
 # nodes -------------------------------------------------------------------------------------------
 
+Origins = dict[Value, Node]
+
+
+def _origins(plan: Plan) -> Origins:
+    """Which node each value comes from: its own, or the composite op's that it is a step of.
+
+    A step has no node, and nothing but its own op reads it, so its reader's node is the answer.
+    """
+    origins: Origins = {}
+    stack = [m for group in plan.groups for m in group.members if m.node is not None]
+    stack.extend(v for v in plan.inlined if v.node is not None)
+    origins.update((v, v.node) for v in stack)
+    while stack:
+        value = stack.pop()
+        for source in value.inputs:
+            if source.node is None and source not in origins:
+                origins[source] = origins[value]
+                stack.append(source)
+    return origins
+
+
+def _nodes_of(group: Group, origins: Origins) -> list[Node]:
+    return list(dict.fromkeys(origins[m] for m in group.members if m in origins))
+
 
 def op_name(node: Node) -> str:
     """``aten.mm.default`` as ``mm``; another overload keeps its name: ``sum.dim_IntList``."""
@@ -188,10 +222,15 @@ def _op(node: Node) -> Node:
     return node
 
 
-def reason_for(node: Node, reason: str) -> str:
+def reason_for(node: Node, plan: Plan) -> str:
+    """Why ATen runs this node."""
+    reason = plan.aten.get(node)
+    if reason is None:  # the compiler did not have to refuse it
+        is_tensor = hasattr(node.meta.get("val"), "shape")
+        return "a view of memory that is no kernel's" if is_tensor else "a size"
     if reason == UNDECLARED:
         return ON_PURPOSE.get(getattr(node.target, "_opname", ""), reason)
-    return reason
+    return reason.removeprefix("alone: ")
 
 
 def is_call(step: Any) -> bool:
@@ -202,12 +241,12 @@ def is_call(step: Any) -> bool:
     )
 
 
-def _node_facts(plan: Plan) -> Iterable[NodeFact]:
+def _node_facts(plan: Plan, origins: Origins) -> Iterable[NodeFact]:
     graph = next((g.nodes[0].graph for g in plan.groups if g.nodes), None)
     graph = graph or next((n.graph for n in plan.steps if isinstance(n, Node)), None)
     homes: dict[Node, dict[str, None]] = {}
     for group in plan.groups:
-        for node in group.nodes:
+        for node in _nodes_of(group, origins):
             homes.setdefault(_op(node), {})[kernel_name(group.members)] = None
     recomputed = {_op(v.node) for v in plan.inlined if v.node is not None and v.computes}
     called = {step for step in plan.steps if is_call(step)}
@@ -215,7 +254,7 @@ def _node_facts(plan: Plan) -> Iterable[NodeFact]:
         if node.op != "call_function" or node.target is operator.getitem:
             continue
         if node in called:
-            fate, detail = ATEN, reason_for(node, plan.aten.get(node, "size arithmetic"))
+            fate, detail = ATEN, reason_for(node, plan)
         elif node in homes:
             fate, detail = FUSED, " and ".join(homes[node])
         elif node in recomputed:
@@ -250,23 +289,25 @@ def _typed(dtype: str, shape: Iterable[Any]) -> str:
 # calls -------------------------------------------------------------------------------------------
 
 
-def _calls(plan: Plan, source_of: dict[Group, Source]) -> Iterable[Call]:
+def _calls(
+    plan: Plan, source_of: dict[Group, Source], origins: Origins
+) -> Iterable[Call]:
     for step in plan.steps:
         if isinstance(step, Group):
-            yield _launch(step, source_of[step])
+            yield _launch(step, source_of[step], origins)
         elif is_call(step):
             reads = tuple(describe(n.meta.get("val")) for n in step.all_input_nodes)
             yield Call(
                 "aten", op_name(step), reads, (describe(step.meta.get("val")),),
-                reason_for(step, plan.aten.get(step, "size arithmetic")), (op_name(step),),
+                reason_for(step, plan), (op_name(step),),
                 _distinct([source_line(step)]), _distinct([module_path(step)]),
             )
 
 
-def _launch(group: Group, source: Source) -> Call:
+def _launch(group: Group, source: Source, origins: Origins) -> Call:
     reads = tuple(_typed(v.dtype, v.shape) for _, role, v in source.params if role == "in")
     writes = tuple(_typed(v.dtype, v.shape) for _, role, v in source.params if role == "out")
-    nodes = group.nodes
+    nodes = _nodes_of(group, origins)
     return Call(
         "kernel", source.name, reads, writes, source.key[:8], _distinct(map(op_name, nodes)),
         _distinct(map(source_line, nodes)), _distinct(map(module_path, nodes)),
@@ -280,7 +321,7 @@ def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
 # edges -------------------------------------------------------------------------------------------
 
 
-def _unfused(plan: Plan) -> Iterable[Edge]:
+def _unfused(plan: Plan, origins: Origins) -> Iterable[Edge]:
     """The refusals that still hold at the end: both ends in kernels, not in the same one."""
     home = {m: g for g in plan.groups for m in g.members}
     seen: set[tuple[Value, Value]] = set()
@@ -289,15 +330,17 @@ def _unfused(plan: Plan) -> Iterable[Edge]:
         if None in ends or ends[0] is ends[1] or (producer, consumer) in seen:
             continue
         seen.add((producer, consumer))
-        node = consumer.node if consumer.node is not None else producer.node
+        node = origins.get(consumer) or origins.get(producer)
         where = (source_line(node), module_path(node)) if node is not None else ("", "")
-        yield Edge(_value_name(producer), _value_name(consumer), why, *where)
+        yield Edge(_value_name(producer, origins), _value_name(consumer, origins), why, *where)
 
 
-def _value_name(value: Value) -> str:
+def _value_name(value: Value, origins: Origins) -> str:
+    """The op; of a step inside a composite op, both: ``nll_loss_forward.where``."""
     if value.node is not None:
         return op_name(value.node)
-    return str(value.op or value.kind)
+    step = str(value.op or value.kind)
+    return f"{op_name(origins[value])}.{step}" if value in origins else step
 
 
 # groups of equal things --------------------------------------------------------------------------

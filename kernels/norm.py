@@ -238,14 +238,31 @@ def batch_norm_inference(
     return _normalize(b, x, mean, rstd, weight, bias), None, None
 
 
+#: places whose moments one program computes, reading them twice (the second time from the L2)
+CHUNK = 512
+
+
 def batch_moments(b: Any, x: Any) -> tuple[Any, Any, Any]:
     """(var, mean, how many) of each channel of float32 x, axes kept.
 
-    In chunks of up to 128 places held on chip, whose moments are then combined: one read of x.
+    Where the sizes are known: in chunks held on chip, whose moments are then combined (Chan et al.
+    1979), so that x is read once.
     """
     axes = [a for a in range(x.ndim) if a != 1]
     count = b.count(x, axes)
-    return (*moments(b, x, axes, 0), count)
+    if type(count) is not int or type(x.shape[1]) is not int or count < 4 * CHUNK:
+        return (*moments(b, x, axes, 0), count)
+    parts = b.parts_of(x, axes, -(-count // CHUNK), count // 8)
+    chunk = count // parts
+    if chunk > 8 * CHUNK or parts == 1:
+        return (*moments(b, x, axes, 0), count)
+    cut, inner, outer = b.split(x, axes, parts)
+    var, center = moments(b, cut, inner, 0)
+    mean = b.div(b.sum(center, outer), parts)
+    diff = b.sub(center, mean, 1)
+    spread = b.sum(b.add(var, b.mul(diff, diff), 1), outer)
+    kept = [s if a == 1 else 1 for a, s in enumerate(x.shape)]
+    return b.reshape(b.div(spread, parts), kept), b.reshape(mean, kept), count
 
 
 @composite("aten._native_batch_norm_legit_functional.default", samples=[

@@ -163,11 +163,13 @@ class Writer:
         if self.program.seed is not None:
             self.names[self.program.seed] = "seed"
             self.add("seed = draw_seed()")
-        for step in self.plan.steps:
-            if isinstance(step, Group):
-                self._launch(step)
+        for steps in batches(self.plan.steps):
+            if len(steps) > 1:
+                self._copy_together(steps)
+            elif isinstance(steps[0], Group):
+                self._launch(steps[0])
             else:
-                self._call(step)
+                self._call(steps[0])
         self._return()
         return self._assemble()
 
@@ -258,6 +260,16 @@ class Writer:
             self.symbols.setdefault(str(size_of(val)), name)
             self.kept.add(name)
 
+    def _copy_together(self, nodes: list[Node]) -> None:
+        """Several updates of inputs (running statistics, say) in one call."""
+        into = ", ".join(self.arg(n.args[0]) for n in nodes)
+        values = ", ".join(self.arg(n.args[1]) for n in nodes)
+        self.calls += 1
+        self.add(f"{self.constant(torch._foreach_copy_, 'f')}([{into}], [{values}])")
+        for node in nodes:
+            self.names[node] = self.names[node.args[0]]
+            self._alias(node)
+
     def _alias(self, node: Node) -> None:
         value = self.program.of.get(node)
         if isinstance(value, Value):
@@ -312,6 +324,36 @@ class Writer:
         elif self.kernels:
             body.insert(0, "stream = None")
         return "def call(args, first):\n" + "".join(f"    {line}\n" for line in body)
+
+
+def batches(steps: Sequence[Any]) -> Iterator[list[Any]]:
+    """The steps, with neighbouring plain copies into inputs of one dtype taken together."""
+    run: list[Any] = []
+    for step in steps:
+        if run and (_copy_kind(step) is None or _copy_kind(step) != _copy_kind(run[-1])):
+            yield run
+            run = []
+        run.append(step)
+        if _copy_kind(step) is None:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+def _copy_kind(step: Any) -> Any:
+    """What copies must share to be made together; None for anything else."""
+    if not isinstance(step, Node) or step.target is not torch.ops.aten.copy_.default:
+        return None
+    into, value = step.args[0], step.args[1]
+    if into.op != "placeholder" or step.users or len(step.args) > 2 or step.kwargs:
+        return None
+    a, b = into.meta["val"], value.meta.get("val")
+    if not isinstance(b, torch.Tensor) or a.dtype != b.dtype or a.device != b.device:
+        return None
+    if any(isinstance(s, torch.SymInt) for s in (*a.shape, *b.shape)) or a.shape != b.shape:
+        return None
+    return a.dtype, a.device
 
 
 def _symbol(name: str) -> Any:

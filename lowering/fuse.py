@@ -8,8 +8,9 @@ from typing import Any
 from torch.fx import Node
 
 from .group import Group
-from .indexing import Size, is_static, product
-from .ir import Value
+from .indexing import Size, contiguous_strides, is_static, product
+from .ir import BITS, Value, contiguous_axis, is_dense
+from .schedule import needs_loop
 from .translate import Program
 from .views import Frame
 
@@ -24,7 +25,6 @@ HEAVY = {
     "sigmoid", "softplus", "mish", "log1p", "expm1", "div", "rsqrt", "sqrt", "lgamma",
 }
 CONSTANT = ("full", "iota")
-SPLITTABLE = {"sum", "amax", "amin", "prod", "any", "all"}
 
 
 class Fuser:
@@ -41,6 +41,8 @@ class Fuser:
         self.readers, self.escapes = find_readers(program, graph)
         self.waits, self.written = order_edges(program, graph)
         self.inlined: set[Value] = set()
+        self.twins: dict[Any, Group] = {}
+        self.twin_frames: dict[Any, Frame] = {}
         self._choose_inlined()
         self.column_feeds = self._find_column_feeds()
 
@@ -52,6 +54,12 @@ class Fuser:
             if v.kind in CONSTANT:
                 self.inlined.add(v)
                 cost[v] = 0
+            elif is_widening(v) and v not in self.escapes and v not in self.waits and (
+                base_of(v.args[0]) not in self.written
+            ):
+                self.inlined.add(v)  # loading the narrow value costs less than storing the wide
+                below = base_of(v.args[0])
+                cost[v] = cost.get(below, 0) if below in self.inlined else 0
             elif v.kind in ("pointwise", "cast", "concat") and v not in self.escapes and not (
                 v in self.waits or any(base_of(a) in self.written for a in v.inputs)
             ):
@@ -90,6 +98,9 @@ class Fuser:
         live = [g for g in self.groups if g.members]
         for group in live:
             group.outputs = [m for m in group.members if self._stored(m, group)]
+            for out in group.outputs:
+                if out.node is None and not is_dense(out):
+                    out.strides = contiguous_strides(out.shape)
         return live
 
     def _sources(self, v: Value) -> list[Value]:
@@ -122,11 +133,22 @@ class Fuser:
                 for g in self.near.get(a, ()):
                     if g.members and self.place[v] - g.last <= SIBLING_DISTANCE:
                         siblings[g] = None
-                if a.kind != "view":
+                if a.kind != "view" and not (a.kind == "cast" and a in self.inlined):
                     break
                 a = a.args[0]
-        order = sorted(producers, key=lambda g: -g.last)
+        if v.kind == "reduce":
+            twin = self.twins.get(self._twin_key(v))
+            if twin is not None and twin.members:
+                siblings[twin] = None
+        # a reduction first: it takes in a pointwise group, not the other way round
+        order = sorted(producers, key=lambda g: (not g.reduced, -g.last))
         return order, sorted((g for g in siblings if g not in producers), key=lambda g: -g.last)
+
+    def _twin_key(self, v: Value) -> Any:
+        """Reductions alike over results of one kernel can share the next kernel."""
+        x = v.args[0]
+        producer = self.home.get(base_of(x))
+        return producer and (producer.number, x.shape, x.strides, v.params)
 
     def _place(self, v: Value) -> None:
         producers, siblings = self._candidates(v)
@@ -136,12 +158,14 @@ class Fuser:
                 continue
             if joined is None:
                 frame = frame_for(group, v)
+                if frame is None and v.kind == "reduce":
+                    frame = self.twin_frames.get((group, self._twin_key(v)))
                 why = self.why_not(group, v, frame, sibling=group not in producers)
                 if why is None:
                     self._join(group, v, frame)
                     joined = group
                     continue
-            elif group in producers:
+            elif group in producers or (v in self.column_feeds and group.column):
                 why = self._merge(joined, group, v)
                 if why is None:
                     continue
@@ -176,9 +200,9 @@ class Fuser:
             return self._why_not_reduce(group, v, frame)
         full = set(atoms_of(frame)) == set(group.domain)
         if group.reduced:
-            if full and group.column and self._after_reduction(group, v):
-                return "the column reduction would be followed by a second pass over the data"
-            if full and group.column and v in self.escapes:
+            if full and group.column and v not in self.column_feeds and (
+                sibling or not on_chip(group)
+            ):
                 return "a column reduction does not also store its full-size operands"
             if not full and sibling:
                 return "row values only share a kernel with their own reduction"
@@ -211,14 +235,6 @@ class Fuser:
             r is not v and self._reads_elsewhere(r, group) for r, _ in self.readers.get(m, [])
         )
 
-    def _after_reduction(self, group: Group, v: Value) -> bool:
-        return any(self._reduced_before(group, base_of(a)) for a in v.inputs)
-
-    def _reduced_before(self, group: Group, v: Value) -> bool:
-        if self.home.get(v) is not group:
-            return False
-        return v.kind == "reduce" or any(self._reduced_before(group, base_of(a)) for a in v.inputs)
-
     def _makes_cycle(self, group: Group, v: Value) -> bool:
         bit = 1 << group.number
         return any(
@@ -248,20 +264,34 @@ class Fuser:
             if not group.reduced:
                 group.set_reduced([a for k in v.params for a in frame[k]])
                 group.column = is_column(v)
-            group.frames.setdefault(v.args[0], frame)
-            self._near(v.args[0], group)
+            self._frame_operand(group, v.args[0], frame)
+            key = self._twin_key(v)
+            if key is not None:
+                self.twins[key] = group
+                self.twin_frames[(group, key)] = frame
             group.frames[v] = tuple(() if k in v.params else f for k, f in enumerate(frame))
         else:
             group.frames[v] = frame
             if v.kind not in ("gather", "concat"):
                 for a in v.inputs:
                     if a.shape == v.shape:
-                        group.frames.setdefault(a, frame)
-                        self._near(a, group)
+                        self._frame_operand(group, a, frame)
         group.members.append(v)
         group.last = max(group.last, self.place[v])
         self.home[v] = group
         self._grow(group, self.upstream[v])
+
+    def _frame_operand(self, group: Group, a: Value, frame: Frame) -> None:
+        """Note how the group runs over an operand, and over what it is a view of."""
+        known: Frame | None = frame
+        while known is not None:
+            group.frames.setdefault(a, known)
+            self._near(a, group)
+            if a.kind == "view":
+                known = a.params.carry_back(known, group)
+            elif not (a.kind == "cast" and a in self.inlined):
+                return
+            a = a.args[0]
 
     def _near(self, a: Value, group: Group) -> None:
         groups = self.near[a]
@@ -290,18 +320,17 @@ class Fuser:
 
     def _merge(self, one: Group, two: Group, v: Value) -> str | None:
         """Move the members of ``two`` into ``one`` (both feed v), or say why not."""
-        if two.reduced and one.reduced and (two.column or one.column):
-            return "two column reductions"
         if len(one.members) + len(two.members) > MAX_MEMBERS:
             return f"together they have more than {MAX_MEMBERS} members"
-        if self._only_feeds(one) != self._only_feeds(two):
-            return "one of them is for a column reduction, which runs in its own kernel"
         frame = frame_for(two, v)
         own = one.frame(v.args[0] if v.kind == "reduce" else v)
         if frame is None or own is None:
             return "their shapes do not line up"
-        if two.column or (one.column and any(self._stored(m, two) for m in two.members)):
-            return "a column reduction does not also store its full-size operands"
+        if one.reduced and set(atoms_of(own)) != set(one.domain):
+            if two.reduced:
+                return "they reduce different dims"
+        elif self._only_feeds(one) != self._only_feeds(two):
+            return "one of them is for a column reduction, which runs in its own kernel"
         if self._path_between(one, two) or self._path_between(two, one):
             return "the kernel would wait for its own result"
         mapping = align(one, own, two, frame)
@@ -326,6 +355,12 @@ class Fuser:
             if two in self.near.get(value, ()):
                 self.near[value].remove(two)
                 self._near(value, one)
+        for key in [k for k in self.twins if k[0] == two.number]:
+            moved = (one.number, *key[1:])
+            self.twins[moved] = self.twins.pop(key)
+            self.twin_frames[(self.twins[moved], moved)] = self.twin_frames.pop(
+                (self.twins[moved], key)
+            )
         bit_one, bit_two = 1 << one.number, 1 << two.number
         for m in two.members:
             self.home[m] = one
@@ -441,15 +476,15 @@ def _is_one(size: Size) -> bool:
     return type(size) is int and size == 1
 
 
+def on_chip(group: Group) -> bool:
+    """Whether one program holds all that it reduces, so that the data is read once."""
+    rows = product(group.sizes[a] for a in group.parallel)
+    return not needs_loop(rows, product(group.sizes[a] for a in group.reduced), group.column)
+
+
 def is_column(v: Value) -> bool:
     """Whether the reduction runs across memory: its operand's contiguous axis is kept."""
-    x = v.args[0]
-    best, axis = None, None
-    for k, (size, stride) in enumerate(zip(x.shape, x.strides, strict=True)):
-        if _is_one(size):
-            continue
-        if type(stride) is int and (best is None or stride < best):
-            best, axis = stride, k
+    axis = contiguous_axis(v.args[0])
     return axis is not None and axis not in v.params
 
 
@@ -460,6 +495,11 @@ def pointers(group: Group, v: Value) -> int:
 
 
 # the graph around the values ---------------------------------------------------------------------
+
+
+def is_widening(v: Value) -> bool:
+    """A cast that only widens: what it reads is smaller in memory, or as small."""
+    return v.kind == "cast" and BITS[v.args[0].dtype] < BITS[v.dtype]
 
 
 def base_of(v: Value) -> Value:

@@ -89,6 +89,8 @@ class Group:
         if value.kind == "view":
             below = self.frame(value.args[0])
             return value.params.carry(below, self) if below is not None else None
+        if value.kind == "cast":
+            return self.frame(value.args[0])
         return None
 
     def open(self, shape: Sequence[Size]) -> Frame:

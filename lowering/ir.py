@@ -15,6 +15,8 @@ from ..kernels.op import BODIES
 from .indexing import Size, contiguous_strides, is_static, product, simplify
 from .views import Expand, Flip, Permute, Reshape, Slice, View
 
+BITS = {"bool": 8, "uint8": 8, "int8": 8, "int16": 16, "int32": 32, "int64": 64, "float16": 16,
+        "bfloat16": 16, "float32": 32, "float64": 64, "opaque": 0}
 FLOATING = {"float16", "bfloat16", "float32", "float64"}
 SUPPORTED = FLOATING | {"bool", "uint8", "int8", "int16", "int32", "int64"}
 SIXTEEN_BIT = {"float16", "bfloat16"}
@@ -90,9 +92,12 @@ class SizeArg:
 class Builder:
     """Makes Values. Composite ops receive one: ``b.exp(x)`` applies the declared op ``exp``."""
 
-    def __init__(self, seed: Callable[[], Value] | None = None) -> None:
+    def __init__(
+        self, seed: Callable[[], Value] | None = None, multiprocessors: int = 0
+    ) -> None:
         self._seed = seed
         self._salt = 0
+        self.multiprocessors = multiprocessors  # 0: reductions are never split
 
     # pointwise -----------------------------------------------------------------------------
 
@@ -102,7 +107,7 @@ class Builder:
             raise KeyError(f"no op named {name} is declared")
         values = [a for a in args if isinstance(a, Value)]
         shape = broadcast_shapes([v.shape for v in values])
-        strides = next((v.strides for v in values if v.shape == shape and _dense(v)), None)
+        strides = next((v.strides for v in values if v.shape == shape and is_dense(v)), None)
         dtype = dtype or result_dtype(values, args)
         return Value("pointwise", name, args, shape, dtype, strides=strides)
 
@@ -114,7 +119,7 @@ class Builder:
     def cast(self, x: Value, dtype: str) -> Value:
         if x.dtype == dtype:
             return x
-        return Value("cast", None, (x,), x.shape, dtype, strides=x.strides if _dense(x) else None)
+        return Value("cast", None, (x,), x.shape, dtype, strides=x.strides)
 
     def copy(self, x: Value) -> Value:
         """A fresh tensor with x's elements."""
@@ -136,10 +141,51 @@ class Builder:
     # reductions ----------------------------------------------------------------------------
 
     def reduce(self, op: str, x: Value, axes: Sequence[int], dtype: str | None = None) -> Value:
-        """Reduce ``axes``, which stay with size 1."""
+        """Reduce ``axes``, which stay with size 1.
+
+        Few rows, or many rows under few columns, are reduced in two steps: parts side by side,
+        then the parts.
+        """
         axes = normalize_axes(axes, x.ndim)
+        parts = parts_wanted(x, axes, self.multiprocessors) if op in SPLITTABLE else 1
+        if parts > 1:
+            split, inner, outer = self.split(x, axes, parts)
+            hold = dtype or x.dtype
+            wider = {"sum": "int64", "prod": "int64"}.get(op, hold)
+            part = self._reduce(op, split, inner, "float32" if hold in SIXTEEN_BIT else (
+                hold if hold in FLOATING else wider))
+            whole = self._reduce(op, part, outer, hold)
+            return self.reshape(whole, [1 if k in axes else s for k, s in enumerate(x.shape)])
+        return self._reduce(op, x, axes, dtype)
+
+    def split(
+        self, x: Value, axes: Sequence[int], parts: int
+    ) -> tuple[Value, tuple[int, ...], tuple[int, ...]]:
+        """(x with one reduced axis cut in two, axes within a part, axes across parts).
+
+        ``parts`` is what ``parts_wanted`` or ``parts_of`` said: a product of leading reduced axes
+        and a divisor of the next.
+        """
+        outer: list[int] = []
+        left = parts
+        for axis in axes:
+            size = x.shape[axis]
+            if left % size == 0:
+                outer.append(axis)
+                left //= size
+                continue
+            shape = [*x.shape[:axis], left, size // left, *x.shape[axis + 1 :]]
+            cut = self.reshape(x, shape)
+            own = [a if a < axis else a + 1 for a in axes if a != axis and a not in outer]
+            if left > 1:
+                outer.append(axis)
+            return cut, tuple(sorted([*own, axis + 1])), tuple(outer)
+        raise ValueError("nothing is left inside a part")
+
+    def _reduce(self, op: str, x: Value, axes: Sequence[int], dtype: str | None = None) -> Value:
         shape = tuple(1 if k in axes else s for k, s in enumerate(x.shape))
-        return Value("reduce", op, (x,), shape, dtype or x.dtype, params=axes)
+        strides = _kept_innermost(x, axes, shape)
+        return Value("reduce", op, (x,), shape, dtype or x.dtype, params=axes, strides=strides)
 
     def sum(self, x: Value, axes: Sequence[int]) -> Value:
         return self.reduce("sum", x, axes)
@@ -153,6 +199,9 @@ class Builder:
 
     def count(self, x: Value, axes: Sequence[int]) -> Size:
         return count_of(x, axes)
+
+    def parts_of(self, x: Value, axes: Sequence[int], wanted: int, most: int) -> int:
+        return parts_of(x, normalize_axes(axes, x.ndim), wanted, most)
 
     def next_salt(self) -> int:
         """A number of its own for every random op of a graph."""
@@ -168,7 +217,8 @@ class Builder:
     def view(self, x: Value, view: View) -> Value:
         if view.trivial:
             return x
-        return Value("view", None, (x,), view.shape, x.dtype, params=view)
+        strides = view.strides(x.strides)
+        return Value("view", None, (x,), view.shape, x.dtype, params=view, strides=strides)
 
     def permute(self, x: Value, dims: Sequence[int]) -> Value:
         return self.view(x, Permute(x.shape, dims))
@@ -221,6 +271,69 @@ class Builder:
         )
 
 
+SPLITTABLE = {"sum", "amax", "amin", "prod", "any", "all"}
+
+
+def parts_wanted(x: Value, axes: Sequence[int], multiprocessors: int) -> int:
+    """In how many parts a reduction should run to keep the GPU busy; 1 where it does anyway."""
+    if not multiprocessors or not axes or not is_static(*x.shape):
+        return 1
+    reduced = count_of(x, axes)
+    kept = product(x.shape) // max(1, reduced)
+    column = contiguous_axis(x) not in axes
+    if column:
+        programs, least, enough = -(-kept // 64), 32, 8 * multiprocessors
+        busy = programs >= 4 * multiprocessors or reduced < 512
+    else:
+        programs, least, enough = kept, 2048, 4 * multiprocessors
+        busy = programs >= 2 * multiprocessors or reduced < 16384
+    if busy:
+        return 1
+    return parts_of(x, axes, -(-enough // programs), reduced // least)
+
+
+def parts_of(x: Value, axes: Sequence[int], wanted: int, most: int) -> int:
+    """The number of parts nearest to ``wanted`` (not above ``most``) that cuts the axes evenly."""
+    lead, best = 1, 1
+    for axis in axes:
+        size = x.shape[axis]
+        for d in range(1, size + 1):
+            if size % d == 0 and lead * d <= most and lead * d < count_of(x, axes):
+                if abs(lead * d - wanted) < abs(best - wanted) or (best < wanted <= lead * d):
+                    best = lead * d
+                if lead * d >= wanted:
+                    break
+        lead *= size
+        if lead >= wanted:
+            break
+    return best
+
+
+def contiguous_axis(x: Value) -> int | None:
+    """The axis along which neighbours in memory lie."""
+    best, axis = None, None
+    for k, (size, stride) in enumerate(zip(x.shape, x.strides, strict=True)):
+        if type(size) is int and size == 1:
+            continue
+        if type(stride) is int and stride > 0 and (best is None or stride < best):
+            best, axis = stride, k
+    return axis
+
+
+def _kept_innermost(
+    x: Value, axes: Sequence[int], shape: Sequence[Size]
+) -> tuple[Size, ...] | None:
+    """A layout for a reduction's result that keeps x's order of axes: strides, or None."""
+    if not is_static(*x.strides, *shape):
+        return None
+    order = sorted(range(len(shape)), key=lambda k: (x.strides[k], -k))
+    strides, step = [1] * len(shape), 1
+    for k in order:
+        strides[k] = step
+        step *= shape[k]
+    return tuple(strides)
+
+
 def broadcast_shapes(shapes: Sequence[Sequence[Size]]) -> tuple[Size, ...]:
     ndim = max((len(s) for s in shapes), default=0)
     out: list[Size] = [1] * ndim
@@ -266,7 +379,7 @@ def computing_dtype(dtype: str) -> str:
     return "float32" if dtype in SIXTEEN_BIT else dtype
 
 
-def _dense(v: Value) -> bool:
+def is_dense(v: Value) -> bool:
     """Whether v's strides are a permutation of a contiguous layout."""
     if not is_static(*v.shape, *v.strides):
         return v.strides == contiguous_strides(v.shape)

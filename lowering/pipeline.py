@@ -91,7 +91,7 @@ def _attempt(
     report: Report, observe: Observer, clock: _Clock,
 ) -> Any:
     """The Writer with its launchers, or (the group that failed, why)."""
-    program = Translator(device, deny).run(gm.graph)
+    program = Translator(device, deny, options.target.multiprocessors).run(gm.graph)
     clock.lap(report, "translate")
     fuser = Fuser(program, gm.graph, options.target.multiprocessors)
     groups = fuser.run()

@@ -296,7 +296,8 @@ class Renderer:
         masks = self._masks(index, wide)
         if instr.cond is not None:
             masks.append(instr.cond)
-            pointer += self._missing(index, wide)
+        if instr.cond is not None or (masks and self._spans(index)["other"]):
+            pointer += self._missing(index, wide)  # a loaded place may be one number for the tile
         mask = f", mask={' & '.join(masks)}, other=0" if masks else ""
         text = f"tl.load({instr.text} + ({pointer}){mask})"
         if instr.dtype in SIXTEEN_BIT:

@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 from ..kernels.op import OPS, Op
 from .indexing import Size, contiguous_strides, is_static, simplify, size_of
 from .ir import SUPPORTED, Builder, SizeArg, Value, normalize_axes, result_dtype
-from .views import Reshape
+from .views import Permute, Reshape
 
 
 @dataclass
@@ -71,11 +71,12 @@ def schema_args(node: Node) -> list[Any]:
 class Translator:
     """Walks a graph once. ``device`` is where kernels run; ``deny`` nodes stay ATen calls."""
 
-    def __init__(self, device: torch.device, deny: dict[Node, str]) -> None:
+    def __init__(
+        self, device: torch.device, deny: dict[Node, str], multiprocessors: int
+    ) -> None:
         self.device, self.deny = device, deny
         self.program = Program()
-        self.builder = _Recorder(self.program.values, self._seed)
-        self._salt = 0
+        self.builder = _Recorder(self.program.values, self._seed, multiprocessors)
 
     def _seed(self) -> Value:
         if self.program.seed is None:
@@ -246,7 +247,7 @@ class Translator:
 
     def _bind_view(self, result: Any, node: Node, val: Any) -> Any:
         if isinstance(result, (tuple, list)):
-            return tuple(result)
+            return tuple(map(self._as_view, result))
         if result.kind == "full" and result.node is None:
             result.node = node
             result.strides = tuple(size_of(s) for s in val.stride())
@@ -256,6 +257,13 @@ class Translator:
         elif result.computes and result.node is None:
             return self._bind(result, node, val)
         return result
+
+    def _as_view(self, piece: Value) -> Value:
+        """A part that is all of its tensor (a split into one) is a view of it still."""
+        if piece.kind == "view":
+            return piece
+        same = Permute(piece.shape, range(piece.ndim))
+        return self._add(Value("view", None, (piece,), piece.shape, piece.dtype, params=same))
 
     def _add(self, value: Value) -> Value:
         self.program.values.append(value)
@@ -273,10 +281,21 @@ def _next_stride(strides: Any, sizes: Any) -> Size:
 class _Recorder(Builder):
     """A Builder that appends what it makes to the program."""
 
-    def __init__(self, values: list[Value], seed: Callable[[], Value]) -> None:
-        super().__init__(seed)
+    def __init__(
+        self, values: list[Value], seed: Callable[[], Value], multiprocessors: int
+    ) -> None:
+        super().__init__(seed, multiprocessors)
         self.values = values
         self.origin: Node | None = None
+
+    def reduce(self, op: str, x: Value, axes: Sequence[int], dtype: str | None = None) -> Value:
+        """A reduction of single elements is none; a kernel could not tell its levels apart."""
+        if not all(type(x.shape[k]) is int and x.shape[k] == 1 for k in normalize_axes(axes, x.ndim)):
+            return super().reduce(op, x, axes, dtype)
+        dtype = dtype or x.dtype
+        if op in ("argmax", "argmin"):
+            return self.full(x.shape, 0, dtype)
+        return self.cast(self.cast(x, "bool") if op in ("any", "all") else x, dtype)
 
 
 def _recorded(method: Callable[..., Value]) -> Callable[..., Value]:
@@ -292,8 +311,8 @@ def _recorded(method: Callable[..., Value]) -> Callable[..., Value]:
     return wrapper
 
 
-for _name in ("call", "cast", "copy", "full", "iota", "random", "reduce", "view", "concat", "gather"):
-    setattr(_Recorder, _name, _recorded(getattr(Builder, _name)))
+for _name in ("call", "cast", "copy", "full", "iota", "random", "_reduce", "view", "concat", "gather"):
+    setattr(_Recorder, _name, _recorded(getattr(_Recorder, _name)))
 
 _OPERANDS = (Value, SizeArg, int, float, bool, str, type(None), torch.dtype)
 CASTS = {"to_copy", "convert_element_type", "clone"}

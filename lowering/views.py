@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from .indexing import ZERO, Index, Size, is_static, product, segments, simplify, split_index
+from .indexing import (
+    ZERO, Index, Size, contiguous_strides, is_static, product, segments, simplify, split_index,
+)
 
 Frame = tuple[Any, ...]  # per axis: tuple of atoms, or None
 
@@ -41,6 +43,14 @@ class View:
         """The view's frame, or None when the view is no bijection."""
         return None
 
+    def carry_back(self, frame: Frame, atoms: Atoms) -> Frame | None:
+        """The argument's frame, given the view's; None when the view is no bijection."""
+        return None
+
+    def strides(self, src: Sequence[Size]) -> tuple[Size, ...]:
+        """Where the view's elements lie, given the argument's strides (to choose loop orders)."""
+        return contiguous_strides(self.shape)
+
 
 class Permute(View):
     def __init__(self, src: Sequence[Size], dims: Sequence[int]) -> None:
@@ -60,6 +70,15 @@ class Permute(View):
 
     def carry(self, frame: Frame, atoms: Atoms) -> Frame | None:
         return tuple(frame[d] for d in self.dims)
+
+    def carry_back(self, frame: Frame, atoms: Atoms) -> Frame | None:
+        out: list[Any] = [()] * len(self.dims)
+        for place, dim in enumerate(self.dims):
+            out[dim] = frame[place]
+        return tuple(out)
+
+    def strides(self, src: Sequence[Size]) -> tuple[Size, ...]:
+        return tuple(src[d] for d in self.dims)
 
 
 class Expand(View):
@@ -86,6 +105,13 @@ class Expand(View):
             else:
                 out.append(frame[k - lead] if k >= lead else ())
         return tuple(out)
+
+    def strides(self, src: Sequence[Size]) -> tuple[Size, ...]:
+        lead = len(self.shape) - len(self.src)
+        return tuple(
+            src[k - lead] if k >= lead and self.src[k - lead] == size else 0
+            for k, size in enumerate(self.shape)
+        )
 
 
 class Reshape(View):
@@ -134,6 +160,25 @@ class Reshape(View):
                 out[own_dims[0]] = run
         return tuple(out)
 
+    def carry_back(self, frame: Frame, atoms: Atoms) -> Frame | None:
+        return Reshape(self.shape, self.src).carry(frame, atoms)
+
+    def strides(self, src: Sequence[Size]) -> tuple[Size, ...]:
+        if self.runs is None:
+            return contiguous_strides(self.shape)
+        out: list[Size] = [1] * len(self.shape)
+        for src_dims, own_dims in self.runs:
+            if any(
+                src[a] != simplify(src[b] * self.src[b])
+                for a, b in zip(src_dims, src_dims[1:], strict=False)
+            ):
+                return contiguous_strides(self.shape)
+            step = src[src_dims[-1]]
+            for dim in reversed(own_dims):
+                out[dim] = step
+                step = simplify(step * self.shape[dim])
+        return tuple(out)
+
 
 class Slice(View):
     def __init__(
@@ -155,6 +200,9 @@ class Slice(View):
         out[self.axis] = out[self.axis].scale(self.step).shift(self.start)
         return out
 
+    def strides(self, src: Sequence[Size]) -> tuple[Size, ...]:
+        return tuple(s * self.step if k == self.axis else s for k, s in enumerate(src))
+
 
 class Flip(View):
     def __init__(self, src: Sequence[Size], dims: Sequence[int]) -> None:
@@ -170,6 +218,9 @@ class Flip(View):
         for dim in self.dims:
             out[dim] = out[dim].scale(-1).shift(self.shape[dim] - 1)
         return out
+
+    def strides(self, src: Sequence[Size]) -> tuple[Size, ...]:
+        return tuple(src)
 
 
 def take_inner(

@@ -1,0 +1,243 @@
+"""Every kernel compiles for every target, with no GPU: sm_80, sm_90 and gfx942.
+
+The kernels of all declared ops and of a set of fused programs are written as for a GPU with many
+multiprocessors and compiled by the compiler's own workers. A run takes some of the single ops,
+chosen by the seed in the tests' names; ``GEMS_TEST_FULL=1`` takes all, in three dtypes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from opcheck import FULL, SEED, calls, make, one_node, options, overload, trace
+from torch import Tensor
+
+from gems_compile.kernels.op import OPS
+from gems_compile.kernels.target import INTERPRETER
+from gems_compile.lowering.load import Pool
+from gems_compile.lowering.pipeline import compile_graph
+from gems_compile.lowering.source import Source
+
+TARGETS = {
+    "sm_80": ["cuda", 80, 32],
+    "sm_90": ["cuda", 90, 32],
+    "gfx942": ["hip", "gfx942", 64],
+}
+#: kernels of single ops that a plain run compiles, of about 400
+SAMPLED = 40
+
+
+def sources(graph: torch.fx.GraphModule) -> list[Source]:
+    """The kernels of a graph as a large GPU would get them; nothing is compiled or run."""
+    wide = dataclasses.replace(INTERPRETER, multiprocessors=132)
+    _, report = compile_graph(graph, [], options(target=wide))
+    return report.sources
+
+
+# programs -----------------------------------------------------------------------------------------
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = False) -> Tensor:
+    return torch.randn(*shape, dtype=dtype).requires_grad_(grad)
+
+
+def ids(*shape: int, high: int) -> Tensor:
+    return torch.randint(0, high, shape)
+
+
+def with_gradients(fn: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+    """fn and the gradients of everything that asks for one, in one graph."""
+
+    def both(*args: Any) -> list[Tensor]:
+        with torch.enable_grad():
+            args = tuple(
+                a.detach().requires_grad_() if a.is_floating_point() else a for a in args
+            )
+            y = fn(*args)
+            leaves = [a for a in args if a.requires_grad]
+            grads = torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
+        return [y.detach(), *[g for g in grads if g is not None]]
+
+    return both
+
+
+def layer_norm_gelu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.gelu(F.layer_norm(x, (x.shape[-1],), w, b)) + x
+
+
+def rms(x: Tensor, w: Tensor) -> Tensor:
+    return w * (x.float() * (x.float().pow(2).mean(-1, True) + 1e-6).rsqrt()).to(x.dtype)
+
+
+def rope(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = q.shape[-1] // 2
+    return q * cos + torch.cat([-q[..., half:], q[..., :half]], -1) * sin
+
+
+def attention_weights(s: Tensor, mask: Tensor) -> Tensor:
+    return torch.softmax(s * 0.125 + mask, -1)
+
+
+def batch_norm(x: Tensor, w: Tensor, b: Tensor, m: Tensor, v: Tensor) -> Any:
+    out = torch.ops.aten._native_batch_norm_legit_functional.default(x, w, b, m, v, True, 0.1, 1e-5)
+    return [torch.relu(out[0]), *out[1:]]
+
+
+def dropout(x: Tensor) -> Any:
+    y, kept = torch.ops.aten.native_dropout.default(x, 0.1, True)
+    return y + x, kept
+
+
+def embed(tokens: Tensor, table: Tensor, places: Tensor, w: Tensor) -> Tensor:
+    return F.layer_norm(table[tokens] + places, (places.shape[-1],), w)
+
+
+def gemm_free_block(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up + x
+
+
+PROGRAMS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Tensor, ...]]]] = {
+    "layer_norm": (layer_norm_gelu, lambda: (rand(64, 1000), rand(1000), rand(1000))),
+    "layer_norm_grad": (
+        with_gradients(layer_norm_gelu), lambda: (rand(64, 768), rand(768), rand(768)),
+    ),
+    "layer_norm_long": (layer_norm_gelu, lambda: (rand(4, 40000), rand(40000), rand(40000))),
+    "rms": (rms, lambda: (rand(64, 2048), rand(2048))),
+    "rms_grad": (with_gradients(rms), lambda: (rand(64, 2048), rand(2048))),
+    "softmax": (attention_weights, lambda: (rand(2, 8, 128, 128), rand(128, 128))),
+    "softmax_grad": (
+        with_gradients(attention_weights), lambda: (rand(2, 4, 64, 64), rand(64, 64)),
+    ),
+    "softmax_long": (lambda x: torch.softmax(x, -1), lambda: (rand(4, 40000),)),
+    "log_softmax_dim1": (lambda x: torch.log_softmax(x, 1), lambda: (rand(4, 19, 64),)),
+    "cross_entropy": (
+        with_gradients(lambda x, t: F.cross_entropy(x.float(), t)),
+        lambda: (rand(64, 5000), ids(64, high=5000)),
+    ),
+    "cross_entropy_long": (
+        lambda x, t: F.cross_entropy(x.float(), t), lambda: (rand(8, 50257), ids(8, high=50257)),
+    ),
+    "rope": (rope, lambda: (rand(2, 8, 64, 64), rand(64, 64), rand(64, 64))),
+    "rope_grad": (
+        with_gradients(rope), lambda: (rand(2, 8, 64, 64), rand(64, 64), rand(64, 64)),
+    ),
+    "swiglu": (with_gradients(gemm_free_block), lambda: (rand(64, 512),) * 3),
+    "batch_norm": (
+        batch_norm,
+        lambda: (rand(8, 16, 14, 14), *(rand(16, dtype=torch.float32) for _ in range(4))),
+    ),
+    "group_norm": (
+        with_gradients(lambda x, w, b: F.silu(F.group_norm(x, 4, w, b))),
+        lambda: (rand(4, 32, 14, 14), rand(32), rand(32)),
+    ),
+    "dropout": (dropout, lambda: (rand(64, 512),)),
+    "transpose": (
+        lambda x, y: (x.transpose(0, 1) * 2 + y).contiguous(), lambda: (rand(512, 256), rand(256, 512)),
+    ),
+    "heads": (
+        lambda x: torch.relu(x.view(4, 64, 8, 32).permute(0, 2, 1, 3)), lambda: (rand(4, 64, 256),),
+    ),
+    "embedding": (
+        embed, lambda: (ids(4, 64, high=1000), rand(1000, 256), rand(64, 256), rand(256)),
+    ),
+    "column_sum": (lambda x: (x * 2).sum(0), lambda: (rand(4096, 300),)),
+    "full_sum": (lambda x: (x.float() ** 2).sum(), lambda: (rand(300, 500),)),
+    "full_max": (lambda x: x.amax(), lambda: (rand(3000, 500),)),
+    "argmax": (lambda x: x.argmax(-1), lambda: (rand(64, 1000),)),
+    "argmax_long": (lambda x: x.argmax(-1), lambda: (rand(4, 40000),)),
+    "var_mean": (lambda x: torch.var_mean(x.float(), -1), lambda: (rand(64, 300),)),
+    "any_long": (lambda x: (x > 0).any(-1), lambda: (rand(4, 40000),)),
+    "logsumexp_long": (lambda x: torch.logsumexp(x.float(), -1), lambda: (rand(4, 40000),)),
+    "cat_pad": (lambda x, y: F.pad(torch.cat([x, y], 1) * 2, (1, 2)), lambda: (rand(32, 40),) * 2),
+    "integers": (
+        lambda i: ((i * 3 + 1) % 7, (i // 2).cumsum(0), i.sum(-1)), lambda: (ids(64, 100, high=99),),
+    ),
+    "masks": (
+        lambda i, x: torch.where((i[:, None] >= i[None, :]) & (x > 0), x, -1e4),
+        lambda: (ids(64, high=99), rand(64, 64)),
+    ),
+}
+DYNAMIC = ("layer_norm_grad", "rms", "softmax", "rope", "swiglu", "column_sum", "embedding")
+
+
+@functools.cache
+def fused() -> dict[str, Source]:
+    """Kernels of the programs, by key: bfloat16, with static and with symbolic sizes."""
+    found = {}
+    for name, (fn, inputs) in PROGRAMS.items():
+        for dynamic in (False, True)[: 1 + (name in DYNAMIC)]:
+            found.update({s.key: s for s in sources(trace(fn, *inputs(), dynamic=dynamic))})
+    return found
+
+
+def _singles() -> Iterator[Source]:
+    for name in OPS:
+        for call in calls(name)[:1] if not FULL else calls(name):
+            for dtype in _dtypes(name):
+                yield from sources(one_node(overload(name), *make(call, dtype)).graph)
+
+
+def _dtypes(name: str) -> list[str]:
+    wanted = ("float32", "bfloat16", "float16") if FULL else ("float32", "bfloat16")
+    return [d for d in wanted if d in OPS[name].dtypes] or list(OPS[name].dtypes[:1])
+
+
+@functools.cache
+def single() -> dict[str, Source]:
+    """Kernels of the declared ops, each alone."""
+    found = {s.key: s for s in _singles()}
+    if FULL:
+        return found
+    return dict(random.Random(SEED).sample(sorted(found.items()), SAMPLED))
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """Two compile workers with a Triton cache of their own."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    pool = Pool(2)
+    try:
+        yield pool
+    finally:
+        pool.close()
+        del os.environ["TRITON_CACHE_DIR"]
+        if before is not None:
+            os.environ["TRITON_CACHE_DIR"] = before
+
+
+def compile_all(
+    kernels: dict[str, Source], target: list[Any], workers: Pool, folder: Path
+) -> None:
+    answers = {}
+    for key, source in kernels.items():
+        path = folder / f"{key}.py"
+        path.write_text(source.text)
+        answers[key] = workers.submit({"path": str(path), "meta": source.meta, "target": target})
+    failed = []
+    for key, answer in answers.items():
+        error = answer.get()
+        if error is not None:
+            failed.append(f"{kernels[key].name}: {error}\n{kernels[key].text}")
+        elif not (folder / f"{key}.json").exists():
+            failed.append(f"{kernels[key].name}: no binary was written")
+    assert not failed, f"{len(failed)} of {len(kernels)} failed, the first: {failed[0]}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_fused_programs(target: str, workers: Pool, tmp_path: Path) -> None:
+    compile_all(fused(), TARGETS[target], workers, tmp_path)
+
+
+@pytest.mark.parametrize("target", [pytest.param(t, id=f"{t}-seed{SEED}") for t in TARGETS])
+def test_single_ops(target: str, workers: Pool, tmp_path: Path) -> None:
+    compile_all(single(), TARGETS[target], workers, tmp_path)
