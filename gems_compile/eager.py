@@ -25,22 +25,12 @@ from .kernels import load_ops
 from .kernels.op import OPS, Op
 from .kernels.target import Target, current_target
 from .one_op import Handler, aten_name
+from .worth import LEAST
 
 log = logging.getLogger(__name__)
 
 Names = str | Iterable[str] | None
 Record = str | os.PathLike[str] | Callable[[str], Any] | None
-
-#: On a GPU these are on without being asked for: ops for which ATen launches several kernels, or
-#: reads its operands more than once. One pointwise kernel of ours moves the bytes that ATen's
-#: moves, and a call through Python costs some microseconds more.
-ON_BY_DEFAULT = (
-    "_softmax", "_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data",
-    "native_layer_norm", "native_layer_norm_backward",
-    "_fused_rms_norm", "_fused_rms_norm_backward",
-    "native_group_norm", "native_group_norm_backward",
-    "nll_loss_forward", "nll_loss_backward", "logsumexp",
-)
 
 
 # what a person calls -----------------------------------------------------------------------------
@@ -50,14 +40,14 @@ def enable(only: Names = None, exclude: Names = None, record: Record = None) -> 
     """Let our kernels serve PyTorch's eager ops, in the whole process, until ``disable()``.
 
     only:    names as ATen spells them: ``"softmax"``, ``"add"`` (all its overloads),
-             ``"add.Tensor"``; None is the target's default
+             ``"add.Tensor"``; None is the target's default (on a GPU: see ``worth``)
     exclude: names taken away from that
     record:  a path or a function: which ops were replaced, each named at its first call; a file
              gets the number of calls at the end
     Raises:  UnknownOp for a name that is not declared, with the nearest ones
     A second call replaces the first one's selection.
     """
-    layer = _Layer(_select(only, exclude, "enable"), record)
+    layer = _Layer(_select(only, exclude, "enable"), only is not None, record)
     with _state.lock:
         old, _state.base = _state.base, layer
         _state.apply()
@@ -84,11 +74,12 @@ class use_gems(contextlib.ContextDecorator):
 
     def __init__(self, only: Names = None, exclude: Names = None, record: Record = None) -> None:
         self._names = _select(only, exclude, "use_gems")
+        self._asked = only is not None
         self._record = record
         self._open: list[tuple[int, _Layer]] = []
 
     def __enter__(self) -> use_gems:
-        entered = (threading.get_ident(), _Layer(self._names, self._record))
+        entered = (threading.get_ident(), _Layer(self._names, self._asked, self._record))
         with _state.lock:
             self._open.append(entered)
             _state.blocks.append(entered)
@@ -225,7 +216,7 @@ def _select(only: Names, exclude: Names, where: str) -> frozenset[str]:
 
 
 def _on_by_default(op: Op, name: str, target: Target) -> bool:
-    return target.name == "interpreter" or name.split(".")[1] in ON_BY_DEFAULT
+    return target.name == "interpreter" or name.split(".")[1] in LEAST
 
 
 @functools.cache
@@ -257,10 +248,13 @@ def _falls_through(overload: torch._ops.OpOverload, key: str) -> bool:
 
 
 class _Layer:
-    """One ``enable()`` or one entered block: the overloads it asks for, and its record."""
+    """One ``enable()`` or one entered block: its overloads, and its record.
 
-    def __init__(self, names: frozenset[str], record: Record) -> None:
-        self.names = names
+    ``asked``: whether they were named, and so are served wherever there is a kernel.
+    """
+
+    def __init__(self, names: frozenset[str], asked: bool, record: Record) -> None:
+        self.names, self.asked = names, asked
         self.record = None if record is None else _Record(record)
 
     def close(self) -> None:
@@ -328,8 +322,11 @@ class _State:
                 for name in fresh:
                     self.registered[name] = self.handler(name).register()
         records = [(layer.names, layer.record) for layer in layers if layer.record is not None]
+        asked = set(self.single).union(*(layer.names for layer in layers if layer.asked))
         for name in self.registered:
-            self.handlers[name].watchers = tuple(r for names, r in records if name in names)
+            handler = self.handlers[name]
+            handler.watchers = tuple(r for names, r in records if name in names)
+            handler.picky = name not in asked and handler.target.name != "interpreter"
 
     def handler(self, name: str) -> Handler:
         if name not in self.handlers:
@@ -376,12 +373,10 @@ def _serving(names: frozenset[str]) -> Any:
     """Have these overloads registered during one call, beside whatever is."""
     with _state.lock:
         _state.single.update(names)
-        if not names <= _state.registered.keys():
-            _state.apply()
+        _state.apply()
     try:
         yield
     finally:
         with _state.lock:
             _state.single = +(_state.single - Counter(names))
-            if names and not any(names <= layer.names for layer in _state.layers()):
-                _state.apply()
+            _state.apply()

@@ -210,8 +210,10 @@ class Explanation:
 
     def __rich__(self) -> Any:
         from rich.console import Group
+        from rich.text import Text
 
-        return Group(*self.blocks())
+        texts = [Text(b) if isinstance(b, str) else b for b in self.blocks()]
+        return Group(*(part for block in texts for part in (block, Text())))
 
 
 def _counts(graphs: Sequence[GraphSummary]) -> Table:

@@ -20,6 +20,7 @@ from torch.nn import Parameter
 
 from .config import Config
 from .kernels.target import Target
+from .worth import why_not_worth
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Handler:
         self.name = aten_name(overload)
         self.variants: dict[Any, Variant] = {}
         self.watchers: tuple[Watcher, ...] = ()
+        self.picky = False  # whether only calls are served that measured faster than ATen's
         self._native: Any = None
         self._lock = threading.Lock()
         self._compiled = 0
@@ -95,7 +97,7 @@ class Handler:
     def __call__(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
         if _here.off:
             return self._aten(keyset, args, kwargs)
-        parts: list[Any] = [*kwargs]
+        parts: list[Any] = [self.picky, *kwargs]
         tensors: list[Tensor] = []
         if not _describe(args, parts, tensors) or not _describe(kwargs.values(), parts, tensors):
             return self._aten(keyset, args, kwargs)
@@ -147,6 +149,8 @@ class Handler:
             if len(self.variants) >= MAX_VARIANTS:
                 return self._full
             why = why_native(tensors, self.target)
+            if why is None and self.picky:
+                why = why_not_worth(self.name, args)
             if why is None and self._compiled >= MAX_COMPILED:
                 return self._full
             variant = Variant(None, False, why) if why else self._compile(args, kwargs)

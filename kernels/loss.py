@@ -25,10 +25,14 @@ def _picked(b: Any, logp: Any, target: Any, ignore_index: int) -> tuple[Any, Any
     return b.where(counted, loss, none, dtype=loss.dtype), b.cast(counted, loss.dtype)
 
 
+_TARGET = T(6, dtype="int64", low=0, high=9)
+
+
 @composite(
     "aten.nll_loss_forward.default", declines=_plain,
     samples=[
-        call(T(6, 9), T(6, dtype="int64", low=0, high=9), None, r, -100) for r in (0, 1, 2)
+        *(call(T(6, 9), _TARGET, None, r, -100) for r in (0, 1, 2)),
+        call(T(6, 9), _TARGET, None, 1, 3),
     ],
 )
 def nll_loss(
@@ -48,7 +52,14 @@ def _plain_backward(dy: Any, logp: Any, target: Any, weight: Any = None, *_: Any
     return _plain(logp, target, weight)
 
 
-@composite("aten.nll_loss_backward.default", declines=_plain_backward)
+@composite(
+    "aten.nll_loss_backward.default", declines=_plain_backward,
+    samples=[
+        call(T(), T(6, 9), _TARGET, None, 1, -100, T(low=2, high=6)),
+        call(T(), T(6, 9), _TARGET, None, 2, 3, T(low=2, high=6)),
+        call(T(6), T(6, 9), _TARGET, None, 0, -100, T(low=2, high=6)),
+    ],
+)
 def nll_loss_backward(
     b: Any, dy: Any, logp: Any, target: Any, weight: Any, reduction: int, ignore_index: int,
     total_weight: Any,

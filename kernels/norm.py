@@ -114,7 +114,14 @@ def rms_norm_backward(
     return dx, dw
 
 
-@composite("gems.rms_norm.default")
+@composite(
+    "gems.rms_norm.default",
+    samples=[
+        call(T(4, 33), T(33), 1e-6, True),
+        call(T(4, 33), T(33), 1e-6, False),
+        call(T(2, 3, 33), None, 1e-6, True),
+    ],
+)
 def gems_rms_norm(b: Any, x: Any, weight: Any, eps: float, weight_after_cast: bool) -> Any:
     """RMS norm as ``transformers`` rounds it: see ``kernels.fused.register_torch_ops``."""
     dtype = x.dtype
@@ -128,7 +135,17 @@ def gems_rms_norm(b: Any, x: Any, weight: Any, eps: float, weight_after_cast: bo
     return b.cast(b.mul(y, wide(b, weight)), dtype), rstd
 
 
-@composite("gems.rms_norm_backward.default")
+_RSTD = T(4, 1, dtype="float32", low=0.5, high=2)
+
+
+@composite(
+    "gems.rms_norm_backward.default",
+    samples=[
+        call(T(4, 33), T(4, 33), _RSTD, T(33), True),
+        call(T(4, 33), T(4, 33), _RSTD, T(33), False),
+        call(T(4, 33), T(4, 33), _RSTD, None, True),
+    ],
+)
 def gems_rms_norm_backward(
     b: Any, dy: Any, x: Any, rstd: Any, weight: Any, weight_after_cast: bool
 ) -> Any:

@@ -46,6 +46,13 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     return out.copy_(tensor)
 
 
+def input_view(
+    tensor: torch.Tensor, size: tuple[int, ...], stride: tuple[int, ...], offset: int
+) -> torch.Tensor:
+    """A view as ATen makes it, with ``_base`` set."""
+    return torch.as_strided(tensor, size, stride, tensor.storage_offset() + offset)
+
+
 class Writer:
     """Writes the function. ``sources`` and ``launchers`` belong to the plan's groups, in order."""
 
@@ -60,6 +67,7 @@ class Writer:
         self.lines: list[str] = []
         self.uses: dict[str, int] = {}  # variable -> last line that uses it
         self.symbols: dict[str, str] = {}  # symbol or whole expression -> text
+        self.aligned: dict[Value, str] = {}  # input -> variable that kernels read
         self.kept = {"seed"}  # variables that are not tensors to free
         self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.kernels: list[tuple[str, Group]] = []
@@ -187,13 +195,20 @@ class Writer:
         self.add("args.clear()")
         for node in self.placeholders:
             self._learn_symbols(node)
-        static = private.static_inputs()
-        for k, node in enumerate(self.placeholders):
+        for node in self.placeholders:
             value = self.program.of.get(node)
             if isinstance(value, Value) and value.op != "opaque" and self._read_by_kernel(value):
-                check = "first and " if k in static else ""
-                name = self.use(self.names[node])
-                self.add(f"if {check}{name}.data_ptr() & 15: {name} = aligned({name})")
+                self._align(self.names[node], value)
+
+    def _align(self, name: str, value: Value) -> None:
+        """Kernels read a copy of an input whose data starts off a 16-byte boundary.
+
+        An input that the graph writes is read where it is, by kernels that assume nothing.
+        """
+        if value not in self.plan.written:
+            self.aligned[value] = f"x{name[1:]}"
+            self.add(f"{self.aligned[value]} = {self.use(name)} "
+                     f"if not {name}.data_ptr() & 15 else aligned({name})")
 
     def _learn_symbols(self, node: Node) -> None:
         val, name = node.meta.get("val"), self.names[node]
@@ -230,7 +245,8 @@ class Writer:
         if not is_static(source.grid):
             self.add(f"grid = {grid}")
         args = [
-            self.size(what) if role == "size" else self.use(self.names[what])
+            self.size(what) if role == "size"
+            else self.use(self.aligned.get(what) or self.names[what])
             for _, role, what in source.params
         ]
         if is_static(source.grid):
@@ -244,6 +260,10 @@ class Writer:
             self._alias(node)
             return
         name = f"a{len(self.names)}"
+        value = self.program.of.get(node)
+        if isinstance(value, Value) and value.kind == "full":
+            self._fill(name, value, node)
+            return
         function = self.constant(node.target, "f")
         args = [self.arg(a) for a in node.args]
         args += [f"{k}={self.arg(v)}" for k, v in node.kwargs.items()]
@@ -259,6 +279,16 @@ class Writer:
         if isinstance(val, torch.SymInt) and not is_static(size_of(val)):
             self.symbols.setdefault(str(size_of(val)), name)
             self.kept.add(name)
+
+    def _fill(self, name: str, value: Value, node: Node) -> None:
+        """A constant tensor; what it was made in the likeness of need not be in memory."""
+        dtype = self.constant(getattr(torch, value.dtype), "d")
+        number = value.args[0]
+        text = self.size(number.expr) if isinstance(number, SizeArg) else self.arg(number)
+        shape, strides = self.sizes(value.shape), self.sizes(value.strides)
+        self.add(f"{name} = empty({shape}, {strides}, {dtype}).fill_({text})")
+        self.calls += 1
+        self.names[node] = self.names[value] = name
 
     def _copy_together(self, nodes: list[Node]) -> None:
         """Several updates of inputs (running statistics, say) in one call."""
@@ -305,8 +335,19 @@ class Writer:
     def _return(self) -> None:
         (out,) = (n for n in self.gm.graph.nodes if n.op == "output")
         results = out.args[0]
-        text = self.arg(results if isinstance(results, (list, tuple)) else (results,))
-        self.add(f"return {text}")
+        results = results if isinstance(results, (list, tuple)) else (results,)
+        texts = [self._result(r) for r in results]
+        self.add(f"return ({', '.join(texts)}{',' if len(texts) == 1 else ''})")
+
+    def _result(self, result: Any) -> str:
+        """A result; a view of an input is made by ATen, so that autograd knows it as one."""
+        entry = self.program.of.get(result) if isinstance(result, Node) else None
+        if isinstance(entry, Value) and entry.kind == "view" and result not in self.names:
+            base = base_of(entry)
+            if base.node is not None and base.node.op == "placeholder":
+                text = self.value(entry, result)
+                return f"input_{text}" if text.startswith("view(") else text
+        return self.arg(result)
 
     def _assemble(self) -> str:
         """Put a ``del`` behind every variable's last use."""
@@ -323,22 +364,21 @@ class Writer:
             body.insert(0, "stream = current_stream()")
         elif self.kernels:
             body.insert(0, "stream = None")
-        return "def call(args, first):\n" + "".join(f"    {line}\n" for line in body)
+        return "def call(args):\n" + "".join(f"    {line}\n" for line in body)
 
 
 def batches(steps: Sequence[Any]) -> Iterator[list[Any]]:
-    """The steps, with neighbouring plain copies into inputs of one dtype taken together."""
-    run: list[Any] = []
+    """The steps, with runs of plain copies into inputs taken together, dtype by dtype."""
+    run: dict[Any, list[Any]] = {}
     for step in steps:
-        if run and (_copy_kind(step) is None or _copy_kind(step) != _copy_kind(run[-1])):
-            yield run
-            run = []
-        run.append(step)
-        if _copy_kind(step) is None:
-            yield run
-            run = []
-    if run:
-        yield run
+        kind = _copy_kind(step)
+        if kind is not None:
+            run.setdefault(kind, []).append(step)
+            continue
+        yield from run.values()
+        run = {}
+        yield [step]
+    yield from run.values()
 
 
 def _copy_kind(step: Any) -> Any:
@@ -371,6 +411,7 @@ def bind(
     scope.update({name: launchers[group] for name, group in writer.kernels})
     scope.update(
         empty=private.allocator(device), view=private.reinterpreter(), aligned=aligned,
+        input_view=input_view,
         settle=settle, draw_seed=lambda: draw_seed(device), math=math,
         Max=max, Min=min, Mod=operator.mod, FloorDiv=operator.floordiv,
     )
@@ -381,22 +422,16 @@ def bind(
 
 
 def _boxed(call: Callable[..., Any], device: torch.device) -> Callable[[list[Any]], Any]:
-    state = [True]  # whether no call was made yet
-
-    def run(args: list[Any]) -> Any:
-        first, state[0] = state[0], False
-        return call(args, first)
-
     if device.type != "cuda" or torch.cuda.device_count() < 2:
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
+        call._boxed_call = True  # type: ignore[attr-defined]
+        return call
     index = device.index or 0
 
     def guarded(args: list[Any]) -> Any:
         if torch.cuda.current_device() == index:
-            return run(args)
+            return call(args)
         with torch.cuda.device(index):
-            return run(args)
+            return call(args)
 
     guarded._boxed_call = True  # type: ignore[attr-defined]
     return guarded
@@ -430,6 +465,8 @@ def schedule(
             for m in thing.members:
                 for s in sources_of(m):
                     yield unit(s)
+        elif isinstance(thing, Node) and _is_constant(program.of.get(thing)):
+            return
         elif isinstance(thing, Node):
             for value in _values(program.of.get(thing)):
                 for s in sources_of(value):
@@ -469,7 +506,7 @@ def schedule(
             continue
         entry = program.of.get(node)
         if node in program.aten or node.op == "get_attr" or (
-            isinstance(entry, Value) and entry.kind == "buffer"
+            isinstance(entry, Value) and entry.kind == "buffer" and entry.node is node
         ):
             if node not in done:
                 visit(node)
@@ -485,6 +522,10 @@ def schedule(
             if isinstance(thing, (Group, Node)) and thing not in done:
                 visit(thing)
     return order
+
+
+def _is_constant(entry: Any) -> bool:
+    return isinstance(entry, Value) and entry.kind == "full"
 
 
 def _values(entry: Any) -> list[Value]:

@@ -117,4 +117,4 @@ class Plan:
     aten: dict[Any, str] = field(default_factory=dict)  # node -> reason
     unfused: list[tuple[Value, Value, str]] = field(default_factory=list)
     inlined: set[Value] = field(default_factory=set)
-    stored: set[Value] = field(default_factory=set)
+    written: set[Value] = field(default_factory=set)  # inputs that ATen nodes write

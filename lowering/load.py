@@ -109,6 +109,7 @@ def private_directory() -> str:
 
 _launchers: dict[tuple[str, int | None], Launcher] = {}
 _lock = threading.Lock()
+_interpreter_lock = threading.RLock()  # the interpreter patches triton.language while it runs
 
 
 @functools.cache
@@ -213,7 +214,8 @@ def interpreter_launcher(path: str, source: Source) -> Launcher:
     constants = source.meta["constants"]
 
     def launch(x: int, y: int, z: int, stream: Any, *args: Any) -> None:
-        function[(x, y, z)](*args, **constants)
+        with _interpreter_lock:
+            function[(x, y, z)](*args, **constants)
 
     return launch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,7 +100,7 @@ def _attempt(
     clock.lap(report, "fuse")
     plan = Plan(
         executor.schedule(gm, program, groups, fuser.home, fuser.reads),
-        groups, dict(program.aten), fuser.unfused, fuser.inlined,
+        groups, dict(program.aten), fuser.unfused, fuser.inlined, fuser.written,
     )
     report.plan = plan
     observe("fuse", plan)
@@ -108,7 +108,7 @@ def _attempt(
     loading: dict[Group, Loading] = {}
     for group in groups:
         try:
-            sources[group] = source_for(group, fuser.inlined, options)
+            sources[group] = source_for(group, fuser.inlined, options, fuser.written)
         except Exception as e:
             return group, e
         index = device.index if device.type != "cpu" else None
@@ -154,7 +154,9 @@ def _spelled(constant: Any) -> str:
     return str(constant) if plain else type(constant).__name__
 
 
-def source_for(group: Group, inlined: set[Value], options: Options) -> Source:
+def source_for(
+    group: Group, inlined: set[Value], options: Options, written: Collection[Value] = ()
+) -> Source:
     """One kernel's text."""
     rows = product(group.sizes[a] for a in group.parallel)
     reduced = product(group.sizes[a] for a in group.reduced)
@@ -164,6 +166,8 @@ def source_for(group: Group, inlined: set[Value], options: Options) -> Source:
     name = kernel_name(group.members)
     source = Renderer(body, name, options.target.multiprocessors).run()
     source.meta["exact"] = options.exact
+    source.meta["unaligned"] = [n for n, role, what in source.params if role == "in" and (
+        what in written)]
     return source
 
 

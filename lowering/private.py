@@ -111,10 +111,3 @@ def current_stream(device: int) -> Callable[[], int]:
     if hasattr(torch._C, "_cuda_getCurrentRawStream"):
         return lambda: torch._C._cuda_getCurrentRawStream(device)
     return lambda: torch.cuda.current_stream(device).cuda_stream
-
-
-def static_inputs() -> set[int]:
-    """Places of the graph's inputs whose addresses do not change (parameters and buffers)."""
-    context = torch._guards.TracingContext.try_get()
-    metadata = getattr(context, "fw_metadata", None)
-    return set(getattr(metadata, "static_input_indices", None) or ())

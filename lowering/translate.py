@@ -324,6 +324,8 @@ def unsupported_tensor(tensor: torch.Tensor) -> str | None:
         return f"of layout {tensor.layout}"
     if tensor.is_quantized:
         return "quantised"
+    if tensor.is_neg() or tensor.is_conj():
+        return "a lazily negated or conjugated view"
     if dtype_name(tensor.dtype) not in SUPPORTED:
         return f"of dtype {dtype_name(tensor.dtype)}"
     return "empty" if _is_empty(tensor) else None
@@ -516,6 +518,8 @@ VIEWS: dict[str, Callable[..., Any]] = {
     "aten.new_ones.default": _constant(1),
     "aten.new_full.default": lambda b, val, x, size, value, *_: _full(b, val, size, value),
     "aten.scalar_tensor.default": _scalar,
+    "aten.arange.default": lambda b, val, end, *_: _arange(b, val, 0, end),
+    "aten.arange.start": lambda b, val, start, end, *_: _arange(b, val, start, end),
     "aten.arange.start_step": _arange,
 }
 

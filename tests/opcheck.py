@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from helpers import DEVICE, assert_same_bits, assert_same_metadata
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -26,8 +27,6 @@ from gems_compile.lowering import private
 from gems_compile.lowering.decompose import decompositions
 from gems_compile.lowering.options import Options
 from gems_compile.lowering.pipeline import Report, compile_graph
-
-from helpers import DEVICE, assert_same_bits, assert_same_metadata
 
 load_ops()
 register_torch_ops()

@@ -429,3 +429,5 @@ def test_rich_shows_the_same_lines() -> None:
     table = tables.Table("Title [x]", ("n", "what [b]"), TABLE)
     console.print(table)
     assert console.file.getvalue() == table.text(60) + "\n"
+    console.print(gems_compile.explain(lambda x: x.sin() + 1, rand(3)))
+    assert "compiled by gems" in console.file.getvalue()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map
-
-from gems_compile.kernels.op import OPS
-
 from helpers import DEVICE, assert_same_bits, assert_same_metadata, compile_
 from opcheck import (
     FROM_FORWARD,
@@ -26,6 +23,9 @@ from opcheck import (
     tensors,
     transposed,
 )
+from torch.utils._pytree import tree_map
+
+from gems_compile.kernels.op import OPS
 
 is_tensor = torch.is_tensor
 NAMES = [name for name in OPS if name not in RANDOM]
@@ -55,6 +55,10 @@ def _cases() -> list[Any]:
             for dtype in OPS[name].dtypes if dtype != main and count
         ]
     return out
+
+
+def test_every_overload_has_a_sample() -> None:
+    assert [name for name in NAMES if not calls(name)] == []
 
 
 @pytest.mark.parametrize(("name", "sample", "dtype"), _cases())
@@ -196,7 +200,7 @@ def test_backward(name: str) -> None:
 
     def eager(args: Any, kwargs: Any, seed: int = 3) -> tuple[Any, Any]:
         wide = in_float64((args, kwargs), floats_only=True)
-        return sum(_run(fn, args, kwargs, seed), []), sum(_run(fn, *wide, seed), [])
+        return [*chain(*_run(fn, args, kwargs, seed))], [*chain(*_run(fn, *wide, seed))]
 
     args, kwargs = make(calls(name)[0], "float32")
     results, gradients = _run(compile_(fn), args, kwargs)
