@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule
 
 from .config import Config, cache_dir, vendor
@@ -17,6 +17,7 @@ from .kernels import load_ops
 from .kernels.target import current_target
 from .lowering.decompose import decompositions
 from .lowering.options import Options
+from .lowering.partition import partition
 from .lowering.pipeline import Report, compile_graph
 
 if TYPE_CHECKING:
@@ -97,8 +98,8 @@ def _compile(
         fw_compiler=compiler("forward"),
         bw_compiler=compiler("backward"),
         inference_compiler=compiler("inference"),
-        decompositions=decompositions,
-        partition_fn=min_cut_rematerialization_partition,
+        decompositions=partial(decompositions, options.own_rng),
+        partition_fn=partition,
         keep_inference_input_mutations=True,
     )(gm, inputs)
 

@@ -7,7 +7,7 @@ import importlib
 #: the files that declare ops
 OP_FILES = (
     "arithmetic", "comparison", "unary", "activation", "cast",
-    "reduction", "softmax", "norm", "loss", "indexing", "random",
+    "reduction", "softmax", "norm", "loss", "indexing", "dropout",
 )
 
 

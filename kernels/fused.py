@@ -44,6 +44,9 @@ def register_torch_ops() -> None:
     torch.library.register_autograd(
         "gems::rms_norm", _rms_norm_autograd, setup_context=_rms_norm_context, lib=library
     )
+    from .dropout import define
+
+    define(library)
     _LIBRARY = library
 
 

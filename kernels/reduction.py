@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .op import ALL, FLOATS, NUMBERS, T, call, composite, reduction
+from .op import ALL, FLOATS, NUMBERS, Call, T, call, composite, reduction
 
 _DIMS = [call(T(4, 33), [1]), call(T(4, 33), [0], True), call(T(3, 5, 17), [0, 2])]
 
@@ -20,26 +20,30 @@ def wide(b: Any, x: Any) -> Any:
 
 @reduction(
     "aten.sum.dim_IntList", "aten.sum.default",
-    dtypes=ALL, samples=[*_DIMS, call(T(2, 3, 150), [2])], name="sum",
+    dtypes=ALL, samples=[*_DIMS, call(T(2, 3, 150), [2]), call(T(5, 7))], name="sum",
 )
 def sum_(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
     """Sum of the elements."""
     return b.reduce("sum", x, axes, dtype)
 
 
-@reduction("aten.mean.dim", "aten.mean.default", samples=_DIMS)
+@reduction("aten.mean.dim", "aten.mean.default", samples=[*_DIMS, call(T(5, 7))])
 def mean(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
     """Sum of the elements over how many there are."""
     return b.cast(b.mean(wide(b, b.cast(x, dtype)), axes), dtype)
 
 
-@reduction("aten.amax.default", "aten.max.default", dtypes=NUMBERS, samples=_DIMS[:2])
+@reduction(
+    "aten.amax.default", "aten.max.default", dtypes=NUMBERS, samples=[*_DIMS[:2], call(T(5, 7))],
+)
 def amax(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
     """Largest element; NaN if there is one."""
     return b.reduce("amax", x, axes)
 
 
-@reduction("aten.amin.default", "aten.min.default", dtypes=NUMBERS, samples=_DIMS[:2])
+@reduction(
+    "aten.amin.default", "aten.min.default", dtypes=NUMBERS, samples=[*_DIMS[:2], call(T(5, 7))],
+)
 def amin(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
     """Smallest element; NaN if there is one."""
     return b.reduce("amin", x, axes)
@@ -47,16 +51,31 @@ def amin(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
 
 @reduction(
     "aten.prod.dim_int", "aten.prod.default",
-    dtypes=NUMBERS, samples=[call(T(4, 9, low=1, high=3), 1), call(T(3, 5, low=1, high=2), 0, True)],
+    dtypes=NUMBERS,
+    samples=[
+        call(T(4, 9, low=1, high=3), 1),
+        call(T(3, 5, low=1, high=2), 0, True),
+        call(T(3, 4, low=1, high=3)),
+    ],
 )
 def prod(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
     """Product of the elements."""
     return b.reduce("prod", x, axes, dtype)
 
 
+def _truths(low: int, high: int) -> list[Call]:
+    """Mixed rows; columns, some dims and everything in [low, high)."""
+    return [
+        call(T(4, 33, low=0, high=2), 1),
+        call(T(4, 9, low=low, high=high), 0, True),
+        call(T(3, 4, 5, low=low, high=high), [0, 2]),
+        call(T(4, 9, low=low, high=high)),
+    ]
+
+
 @reduction(
     "aten.any.dim", "aten.any.dims", "aten.any.default",
-    dtypes=ALL, samples=[call(T(4, 33, low=0, high=2), 1), call(T(4, 9, low=0, high=1), 0, True)],
+    dtypes=ALL, samples=_truths(low=0, high=1),
     name="any",
 )
 def any_(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
@@ -66,7 +85,7 @@ def any_(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
 
 @reduction(
     "aten.all.dim", "aten.all.dims", "aten.all.default",
-    dtypes=ALL, samples=[call(T(4, 33, low=0, high=2), 1), call(T(4, 9, low=1, high=3), 0, True)],
+    dtypes=ALL, samples=_truths(low=1, high=3),
     name="all",
 )
 def all_(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..kernels import load_ops
+from ..kernels.dropout import native_dropout
+from ..kernels.fused import register_torch_ops
 from ..kernels.op import OPS
 
 #: packets that run best whole, as ATen
@@ -36,12 +38,18 @@ KEEP = {
 
 
 @functools.cache
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    """torch's table of decompositions, less what stays whole."""
+def decompositions(own_rng: bool = True) -> dict[Any, Callable[..., Any]]:
+    """torch's table of decompositions, less what stays whole.
+
+    ``own_rng``: dropout's mask is drawn again in backward, from a seed (``kernels.dropout``).
+    """
+    import torch
     from torch._inductor.decomposition import select_decomp_table
 
     load_ops()
-    return {
+    register_torch_ops()
+    own = {torch.ops.aten.native_dropout.default: native_dropout} if own_rng else {}
+    return own | {
         op: rule for op, rule in select_decomp_table().items()
         if str(op) not in OPS and getattr(op, "_opname", "") not in KEEP
     }

@@ -341,10 +341,12 @@ class Emitter:
         linear = ZERO
         for c, size in zip(coords, v.shape, strict=True):
             linear = linear.scale(size) + c
-        seed = self._load(v.args[0], (), None, ("row", 0))
+        seed = self.eval(v.args[0], (), None, level)
+        salt = f"salt{sum(n.startswith('salt') for n, _, _ in self.body.params)}"
+        self.body.params.append((salt, "size", v.args[1]))  # an argument: equal layers, one kernel
         self.body.modules.add("random")
         return self.line(
-            section, f"random.uniform({seed}, {v.args[1]}, {{i0}})", [self._known(linear)]
+            section, f"random.uniform({seed}, {salt}, {{i0}})", [self._known(linear)]
         )
 
     def _concat(self, v: Value, coords: Sequence[Index], cond: str | None, level: int,

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from . import private
 from .fuse import base_of
 from .group import Group, Plan
-from .indexing import Size, is_static, simplify, size_of
+from .indexing import ZERO, Size, is_static, simplify, size_of
 from .ir import SizeArg, Value
 from .source import Source
 from .translate import Program
@@ -68,7 +68,7 @@ class Writer:
         self.uses: dict[str, int] = {}  # variable -> last line that uses it
         self.symbols: dict[str, str] = {}  # symbol or whole expression -> text
         self.aligned: dict[Value, str] = {}  # input -> variable that kernels read
-        self.kept = {"seed"}  # variables that are not tensors to free
+        self.kept: set[str] = set()  # variables that are not tensors to free
         self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.kernels: list[tuple[str, Group]] = []
         self.launches = 0
@@ -145,12 +145,7 @@ class Writer:
 
     def _reinterpret(self, whole: str, v: Value, base: Value, node: Node) -> str:
         val = node.meta["val"]
-        offset: Any = 0
-        if v is not base:
-            offset = size_of(val.storage_offset())
-            base_val = base.node.meta["val"] if base.node is not None else None
-            if base.kind == "buffer" and isinstance(base_val, torch.Tensor):
-                offset = simplify(offset - size_of(base_val.storage_offset()))
+        offset = first_place(v)
         shape = [size_of(s) for s in val.shape]
         strides = [size_of(s) for s in val.stride()]
         if v is base and tuple(shape) == v.shape:
@@ -168,9 +163,6 @@ class Writer:
 
     def write(self) -> str:
         self._unpack()
-        if self.program.seed is not None:
-            self.names[self.program.seed] = "seed"
-            self.add("seed = draw_seed()")
         for steps in batches(self.plan.steps):
             if len(steps) > 1:
                 self._copy_together(steps)
@@ -396,6 +388,27 @@ def _copy_kind(step: Any) -> Any:
     return a.dtype, a.device
 
 
+def first_place(v: Value) -> Size:
+    """How far a view's first element lies behind its base's first.
+
+    From the view itself: a pass may have put another base under it than its FakeTensor knows.
+    """
+    coords = [ZERO] * v.ndim
+    while v.kind == "view":
+        coords = v.params.pull(coords, _NoAtoms)
+        v = v.args[0]
+    place: Size = 0
+    for c, stride in zip(coords, v.strides, strict=True):
+        place = place + c.const * stride
+    return simplify(place)
+
+
+class _NoAtoms:
+    """The context of a pull at a fixed place: there are no loop variables."""
+
+    size = derive = None
+
+
 def _symbol(name: str) -> Any:
     import sympy
 
@@ -412,7 +425,7 @@ def bind(
     scope.update(
         empty=private.allocator(device), view=private.reinterpreter(), aligned=aligned,
         input_view=input_view,
-        settle=settle, draw_seed=lambda: draw_seed(device), math=math,
+        settle=settle, math=math,
         Max=max, Min=min, Mod=operator.mod, FloorDiv=operator.floordiv,
     )
     if device.type == "cuda":
@@ -435,11 +448,6 @@ def _boxed(call: Callable[..., Any], device: torch.device) -> Callable[[list[Any
 
     guarded._boxed_call = True  # type: ignore[attr-defined]
     return guarded
-
-
-def draw_seed(device: torch.device) -> torch.Tensor:
-    """One 64-bit seed for a run of the graph, from the device's default generator."""
-    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 # order -------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class Value:
     concat     -                     Values, the axis in ``params``
     gather     -                     (base, index, ...): see Builder.gather
     iota, full -                     literals
-    random     -                     (seed buffer, offset literal): uniform in [0, 1)
+    random     -                     (seed, salt): uniform in [0, 1)
     """
 
     __slots__ = ("args", "dtype", "id", "kind", "node", "op", "params", "shape", "strides")
@@ -92,11 +92,7 @@ class SizeArg:
 class Builder:
     """Makes Values. Composite ops receive one: ``b.exp(x)`` applies the declared op ``exp``."""
 
-    def __init__(
-        self, seed: Callable[[], Value] | None = None, multiprocessors: int = 0
-    ) -> None:
-        self._seed = seed
-        self._salt = 0
+    def __init__(self, multiprocessors: int = 0) -> None:
         self.multiprocessors = multiprocessors  # 0: reductions are never split
 
     # pointwise -----------------------------------------------------------------------------
@@ -132,11 +128,9 @@ class Builder:
         """The coordinate along ``axis``, as a tensor of ``shape``."""
         return Value("iota", None, (), shape, dtype, params=axis)
 
-    def random(self, shape: Sequence[Size], salt: int) -> Value:
-        """Uniform float32 in [0, 1), a function of the graph's seed, the salt and the position."""
-        if self._seed is None:
-            raise KeyError("random numbers need a graph with a seed")
-        return Value("random", None, (self._seed(), salt), shape, "float32")
+    def random(self, shape: Sequence[Size], seed: Value, salt: int) -> Value:
+        """Uniform float32 in [0, 1), a function of the seed, the salt and the position."""
+        return Value("random", None, (seed, salt), shape, "float32")
 
     # reductions ----------------------------------------------------------------------------
 
@@ -202,11 +196,6 @@ class Builder:
 
     def parts_of(self, x: Value, axes: Sequence[int], wanted: int, most: int) -> int:
         return parts_of(x, normalize_axes(axes, x.ndim), wanted, most)
-
-    def next_salt(self) -> int:
-        """A number of its own for every random op of a graph."""
-        self._salt += 1
-        return self._salt
 
     def size_number(self, size: Size) -> Any:
         """A size as an operand: a literal when static."""

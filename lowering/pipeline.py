@@ -21,6 +21,7 @@ from .indexing import product
 from .ir import Value
 from .load import CompileError, Loading
 from .options import Options
+from .partition import share_seeds
 from .passes import drop_duplicates, drop_no_ops, inline_functionalized_ops, reinplace_updates
 from .render import Renderer, kernel_name
 from .schedule import needs_loop
@@ -30,6 +31,7 @@ from .translate import Program, Translator, op_of
 log = logging.getLogger("gems_compile.lowering")
 
 PASSES = (
+    share_seeds,  # one random seed a run
     inline_functionalized_ops,  # custom ops that mutate, without the copies
     drop_no_ops,  # views and casts that change nothing
     drop_duplicates,  # the same pure call twice

@@ -28,7 +28,6 @@ class Program:
     of: dict[Node, Any] = field(default_factory=dict)  # node -> Value | SizeArg | tuple of them
     aten: dict[Node, str] = field(default_factory=dict)  # node run by ATen -> why
     made: dict[Node, list[Value]] = field(default_factory=dict)  # all that a node became
-    seed: Value | None = None
 
 
 class Declined(Exception):
@@ -76,12 +75,7 @@ class Translator:
     ) -> None:
         self.device, self.deny = device, deny
         self.program = Program()
-        self.builder = _Recorder(self.program.values, self._seed, multiprocessors)
-
-    def _seed(self) -> Value:
-        if self.program.seed is None:
-            self.program.seed = Value("buffer", "seed", (), (), "int64")
-        return self.program.seed
+        self.builder = _Recorder(self.program.values, multiprocessors)
 
     # one node ------------------------------------------------------------------------------
 
@@ -194,7 +188,7 @@ class Translator:
         if not all(isinstance(a, _OPERANDS) for a in args):
             bad = next(a for a in args if not isinstance(a, _OPERANDS))
             raise Declined(f"operand {bad!r} is no tensor and no number")
-        if any(type(a) is float and a == 0.0 and math.copysign(1.0, a) < 0 for a in args):
+        if any(map(_negative_zero, args)):
             raise Declined("negative zero as a literal")
         shape, dtype = [size_of(s) for s in val.shape], dtype_name(val.dtype)
         strides = [size_of(s) for s in val.stride()]
@@ -281,16 +275,15 @@ def _next_stride(strides: Any, sizes: Any) -> Size:
 class _Recorder(Builder):
     """A Builder that appends what it makes to the program."""
 
-    def __init__(
-        self, values: list[Value], seed: Callable[[], Value], multiprocessors: int
-    ) -> None:
-        super().__init__(seed, multiprocessors)
+    def __init__(self, values: list[Value], multiprocessors: int) -> None:
+        super().__init__(multiprocessors)
         self.values = values
         self.origin: Node | None = None
 
     def reduce(self, op: str, x: Value, axes: Sequence[int], dtype: str | None = None) -> Value:
         """A reduction of single elements is none; a kernel could not tell its levels apart."""
-        if not all(type(x.shape[k]) is int and x.shape[k] == 1 for k in normalize_axes(axes, x.ndim)):
+        lengths = [x.shape[k] for k in normalize_axes(axes, x.ndim)]
+        if not all(type(n) is int and n == 1 for n in lengths):
             return super().reduce(op, x, axes, dtype)
         dtype = dtype or x.dtype
         if op in ("argmax", "argmin"):
@@ -342,6 +335,11 @@ def _make_alone(node: Node) -> None:
         node.target = torch.ops.aten.full.default
         node.args = (list(val.shape), 0)
         node.kwargs = {"dtype": val.dtype, "device": val.device}
+
+
+def _negative_zero(value: Any) -> bool:
+    """Triton drops the sign of a literal -0.0."""
+    return type(value) is float and value == 0.0 and math.copysign(1.0, value) < 0
 
 
 def _unbacked(size: Any) -> bool:
@@ -463,6 +461,8 @@ def _pad(b: Builder, val: torch.Tensor, x: Value, pad: Sequence[Any], value: Any
 def _full(b: Builder, val: torch.Tensor, size: Any, value: Any, *_: Any) -> Value:
     if not isinstance(value, (int, float, SizeArg)):
         raise Declined("fill value is no number")
+    if _negative_zero(value):
+        raise Declined("negative zero as a literal")
     return b.full(_shape(val), value, dtype_name(val.dtype))
 
 

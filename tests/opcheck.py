@@ -315,7 +315,8 @@ def reference(target: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[T
 
 
 def _as_promised(t: Tensor, fake: Tensor) -> Tensor:
-    return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=t.device).copy_(t)
+    out = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=t.device)
+    return out.copy_(t)
 
 
 #: torch's own FakeTensors have another dtype, or of transposed operands other strides, than its

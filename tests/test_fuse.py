@@ -345,7 +345,9 @@ SYMBOLIC: dict[str, tuple[Callable[..., Any], list[T]]] = {
     "chain": (lambda x, y: (x * 2 + y).relu(), [T(7, 33), T(33)]),
     "norm": (lambda x, w: F.layer_norm(x, (33,), w).relu(), [T(7, 33), T(33)]),
     "softmax": (lambda x: torch.softmax(x * 2, -1), [T(3, 5, 7)]),
-    "heads": (lambda x: (x + 1).view(x.shape[0], x.shape[1], 4, 8).transpose(1, 2) * 2, [T(2, 5, 32)]),
+    "heads": (
+        lambda x: (x + 1).view(*x.shape[:2], 4, 8).transpose(1, 2) * 2, [T(2, 5, 32)],
+    ),
     "rope": (
         lambda q, c: torch.cat([-q[..., 4:], q[..., :4]], -1) * c + q, [T(2, 5, 8), T(5, 8)],
     ),
@@ -369,4 +371,7 @@ def test_symbolic_sizes(name: str) -> None:
 
 
 def test_mask_of_truth_values() -> None:
-    fused(lambda x, m: torch.where(m & (x > 0), x, x * 0.1) + m, rand(7, 33), bools(7, 33), kernels=1)
+    def fn(x: Tensor, m: Tensor) -> Tensor:
+        return torch.where(m & (x > 0), x, x * 0.1) + m
+
+    fused(fn, rand(7, 33), bools(7, 33), kernels=1)

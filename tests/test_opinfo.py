@@ -121,7 +121,8 @@ def _pure(info: Any) -> Callable[..., list[Any]]:
 
     def call(*args: Any, **kwargs: Any) -> list[Any]:
         if info.name in MUTATES:
-            args, kwargs = tree_map(lambda t: t.clone() if torch.is_tensor(t) else t, (args, kwargs))
+            copy = lambda t: t.clone() if torch.is_tensor(t) else t  # noqa: E731
+            args, kwargs = tree_map(copy, (args, kwargs))
         results = tensors(info.op(*args, **kwargs))
         if info.name in VIEWS:
             return [t * 2 for t in results]

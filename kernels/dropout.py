@@ -1,0 +1,93 @@
+"""Dropout whose mask is a function of a seed: the backward draws it again instead of loading it.
+
+AOTAutograd sees ``native_dropout`` as ``gems::seed``, ``gems::dropout_mask`` and a product. The
+implementations registered here are plain ATen and draw the very numbers that the kernels draw.
+Compile workers import this file without torch: torch is imported inside the functions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .op import composite
+
+_WORD = 0xFFFFFFFF
+
+
+def define(library: Any) -> None:
+    """Register ``gems::seed`` and ``gems::dropout_mask`` on a torch Library.
+
+    seed:          one int64 drawn from the device's default generator
+    dropout_mask:  True where an element is kept: with probability 1 - p, by Philox 4x32-10 keyed
+                   by the seed and ``salt``, at the element's place in a contiguous tensor
+    """
+    import torch
+
+    plain = torch.Tag.pt2_compliant_tag
+    library.define(
+        "seed(Device device) -> Tensor", tags=(plain, torch.Tag.nondeterministic_seeded)
+    )
+    library.define(
+        "dropout_mask(Tensor seed, SymInt[] size, float p, int salt) -> Tensor", tags=(plain,)
+    )
+    library.impl("seed", draw_seed, "CompositeExplicitAutograd")
+    library.impl("dropout_mask", _mask, "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        "gems::seed", lambda device: torch.empty((), dtype=torch.int64, device=device), lib=library
+    )
+    torch.library.register_fake(
+        "gems::dropout_mask",
+        lambda seed, size, p, salt: seed.new_empty(size, dtype=torch.bool), lib=library,
+    )
+
+
+def draw_seed(device: Any) -> Any:
+    """One 64-bit seed from the device's default generator."""
+    import torch
+
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def _mask(seed: Any, size: Any, p: float, salt: int) -> Any:
+    import torch
+
+    count = 1
+    for n in size:
+        count *= n
+    place = torch.arange(count, device=seed.device) & _WORD
+    return (_uniform(seed + salt, place) >= p).reshape(size)
+
+
+def _uniform(seed: Any, place: Any) -> Any:
+    """Triton's ``tl.rand(seed, place)`` in int64 arithmetic: Salmon et al. 2011, Philox 4x32-10."""
+    import torch
+
+    c0, c1, c2, c3 = place, 0, torch.zeros_like(place), 0
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c2 = (b >> 32 & _WORD) ^ c1 ^ k0, (a >> 32 & _WORD) ^ c3 ^ k1
+        c1, c3 = b & _WORD, a & _WORD
+        k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
+    signed = torch.where(c0 >= 2**31, c0 - 2**32, c0)
+    return torch.where(signed < 0, -signed - 1, signed).float() * 4.6566127342e-10
+
+
+def native_dropout(x: Any, p: float, train: Any) -> Any:
+    """The decomposition of ``aten.native_dropout``: x * mask / (1 - p), rounded once; and the mask."""
+    import torch
+
+    if train is False or not 0.0 < p < 1.0 or not x.is_floating_point():
+        return NotImplemented
+    gems = torch.ops.gems
+    seed = gems.seed.default(x.device)
+    mask = gems.dropout_mask.default(seed, x.shape, p, 0)
+    scaled = torch.ops.aten.native_dropout_backward.default(x, mask, 1.0 / (1.0 - p))
+    return scaled, mask
+
+
+@composite("gems.dropout_mask.default")
+def dropout_mask(b: Any, seed: Any, size: Any, p: float, salt: int) -> Any:
+    """Whether each element is kept: probability 1 - p."""
+    shape = tuple(getattr(s, "expr", s) for s in size)
+    return b.call("ge", b.random(shape, seed, salt), p, dtype="bool")

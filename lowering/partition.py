@@ -1,0 +1,47 @@
+"""The joint graph -> forward and backward: torch's min-cut partitioner, told what we know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+
+def partition(joint: GraphModule, inputs: Sequence[Any], **how: Any) -> tuple[Any, Any]:
+    """min_cut_rematerialization_partition; dropout masks are drawn again, their seed is saved."""
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    share_seeds(joint)
+    for node in joint.graph.nodes:
+        if _is(node, "gems.seed.default"):
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        elif _is(node, "gems.dropout_mask.default"):
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            node.meta.setdefault("ac_graph_id", 0)
+    how.setdefault("compiler", "inductor")
+    return min_cut_rematerialization_partition(joint, inputs, **how)
+
+
+def share_seeds(gm: GraphModule) -> int:
+    """Draw one seed a device and run, and give every mask a salt of its own; returns how many."""
+    first: dict[Any, Node] = {}
+    salt = 0
+    for node in list(gm.graph.nodes):
+        if _is(node, "gems.seed.default"):
+            known = first.setdefault(node.args[0], node)
+            if known is not node:
+                node.replace_all_uses_with(known)
+                gm.graph.erase_node(node)
+        elif _is(node, "gems.dropout_mask.default") and node.args[3] == 0:
+            salt += 1
+            node.args = (*node.args[:3], salt)
+    if salt:
+        gm.recompile()
+    return salt
+
+
+def _is(node: Node, name: str) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and str(node.target) == name
