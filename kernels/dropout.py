@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .op import composite
+from .op import T, call, composite
 
 _WORD = 0xFFFFFFFF
 
@@ -86,7 +86,10 @@ def native_dropout(x: Any, p: float, train: Any) -> Any:
     return scaled, mask
 
 
-@composite("gems.dropout_mask.default")
+@composite(
+    "gems.dropout_mask.default",
+    samples=[call(T(dtype="int64", low=0, high=2**40), [7, 33], 0.3, 5)],
+)
 def dropout_mask(b: Any, seed: Any, size: Any, p: float, salt: int) -> Any:
     """Whether each element is kept: probability 1 - p."""
     shape = tuple(getattr(s, "expr", s) for s in size)

@@ -34,6 +34,7 @@ KEEP = {
     "bernoulli", "rand", "randn", "randint", "rand_like", "randn_like", "uniform", "normal",
     "_batch_norm_with_update", "_batch_norm_with_update_functional", "batch_norm_backward",
     "miopen_batch_norm", "t", "transpose", "permute", "squeeze", "unsqueeze",
+    "flip",
 }
 
 

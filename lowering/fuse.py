@@ -25,6 +25,8 @@ HEAVY = {
     "sigmoid", "softplus", "mish", "log1p", "expm1", "div", "rsqrt", "sqrt", "lgamma",
 }
 CONSTANT = ("full", "iota")
+#: one program does this many elements as fast as a whole GPU would
+SMALL = 16384
 
 
 class Fuser:
@@ -49,31 +51,49 @@ class Fuser:
     # which values are recomputed by their readers instead of stored -----------------------------
 
     def _choose_inlined(self) -> None:
+        """Constants, widening casts, and cheap chains that others read in part or many times over.
+
+        What such a chain costs is paid once for each of its readers that is no part of it.
+        """
+        worth = self._read_elsewhere()
+        uses: dict[Value, int] = {}
+        for v in reversed(self.program.values):
+            if v in worth:
+                uses[v] = sum(uses[r] if same else 1 for r, same in self.readers[v])
         cost: dict[Value, int] = {}
         for v in self.program.values:
             if v.kind in CONSTANT:
                 self.inlined.add(v)
                 cost[v] = 0
-            elif is_widening(v) and v not in self.escapes and v not in self.waits and (
-                base_of(v.args[0]) not in self.written
-            ):
+            elif is_widening(v) and self._may_move(v):
                 self.inlined.add(v)  # loading the narrow value costs less than storing the wide
-                below = base_of(v.args[0])
-                cost[v] = cost.get(below, 0) if below in self.inlined else 0
-            elif v.kind in ("pointwise", "cast", "concat") and v not in self.escapes and not (
-                v in self.waits or any(base_of(a) in self.written for a in v.inputs)
-            ):
-                own = 4 if v.op in HEAVY else 1
+                cost[v] = cost.get(base_of(v.args[0]), 0)
+            elif v in worth:
+                own = 4 if v.op in HEAVY else 2 if v.kind == "gather" else 1
                 inputs = [base_of(a) for a in v.inputs]
                 cost[v] = own + sum(cost[a] for a in inputs if a in self.inlined)
-                readers = self.readers.get(v, [])
-                if (
-                    readers
-                    and cost[v] * len(readers) <= INLINE_BUDGET
-                    and all(not same_size for _, same_size in readers)
-                    and all(a in self.inlined or a.kind == "buffer" for a in inputs)
+                if cost[v] * uses[v] <= INLINE_BUDGET and all(
+                    a in self.inlined or a.kind == "buffer" for a in inputs
                 ):
                     self.inlined.add(v)
+
+    def _may_move(self, v: Value) -> bool:
+        """Whether v may be computed where it is read: nobody else needs it, no write comes between."""
+        return (
+            v not in self.escapes and v not in self.waits
+            and not any(base_of(a) in self.written for a in v.inputs)
+        )
+
+    def _read_elsewhere(self) -> set[Value]:
+        """Values that no reader takes element for element, but for readers that are such too."""
+        out: set[Value] = set()
+        for v in reversed(self.program.values):
+            readers = self.readers.get(v)
+            if v.kind in ("pointwise", "cast", "concat", "gather") and readers and (
+                self._may_move(v) and all(not same or r in out for r, same in readers)
+            ):
+                out.add(v)
+        return out
 
     def _find_column_feeds(self) -> set[Value]:
         """Values that only column reductions need: worth a kernel with those, not a store."""
@@ -224,7 +244,8 @@ class Fuser:
             return "a column reduction does not also store its full-size operands"
         if not column and is_static(*(group.sizes[a] for a in group.domain)):
             rows = product(group.sizes[a] for a in group.domain if a not in set(atoms))
-            if rows < 8 and any(self._stored_beside(m, group, v) for m in group.members):
+            work = product(group.sizes[a] for a in group.domain)
+            if rows < 8 and work > SMALL and any(self._stored_beside(m, group, v) for m in group.members):
                 return "few long rows: storing the operands would leave most of the GPU idle"
         return None
 

@@ -154,6 +154,8 @@ def split_index(
     if _fits_below(low, const_low, divisor, sizes):
         return Index(high, const_high), Index(low, const_low)
     for atom, c in low.items():
+        if is_static(c) and c < 0:  # a flipped axis has no digits to split
+            continue
         inner = quotient(divisor, c)
         outer = quotient(sizes(atom), inner) if inner is not None else None
         if outer is not None and not (type(outer) is int and outer == 1) and atom[0] == "a":
