@@ -212,6 +212,9 @@ class Translator:
     def _bind(self, result: Any, node: Node, val: Any) -> Any:
         if isinstance(result, (tuple, list)):
             users = {u.args[1]: u for u in node.users if u.target is operator.getitem}
+            for k, (out, v) in enumerate(zip(result, val, strict=True)):
+                if out is None and k in users and isinstance(v, torch.Tensor) and v.numel():
+                    raise Declined(f"its result {k} is wanted, which the kernel does not make")
             return tuple(
                 None if v is None or out is None else self._bind(out, users.get(k, node), v)
                 for k, (out, v) in enumerate(zip(result, val, strict=True))
