@@ -45,11 +45,15 @@ def profile(name: str, args: argparse.Namespace) -> None:
     with torch.profiler.profile(activities=kinds) as result:
         case.step(run)
         timing.synchronize(device)
-    rows = [(e.self_device_time_total or e.self_cpu_time_total, e.count, e.key)
-            for e in result.key_averages()]
+    rows = [
+        (e.self_device_time_total or e.self_cpu_time_total, e.count, e.key)
+        for e in result.key_averages()
+    ]
     total = sum(r[0] for r in rows)
-    print(f"== {name} {args.backend}: {step:.3f} ms a step, {total / 1e3:.3f} ms on the device, "
-          f"first call {first:.1f} s")
+    print(
+        f"== {name} {args.backend}: {step:.3f} ms a step, {total / 1e3:.3f} ms on the device, "
+        f"first call {first:.1f} s"
+    )
     for us, count, key in sorted(rows, reverse=True)[: args.top]:
         print(f"   {us / 1e3:8.3f} ms {count:5d}x  {key[:110]}")
     if args.backend == "gems":
@@ -61,8 +65,10 @@ def _print_reports() -> None:
 
     for report in gems_compile.reports():
         spent = {k: round(v, 2) for k, v in report.seconds.items() if v >= 0.01}
-        print(f"   {report.label}: {report.nodes} nodes, {report.fused} fused, {report.kernels} "
-              f"kernels, {report.launches} launches, {report.aten_calls} ATen calls, {spent}")
+        print(
+            f"   {report.label}: {report.nodes} nodes, {report.fused} fused, {report.kernels} "
+            f"kernels, {report.launches} launches, {report.aten_calls} ATen calls, {spent}"
+        )
         for key, count in sorted(report.aten.items(), key=lambda t: -t[1])[:8]:
             print(f"        {count:4d}x {key[:120]}")
         for failure in report.failures:

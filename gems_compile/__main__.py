@@ -27,8 +27,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gems_compile", description="gems-compile")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="a small Llama-style model, eager beside gems")
-    demo.add_argument("--dump", default="gems_dump", metavar="DIR",
-                      help="where every stage of the compile is written (default: ./gems_dump)")
+    demo.add_argument(
+        "--dump",
+        default="gems_dump",
+        metavar="DIR",
+        help="where every stage of the compile is written (default: ./gems_dump)",
+    )
     demo.add_argument("--no-dump", action="store_true", help="write no files")
     doctor = commands.add_parser("doctor", help="versions, target, cache, and a self-test")
     for command in (demo, doctor):

@@ -47,7 +47,11 @@ class Gems:
         self.graphs = count()
 
     def __call__(
-        self, gm: GraphModule, inputs: Sequence[Any], *, mode: str | None = None,
+        self,
+        gm: GraphModule,
+        inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
         options: dict[str, Any] | None = None,
     ) -> Callable[..., Any]:
         config = Config.from_call(mode, options)
@@ -128,8 +132,12 @@ def _rewrite(gm: GraphModule, session: Session | None) -> Any:
 
 def lowering_options(config: Config, target: Any) -> Options:
     return Options(
-        target=target, exact=config.numerics == "eager", strict=config.strict,
-        own_rng=config.rng == "gems", cache_dir=cache_dir(), threads=config.threads,
+        target=target,
+        exact=config.numerics == "eager",
+        strict=config.strict,
+        own_rng=config.rng == "gems",
+        cache_dir=cache_dir(),
+        threads=config.threads,
     )
 
 

@@ -44,8 +44,9 @@ class Size:
 
 
 TINY = Size()
-LARGE = Size(layers=4, dim=1024, heads=16, kv_heads=4, hidden=2816, vocabulary=8192, batch=4,
-             length=1024)
+LARGE = Size(
+    layers=4, dim=1024, heads=16, kv_heads=4, hidden=2816, vocabulary=8192, batch=4, length=1024
+)
 
 
 class RMSNorm(nn.Module):
@@ -194,16 +195,23 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "passed": self.passed, "device": self.device, "dtype": self.dtype, "dump": self.dump,
+            "passed": self.passed,
+            "device": self.device,
+            "dtype": self.dtype,
+            "dump": self.dump,
             "eager_calls": self.eager_calls,
             "checks": [{**asdict(c), "passed": c.passed} for c in self.checks],
-            "first_call_seconds": self.first_call_seconds, "milliseconds": self.milliseconds,
+            "first_call_seconds": self.first_call_seconds,
+            "milliseconds": self.milliseconds,
             "explanation": self.explanation.to_dict(),
         }
 
 
-def run(size: Size | None = None, dump: str | None = "gems_dump",
-        say: Callable[[str], None] = lambda text: None) -> Result:
+def run(
+    size: Size | None = None,
+    dump: str | None = "gems_dump",
+    say: Callable[[str], None] = lambda text: None,
+) -> Result:
     """Both sides, compared; on a GPU in bfloat16 and timed, else in float32."""
     gpu = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
@@ -230,15 +238,22 @@ def run(size: Size | None = None, dump: str | None = "gems_dump",
     checks = tuple(_checks(found, eager, reference))
     milliseconds = _timed(model(), compiled, batch, say) if gpu else {}
     return Result(
-        Explanation.of(backend, "A Llama-style model", watch), eager.calls, checks,
-        found.seconds, milliseconds,
-        os.path.abspath(dump) if dump else None, _device_name(device), _word(dtype),
+        Explanation.of(backend, "A Llama-style model", watch),
+        eager.calls,
+        checks,
+        found.seconds,
+        milliseconds,
+        os.path.abspath(dump) if dump else None,
+        _device_name(device),
+        _word(dtype),
     )
 
 
 def _both(
-    model: nn.Module, batch: tuple[Tensor, Tensor],
-    say: Callable[[str], None] = lambda text: None, counting: bool = False,
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    say: Callable[[str], None] = lambda text: None,
+    counting: bool = False,
 ) -> Seen:
     """A forward without gradients, then a training step."""
     values: dict[str, Tensor] = {}
@@ -271,7 +286,9 @@ def _both(
 
 ROUNDING = 2.0**-8  # of one value to bfloat16
 KINDS = {
-    "output": ("logits",), "loss": ("loss", "training loss"), "gradients": ("gradient",),
+    "output": ("logits",),
+    "loss": ("loss", "training loss"),
+    "gradients": ("gradient",),
     "updated parameters": ("updated",),
 }
 
@@ -311,8 +328,9 @@ def _difference(found: Tensor, wanted: Tensor) -> float:
     return (difference / wanted.double().abs().max().clamp_min(1e-30)).item()
 
 
-def _timed(eager: nn.Module, compiled: Any, batch: tuple[Tensor, Tensor],
-           say: Callable[[str], None]) -> dict[str, dict[str, float]]:
+def _timed(
+    eager: nn.Module, compiled: Any, batch: tuple[Tensor, Tensor], say: Callable[[str], None]
+) -> dict[str, dict[str, float]]:
     """Median milliseconds on the GPU, {what: {"eager": ms, "gems": ms}}."""
     say("timing both")
 
@@ -380,17 +398,23 @@ def main(dump: str | None, as_json: bool) -> int:
 def _result_blocks(result: Result) -> list[Table | str]:
     blocks: list[Table | str] = [_beside_eager(result), _check_table(result)]
     if result.milliseconds:
-        rows = [(what, ms["eager"], ms["gems"], f"{ms['eager'] / ms['gems']:.2f}x")
-                for what, ms in result.milliseconds.items()]
+        rows = [
+            (what, ms["eager"], ms["gems"], f"{ms['eager'] / ms['gems']:.2f}x")
+            for what, ms in result.milliseconds.items()
+        ]
         title = f"Milliseconds a call, median, on {result.device}"
         blocks.append(Table(title, ("", "eager", "gems", "speed"), rows))
     else:
-        blocks.append("The kernels ran in Triton's interpreter: it shows that they are right, and "
-                      "says nothing about speed.")
+        blocks.append(
+            "The kernels ran in Triton's interpreter: it shows that they are right, and "
+            "says nothing about speed."
+        )
     if result.dump:
-        blocks.append(f"Every stage is in {result.dump}: the graph after each pass as Python that "
-                      "runs by itself, the plan, and each kernel with the lines of the model it "
-                      "came from. Start with graph_01_forward/plan.txt.")
+        blocks.append(
+            f"Every stage is in {result.dump}: the graph after each pass as Python that "
+            "runs by itself, the plan, and each kernel with the lines of the model it "
+            "came from. Start with graph_01_forward/plan.txt."
+        )
     good = "gems agrees with eager." if result.passed else "gems does NOT agree with eager."
     return [*blocks, good]
 
@@ -404,8 +428,15 @@ def _beside_eager(result: Result) -> Table:
         result.eager_calls.items(), ("inference", "forward", "backward"), strict=True
     ):
         mine = [g for g in graphs if g.kind == kind]
-        rows.append((stage, eager, sum(g.launches for g in mine),
-                     sum(g.aten_calls for g in mine), result.first_call_seconds[stage]))
+        rows.append(
+            (
+                stage,
+                eager,
+                sum(g.launches for g in mine),
+                sum(g.aten_calls for g in mine),
+                result.first_call_seconds[stage],
+            )
+        )
     return Table("Calls of eager beside gems (views not counted)", columns, rows)
 
 

@@ -33,8 +33,10 @@ def examine() -> dict[str, Any]:
 
     target = current_target(vendor())
     found: dict[str, Any] = {
-        "gems-compile": _version("gems-compile"), "torch": torch.__version__,
-        "triton": _version("triton"), "python": platform.python_version(),
+        "gems-compile": _version("gems-compile"),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
         "system": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
         "target": "none: graphs run as ATen" if target is None else target.label,

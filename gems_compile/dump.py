@@ -173,8 +173,9 @@ def rewrites_text(summary: GraphSummary) -> str:
     if not summary.rewritten:
         lines.append("Nothing was rewritten.")
     for found, times in counted(summary.rewritten):
-        lines.append(f"{found.rule}{_times(times)}: {found.nodes_before} nodes became "
-                     f"{found.nodes_after}")
+        lines.append(
+            f"{found.rule}{_times(times)}: {found.nodes_before} nodes became {found.nodes_after}"
+        )
         lines += _indented(f"because {found.because}", found.line, _module(found.module))
         lines.append("")
     if summary.near_misses:
@@ -236,7 +237,8 @@ def _indented(*texts: str, by: int = 4) -> list[str]:
 def _kernel_text(source: Any, summary: GraphSummary) -> str:
     """The kernel behind a header that says where it is launched, and on what."""
     places = [
-        (k, c) for k, c in enumerate(summary.calls)
+        (k, c)
+        for k, c in enumerate(summary.calls)
         if c.kind == "kernel" and c.detail == source.key[:8]
     ]
     head = [f"# {summary.title}: launched {len(places)} time{'s' * (len(places) != 1)} a call"]

@@ -159,14 +159,20 @@ class Explanation:
         graphs = tuple(map(summarize, backend.reports))
         ours = sum(sum(g.seconds.values()) for g in graphs if g.kind != "backward")
         return cls(
-            name, "none" if target is None else target.label, graphs,
-            watch.seconds(ours) if watch else {}, watch.breaks if watch else {},
+            name,
+            "none" if target is None else target.label,
+            graphs,
+            watch.seconds(ours) if watch else {},
+            watch.breaks if watch else {},
         )
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "name": self.name, "target": self.target, "seconds": self.seconds,
-            "graph_breaks": self.breaks, "graphs": [g.to_dict() for g in self.graphs],
+            "name": self.name,
+            "target": self.target,
+            "seconds": self.seconds,
+            "graph_breaks": self.breaks,
+            "graphs": [g.to_dict() for g in self.graphs],
         }
 
     def to_json(self, indent: int | None = 1) -> str:
@@ -183,16 +189,23 @@ class Explanation:
         if not self.graphs:
             return [self._nothing()]
         parts = [
-            f"{self.name}, compiled by gems (target: {self.target})", _counts(self.graphs),
-            *_rewrites(self.graphs), *_aten(self.graphs), *_unfused(self.graphs),
-            *_failures(self.graphs), *_breaks(self.breaks), self._time(),
+            f"{self.name}, compiled by gems (target: {self.target})",
+            _counts(self.graphs),
+            *_rewrites(self.graphs),
+            *_aten(self.graphs),
+            *_unfused(self.graphs),
+            *_failures(self.graphs),
+            *_breaks(self.breaks),
+            self._time(),
         ]
         return [p for p in parts if p]
 
     def _nothing(self) -> str:
         if self.target == "none":
-            return (f"{self.name}: nothing was compiled. There is no GPU, and Triton's interpreter "
-                    "was not asked for (TRITON_INTERPRET=1): everything runs as ATen.")
+            return (
+                f"{self.name}: nothing was compiled. There is no GPU, and Triton's interpreter "
+                "was not asked for (TRITON_INTERPRET=1): everything runs as ATen."
+            )
         return f"{self.name}: Dynamo found no graph in it to compile."
 
     def _time(self) -> str:
@@ -217,10 +230,18 @@ class Explanation:
 
 
 def _counts(graphs: Sequence[GraphSummary]) -> Table:
-    columns = ("graph", "nodes", "fused", "views", "ATen", "rewrites", "kernels", "launches",
-               "seconds")
-    names = ("nodes", "fused", "free", "aten_calls", "rewritten", "kernels", "launches",
-             "seconds")
+    columns = (
+        "graph",
+        "nodes",
+        "fused",
+        "views",
+        "ATen",
+        "rewrites",
+        "kernels",
+        "launches",
+        "seconds",
+    )
+    names = ("nodes", "fused", "free", "aten_calls", "rewritten", "kernels", "launches", "seconds")
     table = Table("", columns)
     for graph in graphs:
         numbers = graph.numbers()
@@ -230,8 +251,11 @@ def _counts(graphs: Sequence[GraphSummary]) -> Table:
 
 def _rewrites(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
     """A rewrite acts on what Dynamo traced, before there is a backward."""
-    fired = [(g.kind, r, f"{r.rule}, {r.nodes_before} nodes -> {r.nodes_after}: {r.because}")
-             for g in graphs for r in g.rewritten]
+    fired = [
+        (g.kind, r, f"{r.rule}, {r.nodes_before} nodes -> {r.nodes_after}: {r.because}")
+        for g in graphs
+        for r in g.rewritten
+    ]
     yield from _grouped("Rewritten", fired)
     missed = [(g.kind, m, f"{m.rule}: {m.reason}") for g in graphs for m in g.near_misses]
     yield from _grouped("Nearly rewritten, but", missed)
@@ -243,8 +267,9 @@ def _aten(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
 
 
 def _unfused(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
-    edges = [(g.kind, e, f"{e.producer} -> {e.consumer}: {e.reason}")
-             for g in graphs for e in g.unfused]
+    edges = [
+        (g.kind, e, f"{e.producer} -> {e.consumer}: {e.reason}") for g in graphs for e in g.unfused
+    ]
     yield from _grouped("Goes through memory, though both ends are in kernels", edges)
 
 

@@ -52,7 +52,10 @@ class Variant:
     __slots__ = ("calls", "layouts", "run", "single", "why")
 
     def __init__(
-        self, run: Callable[[list[Any]], Any] | None, single: bool, why: str = "",
+        self,
+        run: Callable[[list[Any]], Any] | None,
+        single: bool,
+        why: str = "",
         layouts: Sequence[Any] = (),
     ) -> None:
         self.run, self.single, self.why = run, single, why
@@ -138,7 +141,11 @@ class Handler:
     # the first call of a kind --------------------------------------------------------------------
 
     def _new_variant(
-        self, key: Any, keyset: Any, args: Sequence[Any], kwargs: dict[str, Any],
+        self,
+        key: Any,
+        keyset: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
         tensors: Sequence[Tensor],
     ) -> Variant:
         if self.target.device == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -226,7 +233,11 @@ def _describe(values: Iterable[Any], parts: list[Any], tensors: list[Tensor]) ->
         kind = type(value)
         if kind is Tensor or kind is Parameter:
             parts += (
-                value.dtype, value.shape, value.stride(), value.get_device(), value.data_ptr() & 15
+                value.dtype,
+                value.shape,
+                value.stride(),
+                value.get_device(),
+                value.data_ptr() & 15,
             )
             tensors.append(value)
         elif kind is float:
@@ -276,7 +287,10 @@ def _overlaps(t: Tensor) -> bool:
 
 
 def compile_one(
-    overload: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any], target: Target,
+    overload: torch._ops.OpOverload,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    target: Target,
     config: Config,
 ) -> Variant:
     """The call as a graph of one node, through the compiler."""

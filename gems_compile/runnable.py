@@ -39,7 +39,7 @@ def tensor(shape, stride, dtype, device, offset=0):
     return values.to(device, dtype).as_strided(shape, stride, offset if length else 0)
 '''
 
-MAIN = '''
+MAIN = """
 def describe(value):
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
@@ -52,12 +52,12 @@ if __name__ == "__main__":
         results = forward(*make_inputs())
     for place, result in enumerate(results):
         print(f"result {place}: {describe(result)}")
-'''
+"""
 
-CANNOT = '''
+CANNOT = """
 if __name__ == "__main__":
     raise SystemExit("this graph does not run outside its program: " + CANNOT_RUN)
-'''
+"""
 
 
 def to_python(gm: GraphModule, title: str = "A graph.") -> str:
@@ -240,7 +240,8 @@ class _Writer:
     def make_inputs(self) -> str:
         lines = [
             f"        {self.input(node)},  # {_name(node)}"
-            for node in self.gm.graph.nodes if node.op == "placeholder"
+            for node in self.gm.graph.nodes
+            if node.op == "placeholder"
         ]
         return "\n".join(["def make_inputs():", "    return [", *lines, "    ]"])
 
@@ -265,8 +266,10 @@ class _Writer:
         stride = [self.example(s) for s in held.stride()]
         offset = self.example(held.storage_offset())
         tail = f", {offset}" if offset else ""
-        return (f"tensor({self.value(shape)}, {self.value(stride)}, {held.dtype}, "
-                f"{self.device(held.device)}{tail})")
+        return (
+            f"tensor({self.value(shape)}, {self.value(stride)}, {held.dtype}, "
+            f"{self.device(held.device)}{tail})"
+        )
 
 
 def _is_backed(node: Any) -> bool:

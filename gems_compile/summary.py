@@ -22,9 +22,18 @@ from .lowering.render import kernel_name
 from .lowering.source import Source
 
 SHORT = {
-    "float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64", "bool": "bool",
-    "uint8": "u8", "int8": "i8", "int16": "i16", "int32": "i32", "int64": "i64",
-    "complex64": "c64", "complex128": "c128",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "float32": "f32",
+    "float64": "f64",
+    "bool": "bool",
+    "uint8": "u8",
+    "int8": "i8",
+    "int16": "i16",
+    "int32": "i32",
+    "int64": "i64",
+    "complex64": "c64",
+    "complex128": "c128",
 }
 FUSED, ATEN, FREE = "fused", "aten", "free"
 UNDECLARED = "no kernel is declared for it"
@@ -40,8 +49,12 @@ ON_PURPOSE = {
     **dict.fromkeys(
         (
             f"_scaled_dot_product_{kind}{which}"
-            for kind in ("flash_attention", "efficient_attention", "cudnn_attention",
-                         "flash_attention_for_cpu")
+            for kind in (
+                "flash_attention",
+                "efficient_attention",
+                "cudnn_attention",
+                "flash_attention_for_cpu",
+            )
             for which in ("", "_backward")
         ),
         "attention is left to torch's own kernels",
@@ -138,10 +151,16 @@ class GraphSummary:
     def numbers(self) -> dict[str, int | float]:
         """The columns of the table, by name."""
         return {
-            "nodes": len(self.nodes), "fused": self.count(FUSED), "free": self.count(FREE),
-            "rewritten": len(self.rewritten), "aten_calls": self.aten_calls,
-            "kernels": self.kernels, "launches": self.launches, "unfused": len(self.unfused),
-            "failures": len(self.failures), "seconds": round(sum(self.seconds.values()), 4),
+            "nodes": len(self.nodes),
+            "fused": self.count(FUSED),
+            "free": self.count(FREE),
+            "rewritten": len(self.rewritten),
+            "aten_calls": self.aten_calls,
+            "kernels": self.kernels,
+            "launches": self.launches,
+            "unfused": len(self.unfused),
+            "failures": len(self.failures),
+            "seconds": round(sum(self.seconds.values()), 4),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -152,8 +171,11 @@ class GraphSummary:
 def summarize(report: Report) -> GraphSummary:
     """The report of one graph as plain data."""
     head = {
-        "graph": report.graph, "kind": report.kind, "failures": tuple(report.failures),
-        "seconds": dict(report.seconds), **_rewrites(report),
+        "graph": report.graph,
+        "kind": report.kind,
+        "failures": tuple(report.failures),
+        "seconds": dict(report.seconds),
+        **_rewrites(report),
     }
     plan = report.plan
     if plan is None:  # the whole graph runs as ATen
@@ -236,7 +258,8 @@ def reason_for(node: Node, plan: Plan) -> str:
 def is_call(step: Any) -> bool:
     """Whether a step of a plan is an ATen call, not a constant or a part of a tuple."""
     return (
-        isinstance(step, Node) and step.op == "call_function"
+        isinstance(step, Node)
+        and step.op == "call_function"
         and step.target is not operator.getitem
     )
 
@@ -262,8 +285,13 @@ def _node_facts(plan: Plan, origins: Origins) -> Iterable[NodeFact]:
         else:
             fate, detail = FREE, _why_free(node)
         yield NodeFact(
-            node.name, op_name(node), describe(node.meta.get("val")), fate, detail,
-            source_line(node), module_path(node),
+            node.name,
+            op_name(node),
+            describe(node.meta.get("val")),
+            fate,
+            detail,
+            source_line(node),
+            module_path(node),
         )
 
 
@@ -289,18 +317,21 @@ def _typed(dtype: str, shape: Iterable[Any]) -> str:
 # calls -------------------------------------------------------------------------------------------
 
 
-def _calls(
-    plan: Plan, source_of: dict[Group, Source], origins: Origins
-) -> Iterable[Call]:
+def _calls(plan: Plan, source_of: dict[Group, Source], origins: Origins) -> Iterable[Call]:
     for step in plan.steps:
         if isinstance(step, Group):
             yield _launch(step, source_of[step], origins)
         elif is_call(step):
             reads = tuple(describe(n.meta.get("val")) for n in step.all_input_nodes)
             yield Call(
-                "aten", op_name(step), reads, (describe(step.meta.get("val")),),
-                reason_for(step, plan), (op_name(step),),
-                _distinct([source_line(step)]), _distinct([module_path(step)]),
+                "aten",
+                op_name(step),
+                reads,
+                (describe(step.meta.get("val")),),
+                reason_for(step, plan),
+                (op_name(step),),
+                _distinct([source_line(step)]),
+                _distinct([module_path(step)]),
             )
 
 
@@ -309,8 +340,14 @@ def _launch(group: Group, source: Source, origins: Origins) -> Call:
     writes = tuple(_typed(v.dtype, v.shape) for _, role, v in source.params if role == "out")
     nodes = _nodes_of(group, origins)
     return Call(
-        "kernel", source.name, reads, writes, source.key[:8], _distinct(map(op_name, nodes)),
-        _distinct(map(source_line, nodes)), _distinct(map(module_path, nodes)),
+        "kernel",
+        source.name,
+        reads,
+        writes,
+        source.key[:8],
+        _distinct(map(op_name, nodes)),
+        _distinct(map(source_line, nodes)),
+        _distinct(map(module_path, nodes)),
     )
 
 

@@ -6,8 +6,17 @@ import importlib
 
 #: the files that declare ops
 OP_FILES = (
-    "arithmetic", "comparison", "unary", "activation", "cast",
-    "reduction", "softmax", "norm", "loss", "indexing", "dropout",
+    "arithmetic",
+    "comparison",
+    "unary",
+    "activation",
+    "cast",
+    "reduction",
+    "softmax",
+    "norm",
+    "loss",
+    "indexing",
+    "dropout",
 )
 
 

@@ -24,9 +24,7 @@ def define(library: Any) -> None:
     import torch
 
     plain = torch.Tag.pt2_compliant_tag
-    library.define(
-        "seed(Device device) -> Tensor", tags=(plain, torch.Tag.nondeterministic_seeded)
-    )
+    library.define("seed(Device device) -> Tensor", tags=(plain, torch.Tag.nondeterministic_seeded))
     library.define(
         "dropout_mask(Tensor seed, SymInt[] size, float p, int salt) -> Tensor", tags=(plain,)
     )
@@ -37,7 +35,8 @@ def define(library: Any) -> None:
     )
     torch.library.register_fake(
         "gems::dropout_mask",
-        lambda seed, size, p, salt: seed.new_empty(size, dtype=torch.bool), lib=library,
+        lambda seed, size, p, salt: seed.new_empty(size, dtype=torch.bool),
+        lib=library,
     )
 
 

@@ -27,7 +27,9 @@ def _has_dims(x: Any, *_: Any) -> str | None:
 
 
 @composite(
-    "aten.index_select.default", dtypes=NUMBERS, declines=_has_dims,
+    "aten.index_select.default",
+    dtypes=NUMBERS,
+    declines=_has_dims,
     samples=[call(T(5, 7), 0, _ids(3, high=5)), call(T(5, 7), 1, _ids(4, high=7))],
 )
 def index_select(b: Any, x: Any, dim: int, index: Any) -> Any:
@@ -42,7 +44,9 @@ def index_select(b: Any, x: Any, dim: int, index: Any) -> Any:
 
 
 @composite(
-    "aten.gather.default", dtypes=NUMBERS, declines=_has_dims,
+    "aten.gather.default",
+    dtypes=NUMBERS,
+    declines=_has_dims,
     samples=[call(T(5, 7), 1, _ids(5, 3, high=7)), call(T(5, 7), 0, _ids(2, 7, high=5))],
 )
 def gather(b: Any, x: Any, dim: int, index: Any) -> Any:
@@ -62,8 +66,13 @@ def _one_index(x: Any, indices: Any) -> str | None:
 
 
 @composite(
-    "aten.index.Tensor", dtypes=NUMBERS, declines=_one_index,
-    samples=[call(T(5, 7), [_ids(3, high=5)]), call(T(5, 7), [_ids(2, 3, high=5), _ids(3, high=7)])],
+    "aten.index.Tensor",
+    dtypes=NUMBERS,
+    declines=_one_index,
+    samples=[
+        call(T(5, 7), [_ids(3, high=5)]),
+        call(T(5, 7), [_ids(2, 3, high=5), _ids(3, high=7)]),
+    ],
 )
 def index(b: Any, x: Any, indices: Any) -> Any:
     """x[i, j, ...] with broadcast index tensors; negative ones count from the end."""

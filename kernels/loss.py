@@ -29,15 +29,14 @@ _TARGET = T(6, dtype="int64", low=0, high=9)
 
 
 @composite(
-    "aten.nll_loss_forward.default", declines=_plain,
+    "aten.nll_loss_forward.default",
+    declines=_plain,
     samples=[
         *(call(T(6, 9), _TARGET, None, r, -100) for r in (0, 1, 2)),
         call(T(6, 9), _TARGET, None, 1, 3),
     ],
 )
-def nll_loss(
-    b: Any, logp: Any, target: Any, weight: Any, reduction: int, ignore_index: int
-) -> Any:
+def nll_loss(b: Any, logp: Any, target: Any, weight: Any, reduction: int, ignore_index: int) -> Any:
     """-logp[target], as it is (0), averaged over the counted rows (1) or summed (2); (loss, count)."""
     dtype = logp.dtype
     loss, counted = _picked(b, logp, target, ignore_index)
@@ -53,7 +52,8 @@ def _plain_backward(dy: Any, logp: Any, target: Any, weight: Any = None, *_: Any
 
 
 @composite(
-    "aten.nll_loss_backward.default", declines=_plain_backward,
+    "aten.nll_loss_backward.default",
+    declines=_plain_backward,
     samples=[
         call(T(), T(6, 9), _TARGET, None, 1, -100, T(low=2, high=6)),
         call(T(), T(6, 9), _TARGET, None, 2, 3, T(low=2, high=6)),
@@ -61,7 +61,13 @@ def _plain_backward(dy: Any, logp: Any, target: Any, weight: Any = None, *_: Any
     ],
 )
 def nll_loss_backward(
-    b: Any, dy: Any, logp: Any, target: Any, weight: Any, reduction: int, ignore_index: int,
+    b: Any,
+    dy: Any,
+    logp: Any,
+    target: Any,
+    weight: Any,
+    reduction: int,
+    ignore_index: int,
     total_weight: Any,
 ) -> Any:
     """-dy at each row's target (over the counted rows when averaged), 0 elsewhere."""

@@ -70,8 +70,12 @@ def _rms(b: Any, x: Any, axes: list[int], eps: float) -> Any:
     return b.rsqrt(b.add(b.mean(b.mul(x, x), axes), eps, 1))
 
 
-_EPSILON = {"float16": 0.0009765625, "bfloat16": 0.0078125, "float32": 1.1920928955078125e-07,
-            "float64": 2.220446049250313e-16}
+_EPSILON = {
+    "float16": 0.0009765625,
+    "bfloat16": 0.0078125,
+    "float32": 1.1920928955078125e-07,
+    "float64": 2.220446049250313e-16,
+}
 
 
 @composite(
@@ -204,8 +208,17 @@ def _channels(b: Any, v: Any, ndim: int) -> Any:
 
 @composite("aten.native_group_norm_backward.default")
 def group_norm_backward(
-    b: Any, dy: Any, x: Any, mean: Any, rstd: Any, weight: Any, N: Any, C: Any, HxW: Any,
-    group: int, mask: Any,
+    b: Any,
+    dy: Any,
+    x: Any,
+    mean: Any,
+    rstd: Any,
+    weight: Any,
+    N: Any,
+    C: Any,
+    HxW: Any,
+    group: int,
+    mask: Any,
 ) -> Any:
     """The gradients of group norm: (dx, dw, db)."""
     shape = x.shape
@@ -246,8 +259,14 @@ def _normalize(b: Any, x: Any, mean: Any, rstd: Any, weight: Any, bias: Any) -> 
     samples=[call(T(3, 4, 5), T(4), T(4), T(4), T(4, low=0.5, high=2), 0.1, 1e-5)],
 )
 def batch_norm_inference(
-    b: Any, x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any,
-    momentum: float, eps: float,
+    b: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    momentum: float,
+    eps: float,
 ) -> Any:
     """(x - running_mean) / sqrt(running_var + eps) * weight + bias; the statistics stay empty."""
     mean = _channels(b, running_mean, x.ndim)
@@ -282,25 +301,35 @@ def batch_moments(b: Any, x: Any) -> tuple[Any, Any, Any]:
     return b.reshape(b.div(spread, parts), kept), b.reshape(mean, kept), count
 
 
-@composite("aten._native_batch_norm_legit_functional.default", samples=[
-    call(T(3, 4, 5), T(4), T(4), T(4), T(4, low=0.5, high=2), True, 0.1, 1e-5),
-])
+@composite(
+    "aten._native_batch_norm_legit_functional.default",
+    samples=[
+        call(T(3, 4, 5), T(4), T(4), T(4), T(4, low=0.5, high=2), True, 0.1, 1e-5),
+    ],
+)
 def batch_norm_training(
-    b: Any, x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool,
-    momentum: float, eps: float,
+    b: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
 ) -> Any:
     """(y, mean, rstd, new running mean, new running variance)."""
     others = [a for a in range(x.ndim) if a != 1]
     if not training:
-        y, _, _ = batch_norm_inference(
-            b, x, weight, bias, running_mean, running_var, momentum, eps
-        )
+        y, _, _ = batch_norm_inference(b, x, weight, bias, running_mean, running_var, momentum, eps)
         return y, None, None, b.copy(running_mean), b.copy(running_var)
     var, mean, count = batch_moments(b, wide(b, x))
     rstd = b.rsqrt(b.add(var, eps, 1))
     y = _normalize(b, x, mean, rstd, weight, bias)
     flat_mean, flat_var = b.squeeze(mean, others), b.squeeze(var, others)
-    unbiased = b.mul(flat_var, count / (count - 1)) if type(count) is int and count > 1 else flat_var
+    unbiased = (
+        b.mul(flat_var, count / (count - 1)) if type(count) is int and count > 1 else flat_var
+    )
     new_mean = _running(b, running_mean, flat_mean, momentum)
     new_var = _running(b, running_var, unbiased, momentum)
     return y, flat_mean, b.squeeze(rstd, others), new_mean, new_var
@@ -312,8 +341,17 @@ def _running(b: Any, old: Any, new: Any, momentum: float) -> Any:
 
 @composite("aten.native_batch_norm_backward.default")
 def batch_norm_backward(
-    b: Any, dy: Any, x: Any, weight: Any, running_mean: Any, running_var: Any, save_mean: Any,
-    save_rstd: Any, train: bool, eps: float, mask: Any,
+    b: Any,
+    dy: Any,
+    x: Any,
+    weight: Any,
+    running_mean: Any,
+    running_var: Any,
+    save_mean: Any,
+    save_rstd: Any,
+    train: bool,
+    eps: float,
+    mask: Any,
 ) -> Any:
     """The gradients of batch norm: (dx, dw, db)."""
     others = [a for a in range(x.ndim) if a != 1]

@@ -19,8 +19,11 @@ def wide(b: Any, x: Any) -> Any:
 
 
 @reduction(
-    "aten.sum.dim_IntList", "aten.sum.default",
-    dtypes=ALL, samples=[*_DIMS, call(T(2, 3, 150), [2]), call(T(5, 7))], name="sum",
+    "aten.sum.dim_IntList",
+    "aten.sum.default",
+    dtypes=ALL,
+    samples=[*_DIMS, call(T(2, 3, 150), [2]), call(T(5, 7))],
+    name="sum",
 )
 def sum_(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
     """Sum of the elements."""
@@ -34,7 +37,10 @@ def mean(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
 
 
 @reduction(
-    "aten.amax.default", "aten.max.default", dtypes=NUMBERS, samples=[*_DIMS[:2], call(T(5, 7))],
+    "aten.amax.default",
+    "aten.max.default",
+    dtypes=NUMBERS,
+    samples=[*_DIMS[:2], call(T(5, 7))],
 )
 def amax(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
     """Largest element; NaN if there is one."""
@@ -42,7 +48,10 @@ def amax(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
 
 
 @reduction(
-    "aten.amin.default", "aten.min.default", dtypes=NUMBERS, samples=[*_DIMS[:2], call(T(5, 7))],
+    "aten.amin.default",
+    "aten.min.default",
+    dtypes=NUMBERS,
+    samples=[*_DIMS[:2], call(T(5, 7))],
 )
 def amin(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
     """Smallest element; NaN if there is one."""
@@ -50,7 +59,8 @@ def amin(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
 
 
 @reduction(
-    "aten.prod.dim_int", "aten.prod.default",
+    "aten.prod.dim_int",
+    "aten.prod.default",
     dtypes=NUMBERS,
     samples=[
         call(T(4, 9, low=1, high=3), 1),
@@ -74,8 +84,11 @@ def _truths(low: int, high: int) -> list[Call]:
 
 
 @reduction(
-    "aten.any.dim", "aten.any.dims", "aten.any.default",
-    dtypes=ALL, samples=_truths(low=0, high=1),
+    "aten.any.dim",
+    "aten.any.dims",
+    "aten.any.default",
+    dtypes=ALL,
+    samples=_truths(low=0, high=1),
     name="any",
 )
 def any_(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
@@ -84,8 +97,11 @@ def any_(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
 
 
 @reduction(
-    "aten.all.dim", "aten.all.dims", "aten.all.default",
-    dtypes=ALL, samples=_truths(low=1, high=3),
+    "aten.all.dim",
+    "aten.all.dims",
+    "aten.all.default",
+    dtypes=ALL,
+    samples=_truths(low=1, high=3),
     name="all",
 )
 def all_(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
@@ -98,7 +114,9 @@ def _one_dim_or_flat(x: Any, dim: int | None = None, *_: Any) -> str | None:
 
 
 @reduction(
-    "aten.argmax.default", dtypes=NUMBERS, declines=_one_dim_or_flat,
+    "aten.argmax.default",
+    dtypes=NUMBERS,
+    declines=_one_dim_or_flat,
     samples=[call(T(4, 33), 1), call(T(4, 33), 0, True), call(T(5, 7))],
 )
 def argmax(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
@@ -107,7 +125,9 @@ def argmax(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
 
 
 @reduction(
-    "aten.argmin.default", dtypes=NUMBERS, declines=_one_dim_or_flat,
+    "aten.argmin.default",
+    dtypes=NUMBERS,
+    declines=_one_dim_or_flat,
     samples=[call(T(4, 33), 1), call(T(5, 7))],
 )
 def argmin(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
@@ -140,7 +160,9 @@ def _keep(b: Any, v: Any, axes: list[int], keepdim: bool) -> Any:
     return v if keepdim else b.squeeze(v, axes)
 
 
-def _odd_correction(x: Any, dim: Any = None, correction: Any = 1, keepdim: Any = False) -> str | None:
+def _odd_correction(
+    x: Any, dim: Any = None, correction: Any = 1, keepdim: Any = False
+) -> str | None:
     if correction is None:
         correction = 1
     if int(correction) != correction:
@@ -154,7 +176,8 @@ def _odd_correction(x: Any, dim: Any = None, correction: Any = 1, keepdim: Any =
 
 
 @composite(
-    "aten.var.correction", declines=_odd_correction,
+    "aten.var.correction",
+    declines=_odd_correction,
     samples=[call(T(4, 33), [1]), call(T(4, 9), [0], correction=0, keepdim=True)],
 )
 def var(b: Any, x: Any, dim: Any, correction: Any, keepdim: bool) -> Any:
@@ -165,7 +188,8 @@ def var(b: Any, x: Any, dim: Any, correction: Any, keepdim: bool) -> Any:
 
 
 @composite(
-    "aten.var_mean.correction", declines=_odd_correction,
+    "aten.var_mean.correction",
+    declines=_odd_correction,
     samples=[call(T(4, 33), [1]), call(T(4, 9), [0], correction=0, keepdim=True)],
 )
 def var_mean(b: Any, x: Any, dim: Any, correction: Any, keepdim: bool) -> Any:
@@ -177,7 +201,8 @@ def var_mean(b: Any, x: Any, dim: Any, correction: Any, keepdim: bool) -> Any:
 
 
 @composite(
-    "aten.std.correction", declines=_odd_correction,
+    "aten.std.correction",
+    declines=_odd_correction,
     samples=[call(T(4, 33), [1]), call(T(4, 9), [0], correction=0)],
 )
 def std(b: Any, x: Any, dim: Any, correction: Any, keepdim: bool) -> Any:

@@ -11,8 +11,7 @@ def larger(a, b):
     """max(a, b); NaN wins, as in ATen."""
     if a.dtype.is_floating():
         return tl.where((a > b) | (a != a), a, b)
-    else:
-        return tl.where(a > b, a, b)
+    return tl.where(a > b, a, b)
 
 
 @triton.jit
@@ -20,8 +19,7 @@ def smaller(a, b):
     """min(a, b); NaN wins, as in ATen."""
     if a.dtype.is_floating():
         return tl.where((a < b) | (a != a), a, b)
-    else:
-        return tl.where(a < b, a, b)
+    return tl.where(a < b, a, b)
 
 
 @triton.jit
@@ -45,8 +43,7 @@ def row_amax(x):
     if x.dtype.is_floating():
         bad = tl.max((x != x).to(tl.int32), 1, keep_dims=True)
         return tl.where(bad > 0, float("nan"), tl.max(x, 1, keep_dims=True))
-    else:
-        return tl.max(x, 1, keep_dims=True)
+    return tl.max(x, 1, keep_dims=True)
 
 
 @triton.jit
@@ -55,8 +52,7 @@ def row_amin(x):
     if x.dtype.is_floating():
         bad = tl.max((x != x).to(tl.int32), 1, keep_dims=True)
         return tl.where(bad > 0, float("nan"), tl.min(x, 1, keep_dims=True))
-    else:
-        return tl.min(x, 1, keep_dims=True)
+    return tl.min(x, 1, keep_dims=True)
 
 
 @triton.jit
@@ -116,11 +112,8 @@ def best_start(x, LARGEST: tl.constexpr):
     if x.dtype.is_floating():
         if LARGEST:
             return tl.full(x.shape, float("-inf"), x.dtype)
-        else:
-            return tl.full(x.shape, float("inf"), x.dtype)
-    else:
-        bits: tl.constexpr = x.dtype.primitive_bitwidth
-        if LARGEST:
-            return tl.full(x.shape, -(2 ** (bits - 1)), x.dtype)
-        else:
-            return tl.full(x.shape, 2 ** (bits - 1) - 1, x.dtype)
+        return tl.full(x.shape, float("inf"), x.dtype)
+    bits: tl.constexpr = x.dtype.primitive_bitwidth
+    if LARGEST:
+        return tl.full(x.shape, -(2 ** (bits - 1)), x.dtype)
+    return tl.full(x.shape, 2 ** (bits - 1) - 1, x.dtype)

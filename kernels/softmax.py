@@ -34,8 +34,12 @@ def _dtype_names(*args: Any) -> None:
 
 
 @composite(
-    "aten._softmax_backward_data.default", declines=_no_dims,
-    samples=[call(T(4, 33), T(4, 33), -1, "input_dtype"), call(T(3, 5, 7), T(3, 5, 7), 1, "input_dtype")],
+    "aten._softmax_backward_data.default",
+    declines=_no_dims,
+    samples=[
+        call(T(4, 33), T(4, 33), -1, "input_dtype"),
+        call(T(3, 5, 7), T(3, 5, 7), 1, "input_dtype"),
+    ],
 )
 def softmax_backward(b: Any, dy: Any, y: Any, dim: int) -> Any:
     """y * dy - y * sum(y * dy)."""
@@ -45,7 +49,8 @@ def softmax_backward(b: Any, dy: Any, y: Any, dim: int) -> Any:
 
 
 @composite(
-    "aten._log_softmax_backward_data.default", declines=_no_dims,
+    "aten._log_softmax_backward_data.default",
+    declines=_no_dims,
     samples=[call(T(4, 33), T(4, 33, high=0), -1, "input_dtype")],
 )
 def log_softmax_backward(b: Any, dy: Any, y: Any, dim: int) -> Any:

@@ -65,8 +65,14 @@ REDUCTIONS = {
     "any": ("{0} | {1}", "", "0", "reductions.row_any"),
     "all": ("{0} & {1}", "", "1", "reductions.row_all"),
 }
-_LIMITS = {"int64": (-(2**63), 2**63 - 1), "int32": (-(2**31), 2**31 - 1), "bool": (0, 1),
-           "int16": (-(2**15), 2**15 - 1), "int8": (-128, 127), "uint8": (0, 255)}
+_LIMITS = {
+    "int64": (-(2**63), 2**63 - 1),
+    "int32": (-(2**31), 2**31 - 1),
+    "bool": (0, 1),
+    "int16": (-(2**15), 2**15 - 1),
+    "int8": (-128, 127),
+    "uint8": (0, 255),
+}
 
 
 class Emitter:
@@ -167,8 +173,9 @@ class Emitter:
 
     # evaluation ------------------------------------------------------------------------------
 
-    def at(self, v: Value, coords: Sequence[Index], shape: Sequence[Size], cond: str | None,
-           level: int) -> str:
+    def at(
+        self, v: Value, coords: Sequence[Index], shape: Sequence[Size], cond: str | None, level: int
+    ) -> str:
         """The register of operand ``v`` of something of ``shape`` evaluated at ``coords``."""
         lead = len(shape) - v.ndim
         own = [
@@ -200,8 +207,14 @@ class Emitter:
             return ("row", 0)
         return ("loop" if wide else "row", level)
 
-    def _compute(self, v: Value, coords: Sequence[Index], cond: str | None, level: int,
-                 section: tuple[str, int]) -> str:
+    def _compute(
+        self,
+        v: Value,
+        coords: Sequence[Index],
+        cond: str | None,
+        level: int,
+        section: tuple[str, int],
+    ) -> str:
         if v not in self.members and v not in self.inlined:
             return self._load(v, coords, cond, section)
         method = getattr(self, f"_{v.kind}", None)
@@ -209,8 +222,14 @@ class Emitter:
             raise EmitError(f"{v!r} cannot be evaluated here")
         return method(v, coords, cond, level, section)
 
-    def line(self, section: tuple[str, int], text: str, indices: Sequence[Index] = (),
-             comment: str = "", prefix: str = "t") -> str:
+    def line(
+        self,
+        section: tuple[str, int],
+        text: str,
+        indices: Sequence[Index] = (),
+        comment: str = "",
+        prefix: str = "t",
+    ) -> str:
         register = f"{prefix}{self.counter}"
         self.counter += 1
         self.body.sections.setdefault(section, []).append(
@@ -218,8 +237,9 @@ class Emitter:
         )
         return register
 
-    def _load(self, v: Value, coords: Sequence[Index], cond: str | None,
-              section: tuple[str, int]) -> str:
+    def _load(
+        self, v: Value, coords: Sequence[Index], cond: str | None, section: tuple[str, int]
+    ) -> str:
         name = self.buffer_name(v, "in")
         index = self.address(v, coords)
         register = f"t{self.counter}"
@@ -255,8 +275,14 @@ class Emitter:
 
     # kinds of values -------------------------------------------------------------------------
 
-    def _pointwise(self, v: Value, coords: Sequence[Index], cond: str | None, level: int,
-                   section: tuple[str, int]) -> str:
+    def _pointwise(
+        self,
+        v: Value,
+        coords: Sequence[Index],
+        cond: str | None,
+        level: int,
+        section: tuple[str, int],
+    ) -> str:
         op = BODIES[v.op]
         compute = computing_type(v)
         names = _parameters(op)
@@ -292,8 +318,14 @@ class Emitter:
             return text
         return f"({text}).to(tl.{hold})"
 
-    def _cast(self, v: Value, coords: Sequence[Index], cond: str | None, level: int,
-              section: tuple[str, int]) -> str:
+    def _cast(
+        self,
+        v: Value,
+        coords: Sequence[Index],
+        cond: str | None,
+        level: int,
+        section: tuple[str, int],
+    ) -> str:
         a = v.args[0]
         register = self.at(a, coords, v.shape, cond, level)
         if a.dtype == v.dtype or (v.dtype == computing_dtype(a.dtype) and v.dtype != "bool"):
@@ -305,12 +337,16 @@ class Emitter:
         text = register
         if v.dtype in SIXTEEN_BIT:
             text = f"{text}.to(tl.{v.dtype})"
-        return self.line(
-            section, f"{text}.to(tl.{computing_dtype(v.dtype)})", comment=_line_of(v)
-        )
+        return self.line(section, f"{text}.to(tl.{computing_dtype(v.dtype)})", comment=_line_of(v))
 
-    def _full(self, v: Value, coords: Sequence[Index], cond: str | None, level: int,
-              section: tuple[str, int]) -> str:
+    def _full(
+        self,
+        v: Value,
+        coords: Sequence[Index],
+        cond: str | None,
+        level: int,
+        section: tuple[str, int],
+    ) -> str:
         value = v.args[0]
         dtype = computing_dtype(v.dtype)
         if isinstance(value, SizeArg):
@@ -326,8 +362,14 @@ class Emitter:
             text = f"{text}.to(tl.{v.dtype}).to(tl.float32)"
         return self.line(section, text)
 
-    def _iota(self, v: Value, coords: Sequence[Index], cond: str | None, level: int,
-              section: tuple[str, int]) -> str:
+    def _iota(
+        self,
+        v: Value,
+        coords: Sequence[Index],
+        cond: str | None,
+        level: int,
+        section: tuple[str, int],
+    ) -> str:
         return self.line(section, f"({{i0}}).to(tl.{v.dtype})", [self._known(coords[v.params])])
 
     def _known(self, index: Index) -> Index:
@@ -336,8 +378,14 @@ class Emitter:
         self.size_name(index.const)
         return index
 
-    def _random(self, v: Value, coords: Sequence[Index], cond: str | None, level: int,
-                section: tuple[str, int]) -> str:
+    def _random(
+        self,
+        v: Value,
+        coords: Sequence[Index],
+        cond: str | None,
+        level: int,
+        section: tuple[str, int],
+    ) -> str:
         linear = ZERO
         for c, size in zip(coords, v.shape, strict=True):
             linear = linear.scale(size) + c
@@ -345,12 +393,16 @@ class Emitter:
         salt = f"salt{sum(n.startswith('salt') for n, _, _ in self.body.params)}"
         self.body.params.append((salt, "size", v.args[1]))  # an argument: equal layers, one kernel
         self.body.modules.add("random")
-        return self.line(
-            section, f"random.uniform({seed}, {salt}, {{i0}})", [self._known(linear)]
-        )
+        return self.line(section, f"random.uniform({seed}, {salt}, {{i0}})", [self._known(linear)])
 
-    def _concat(self, v: Value, coords: Sequence[Index], cond: str | None, level: int,
-                section: tuple[str, int]) -> str:
+    def _concat(
+        self,
+        v: Value,
+        coords: Sequence[Index],
+        cond: str | None,
+        level: int,
+        section: tuple[str, int],
+    ) -> str:
         axis = v.params
         place = self.line(section, "{i0}", [self._known(coords[axis])], prefix="c")
         if self._varies(coords[axis]):
@@ -375,8 +427,14 @@ class Emitter:
             text = f"tl.where({mask}, {register}, {text})"
         return self.line(section, text)
 
-    def _gather(self, v: Value, coords: Sequence[Index], cond: str | None, level: int,
-                section: tuple[str, int]) -> str:
+    def _gather(
+        self,
+        v: Value,
+        coords: Sequence[Index],
+        cond: str | None,
+        level: int,
+        section: tuple[str, int],
+    ) -> str:
         axes, places, wrap = v.params
         base = v.args[0]
         own = [ZERO if p is None else coords[p] for p in places]
@@ -427,9 +485,7 @@ class Emitter:
         text = self.rounded(name, r.dtype, have, r)
         if r.dtype == "bool" and have != "bool":
             text = f"({name} != 0)"
-        self.results[r] = (
-            self.line(section, text, comment=_line_of(r)) if text != name else name
-        )
+        self.results[r] = self.line(section, text, comment=_line_of(r)) if text != name else name
 
     def _store(self, out: Value, level: int) -> None:
         coords = self.coords(out)
@@ -438,8 +494,14 @@ class Emitter:
         section = self._section(wide, level)
         name = self.buffer_name(out, "out")
         self.body.sections.setdefault(section, []).append(
-            Instr("store", register, name, (self.address(out, coords),), dtype=out.dtype,
-                  cond="wide" if wide else None)
+            Instr(
+                "store",
+                register,
+                name,
+                (self.address(out, coords),),
+                dtype=out.dtype,
+                cond="wide" if wide else None,
+            )
         )
 
 

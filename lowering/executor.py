@@ -57,7 +57,11 @@ class Writer:
     """Writes the function. ``sources`` and ``launchers`` belong to the plan's groups, in order."""
 
     def __init__(
-        self, gm: GraphModule, program: Program, plan: Plan, device: torch.device,
+        self,
+        gm: GraphModule,
+        program: Program,
+        plan: Plan,
+        device: torch.device,
         sources: dict[Group, Source],
     ) -> None:
         self.gm, self.program, self.plan, self.device = gm, program, plan, device
@@ -199,8 +203,10 @@ class Writer:
         """
         if value not in self.plan.written:
             self.aligned[value] = f"x{name[1:]}"
-            self.add(f"{self.aligned[value]} = {self.use(name)} "
-                     f"if not {name}.data_ptr() & 15 else aligned({name})")
+            self.add(
+                f"{self.aligned[value]} = {self.use(name)} "
+                f"if not {name}.data_ptr() & 15 else aligned({name})"
+            )
 
     def _learn_symbols(self, node: Node) -> None:
         val, name = node.meta.get("val"), self.names[node]
@@ -237,7 +243,8 @@ class Writer:
         if not is_static(source.grid):
             self.add(f"grid = {grid}")
         args = [
-            self.size(what) if role == "size"
+            self.size(what)
+            if role == "size"
             else self.use(self.aligned.get(what) or self.names[what])
             for _, role, what in source.params
         ]
@@ -319,7 +326,8 @@ class Writer:
         """Values of which ATen reads a view."""
         if not hasattr(self, "_viewed"):
             self._viewed = {
-                base_of(e) for e in self.program.of.values()
+                base_of(e)
+                for e in self.program.of.values()
                 if isinstance(e, Value) and e.kind == "view"
             }
         return self._viewed
@@ -423,10 +431,16 @@ def bind(
     scope: dict[str, Any] = dict(writer.constants)
     scope.update({name: launchers[group] for name, group in writer.kernels})
     scope.update(
-        empty=private.allocator(device), view=private.reinterpreter(), aligned=aligned,
+        empty=private.allocator(device),
+        view=private.reinterpreter(),
+        aligned=aligned,
         input_view=input_view,
-        settle=settle, math=math,
-        Max=max, Min=min, Mod=operator.mod, FloorDiv=operator.floordiv,
+        settle=settle,
+        math=math,
+        Max=max,
+        Min=min,
+        Mod=operator.mod,
+        FloorDiv=operator.floordiv,
     )
     if device.type == "cuda":
         scope["current_stream"] = private.current_stream(device.index or 0)
@@ -454,7 +468,10 @@ def _boxed(call: Callable[..., Any], device: torch.device) -> Callable[[list[Any
 
 
 def schedule(
-    gm: GraphModule, program: Program, groups: Sequence[Group], home: dict[Value, Group],
+    gm: GraphModule,
+    program: Program,
+    groups: Sequence[Group],
+    home: dict[Value, Group],
     sources_of: Callable[[Value], Sequence[Value]],
 ) -> list[Any]:
     """Groups and ATen nodes in an order that respects every dependence, close to the graph's."""
@@ -483,9 +500,7 @@ def schedule(
                 entry = program.of.get(node)
                 if isinstance(entry, Value):
                     yield unit(base_of(entry))
-                elif not isinstance(entry, (int, SizeArg, tuple)):
-                    yield node
-                elif isinstance(entry, SizeArg) and node in program.aten:
+                elif not isinstance(entry, (int, SizeArg, tuple)) or (isinstance(entry, SizeArg) and node in program.aten):
                     yield node
         elif isinstance(thing, Value):
             for s in sources_of(thing):
@@ -513,8 +528,10 @@ def schedule(
         if node.op in ("placeholder", "output"):
             continue
         entry = program.of.get(node)
-        if node in program.aten or node.op == "get_attr" or (
-            isinstance(entry, Value) and entry.kind == "buffer" and entry.node is node
+        if (
+            node in program.aten
+            or node.op == "get_attr"
+            or (isinstance(entry, Value) and entry.kind == "buffer" and entry.node is node)
         ):
             if node not in done:
                 visit(node)

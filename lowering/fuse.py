@@ -21,8 +21,26 @@ INLINE_BUDGET = 24
 #: values further apart than this do not share a kernel only because they read the same data
 SIBLING_DISTANCE = 24
 HEAVY = {
-    "exp", "log", "pow", "sin", "cos", "tan", "tanh", "erf", "gelu", "gelu_backward", "silu",
-    "sigmoid", "softplus", "mish", "log1p", "expm1", "div", "rsqrt", "sqrt", "lgamma",
+    "exp",
+    "log",
+    "pow",
+    "sin",
+    "cos",
+    "tan",
+    "tanh",
+    "erf",
+    "gelu",
+    "gelu_backward",
+    "silu",
+    "sigmoid",
+    "softplus",
+    "mish",
+    "log1p",
+    "expm1",
+    "div",
+    "rsqrt",
+    "sqrt",
+    "lgamma",
 }
 CONSTANT = ("full", "iota")
 #: one program does this many elements as fast as a whole GPU would
@@ -80,7 +98,8 @@ class Fuser:
     def _may_move(self, v: Value) -> bool:
         """Whether v may be computed where it is read: nobody else needs it, no write comes between."""
         return (
-            v not in self.escapes and v not in self.waits
+            v not in self.escapes
+            and v not in self.waits
             and not any(base_of(a) in self.written for a in v.inputs)
         )
 
@@ -89,8 +108,10 @@ class Fuser:
         out: set[Value] = set()
         for v in reversed(self.program.values):
             readers = self.readers.get(v)
-            if v.kind in ("pointwise", "cast", "concat", "gather") and readers and (
-                self._may_move(v) and all(not same or r in out for r, same in readers)
+            if (
+                v.kind in ("pointwise", "cast", "concat", "gather")
+                and readers
+                and (self._may_move(v) and all(not same or r in out for r, same in readers))
             ):
                 out.add(v)
         return out
@@ -220,8 +241,11 @@ class Fuser:
             return self._why_not_reduce(group, v, frame)
         full = set(atoms_of(frame)) == set(group.domain)
         if group.reduced:
-            if full and group.column and v not in self.column_feeds and (
-                sibling or not on_chip(group)
+            if (
+                full
+                and group.column
+                and v not in self.column_feeds
+                and (sibling or not on_chip(group))
             ):
                 return "a column reduction does not also store its full-size operands"
             if not full and sibling:
@@ -245,7 +269,11 @@ class Fuser:
         if not column and is_static(*(group.sizes[a] for a in group.domain)):
             rows = product(group.sizes[a] for a in group.domain if a not in set(atoms))
             work = product(group.sizes[a] for a in group.domain)
-            if rows < 8 and work > SMALL and any(self._stored_beside(m, group, v) for m in group.members):
+            if (
+                rows < 8
+                and work > SMALL
+                and any(self._stored_beside(m, group, v) for m in group.members)
+            ):
                 return "few long rows: storing the operands would leave most of the GPU idle"
         return None
 
@@ -259,9 +287,7 @@ class Fuser:
     def _makes_cycle(self, group: Group, v: Value) -> bool:
         bit = 1 << group.number
         return any(
-            self.upstream.get(s, 0) & bit
-            for s in self.reads(v)
-            if self.home.get(s) is not group
+            self.upstream.get(s, 0) & bit for s in self.reads(v) if self.home.get(s) is not group
         )
 
     def reads(self, v: Value) -> list[Value]:

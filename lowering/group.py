@@ -58,9 +58,7 @@ class Group:
             out.extend(self.resolve(self.parts[atom]) if atom in self.parts else (atom,))
         return tuple(out)
 
-    def take(
-        self, atoms: Sequence[str], inner: Size
-    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def take(self, atoms: Sequence[str], inner: Size) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return take_inner(self.resolve(atoms), inner, self.size, self.split)
 
     @property

@@ -178,9 +178,7 @@ def _fits_below(
     return type(gap) is int and gap > 0 and is_static(const) and const >= 0
 
 
-def segments(
-    src: Sequence[Size], dst: Sequence[Size]
-) -> list[tuple[list[int], list[int]]] | None:
+def segments(src: Sequence[Size], dst: Sequence[Size]) -> list[tuple[list[int], list[int]]] | None:
     """Pair runs of dims of two shapes with equal products, smallest runs first.
 
     ``segments((6, 4), (2, 3, 4)) == [([0], [0, 1]), ([1], [2])]``. Dims of size 1 take part in no

@@ -15,8 +15,19 @@ from ..kernels.op import BODIES
 from .indexing import Size, contiguous_strides, is_static, product, simplify
 from .views import Expand, Flip, Permute, Reshape, Slice, View
 
-BITS = {"bool": 8, "uint8": 8, "int8": 8, "int16": 16, "int32": 32, "int64": 64, "float16": 16,
-        "bfloat16": 16, "float32": 32, "float64": 64, "opaque": 0}
+BITS = {
+    "bool": 8,
+    "uint8": 8,
+    "int8": 8,
+    "int16": 16,
+    "int32": 32,
+    "int64": 64,
+    "float16": 16,
+    "bfloat16": 16,
+    "float32": 32,
+    "float64": 64,
+    "opaque": 0,
+}
 FLOATING = {"float16", "bfloat16", "float32", "float64"}
 SUPPORTED = FLOATING | {"bool", "uint8", "int8", "int16", "int32", "int64"}
 SIXTEEN_BIT = {"float16", "bfloat16"}
@@ -146,8 +157,12 @@ class Builder:
             split, inner, outer = self.split(x, axes, parts)
             hold = dtype or x.dtype
             wider = {"sum": "int64", "prod": "int64"}.get(op, hold)
-            part = self._reduce(op, split, inner, "float32" if hold in SIXTEEN_BIT else (
-                hold if hold in FLOATING else wider))
+            part = self._reduce(
+                op,
+                split,
+                inner,
+                "float32" if hold in SIXTEEN_BIT else (hold if hold in FLOATING else wider),
+            )
             whole = self._reduce(op, part, outer, hold)
             return self.reshape(whole, [1 if k in axes else s for k, s in enumerate(x.shape)])
         return self._reduce(op, x, axes, dtype)
@@ -244,8 +259,12 @@ class Builder:
         return Value("concat", None, parts, shape, parts[0].dtype, params=axis)
 
     def gather(
-        self, base: Value, indices: Sequence[tuple[int, Value]], places: Sequence[int | None],
-        shape: Sequence[Size], wrap: bool = True,
+        self,
+        base: Value,
+        indices: Sequence[tuple[int, Value]],
+        places: Sequence[int | None],
+        shape: Sequence[Size],
+        wrap: bool = True,
     ) -> Value:
         """``base`` read at computed places.
 
@@ -255,9 +274,7 @@ class Builder:
         """
         axes = tuple(a for a, _ in indices)
         args = (base, *(v for _, v in indices))
-        return Value(
-            "gather", None, args, shape, base.dtype, params=(axes, tuple(places), wrap)
-        )
+        return Value("gather", None, args, shape, base.dtype, params=(axes, tuple(places), wrap))
 
 
 SPLITTABLE = {"sum", "amax", "amin", "prod", "any", "all"}
@@ -344,7 +361,16 @@ def count_of(x: Value, axes: Sequence[int]) -> Size:
 
 
 _ORDER = [
-    "bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64",
+    "bool",
+    "uint8",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "float16",
+    "bfloat16",
+    "float32",
+    "float64",
 ]
 
 

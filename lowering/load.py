@@ -50,8 +50,11 @@ class Pool:
 
     def _start(self) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "gems_compile.lowering.worker"], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True, env=_worker_environment(),
+            [sys.executable, "-m", "gems_compile.lowering.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=_worker_environment(),
         )
         self.processes.append(process)
         return process
@@ -138,8 +141,9 @@ class Loading:
         self.compiled = False
         target = options.target
         where = options.cache_dir or private_directory()
-        self.folder = os.path.join(where, "kernels", f"{target.name}-{target.arch}",
-                                   library_digest())
+        self.folder = os.path.join(
+            where, "kernels", f"{target.name}-{target.arch}", library_digest()
+        )
         self.path = os.path.join(self.folder, f"{self.key}.py")
         if (self.key, device) not in _launchers:
             self._start()
@@ -164,7 +168,8 @@ class Loading:
     def _job(self) -> dict[str, Any]:
         target = self.options.target
         return {
-            "path": self.path, "meta": self.source.meta,
+            "path": self.path,
+            "meta": self.source.meta,
             "target": [target.backend, target.arch, target.warp],
         }
 
@@ -220,7 +225,5 @@ def interpreter_launcher(path: str, source: Source) -> Launcher:
     return launch
 
 
-def load_all(
-    sources: Sequence[Source], options: Options, device: int | None
-) -> list[Loading]:
+def load_all(sources: Sequence[Source], options: Options, device: int | None) -> list[Loading]:
     return [Loading(source, options, device) for source in sources]

@@ -65,7 +65,10 @@ class Report:
 
 
 def compile_graph(
-    gm: GraphModule, inputs: Sequence[Any], options: Options, label: str = "graph",
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    label: str = "graph",
     observe: Observer = lambda stage, thing: None,
 ) -> tuple[Callable[[list[Any]], Any], Report]:
     """An ATen graph -> (boxed callable, report)."""
@@ -89,8 +92,13 @@ def compile_graph(
 
 
 def _attempt(
-    gm: GraphModule, device: torch.device | None, deny: dict[Node, str], options: Options,
-    report: Report, observe: Observer, clock: _Clock,
+    gm: GraphModule,
+    device: torch.device | None,
+    deny: dict[Node, str],
+    options: Options,
+    report: Report,
+    observe: Observer,
+    clock: _Clock,
 ) -> Any:
     """The Writer with its launchers, or (the group that failed, why)."""
     program = Translator(device, deny, options.target.multiprocessors).run(gm.graph)
@@ -102,7 +110,11 @@ def _attempt(
     clock.lap(report, "fuse")
     plan = Plan(
         executor.schedule(gm, program, groups, fuser.home, fuser.reads),
-        groups, dict(program.aten), fuser.unfused, fuser.inlined, fuser.written,
+        groups,
+        dict(program.aten),
+        fuser.unfused,
+        fuser.inlined,
+        fuser.written,
     )
     report.plan = plan
     observe("fuse", plan)
@@ -133,7 +145,11 @@ def _attempt(
 
 
 def _finish(
-    writer: executor.Writer, report: Report, options: Options, label: str, observe: Observer,
+    writer: executor.Writer,
+    report: Report,
+    options: Options,
+    label: str,
+    observe: Observer,
     clock: _Clock,
 ) -> Callable[[list[Any]], Any]:
     run = executor.bind(writer, report.wrapper, writer.launchers, label)
@@ -168,8 +184,9 @@ def source_for(
     name = kernel_name(group.members)
     source = Renderer(body, name, options.target.multiprocessors).run()
     source.meta["exact"] = options.exact
-    source.meta["unaligned"] = [n for n, role, what in source.params if role == "in" and (
-        what in written)]
+    source.meta["unaligned"] = [
+        n for n, role, what in source.params if role == "in" and (what in written)
+    ]
     return source
 
 

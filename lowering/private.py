@@ -47,16 +47,23 @@ def _as_compiled(source: Source, record: dict[str, Any]) -> Any:
     # A name of its own for every binary: torch keys loaded modules by it.
     function = SimpleNamespace(__name__=record["name"], arg_names=names, params=params)
     src = SimpleNamespace(
-        fn=function, signature=signature,
+        fn=function,
+        signature=signature,
         constants={(names.index(n),): c for n, c in meta["constants"].items()},
     )
-    facts = SimpleNamespace(num_warps=record["num_warps"], shared=record["shared"],
-                            num_ctas=record["num_ctas"])
+    facts = SimpleNamespace(
+        num_warps=record["num_warps"], shared=record["shared"], num_ctas=record["num_ctas"]
+    )
     for key in ("global_scratch_size", "profile_scratch_size"):
         if record[key] is not None:
             setattr(facts, key, record[key])
-    return SimpleNamespace(src=src, metadata=facts, hash=record["hash"], shared=record["shared"],
-                           _cubin_path=record["path"])
+    return SimpleNamespace(
+        src=src,
+        metadata=facts,
+        hash=record["hash"],
+        shared=record["shared"],
+        _cubin_path=record["path"],
+    )
 
 
 def _direct(kernel: Any) -> Callable[..., None]:
@@ -82,8 +89,13 @@ def jit_launcher(source: Source, path: str) -> Callable[..., None]:
     constants, warps = source.meta["constants"], source.meta["num_warps"]
 
     def launch(x: int, y: int, z: int, stream: Any, *args: Any) -> None:
-        function[(x, y, z)](*args, **constants, num_warps=warps, num_stages=1,
-                            enable_fp_fusion=not source.meta["exact"])
+        function[(x, y, z)](
+            *args,
+            **constants,
+            num_warps=warps,
+            num_stages=1,
+            enable_fp_fusion=not source.meta["exact"],
+        )
 
     return launch
 
@@ -94,9 +106,7 @@ def allocator(device: torch.device) -> Callable[..., torch.Tensor]:
     quick = getattr(guards, f"_empty_strided_{device.type}", None)
     if quick is not None:
         return quick
-    return lambda size, stride, dtype: torch.empty_strided(
-        size, stride, dtype=dtype, device=device
-    )
+    return lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 
 def reinterpreter() -> Callable[..., torch.Tensor]:

@@ -141,7 +141,9 @@ class Renderer:
             constants["YBLOCK"] = self.tile.r
         signature = {n: self._type(role, what) for n, role, what in self.body.params}
         meta = {
-            "name": self.name, "signature": signature, "constants": constants,
+            "name": self.name,
+            "signature": signature,
+            "constants": constants,
             "num_warps": self.tile.warps,
         }
         modules = ", ".join(sorted(self.body.modules))
@@ -149,8 +151,12 @@ class Renderer:
         params = ", ".join([*names, *(f"{c}: tl.constexpr" for c in constants)])
         head = f"{HEADER}{imports}\n\n@triton.jit\ndef {self.name}({params}):\n"
         return Source(
-            self.name, head + "\n".join(self.lines.clean) + "\n",
-            head + "\n".join(self.lines.commented) + "\n", self.body.params, grid, meta,
+            self.name,
+            head + "\n".join(self.lines.clean) + "\n",
+            head + "\n".join(self.lines.commented) + "\n",
+            self.body.params,
+            grid,
+            meta,
         )
 
     def _type(self, role: str, what: object) -> str:
@@ -371,7 +377,11 @@ class Renderer:
         ident = identity(op, instr.dtype)
         if self.rmask:
             if instr.dtype == "bool":
-                add(f"{x} = {x} & {self.rmask}" if op == "any" else f"{x} = {x} | ({self.rmask} == 0)")
+                add(
+                    f"{x} = {x} & {self.rmask}"
+                    if op == "any"
+                    else f"{x} = {x} | ({self.rmask} == 0)"
+                )
             else:
                 add(f"{x} = tl.where({self.rmask}, {x}, {ident})")
         if not self.body.looped:

@@ -70,9 +70,7 @@ def schema_args(node: Node) -> list[Any]:
 class Translator:
     """Walks a graph once. ``device`` is where kernels run; ``deny`` nodes stay ATen calls."""
 
-    def __init__(
-        self, device: torch.device, deny: dict[Node, str], multiprocessors: int
-    ) -> None:
+    def __init__(self, device: torch.device, deny: dict[Node, str], multiprocessors: int) -> None:
         self.device, self.deny = device, deny
         self.program = Program()
         self.builder = _Recorder(self.program.values, multiprocessors)
@@ -124,8 +122,13 @@ class Translator:
             value = Value("buffer", "opaque", (), (), "opaque", node=node)
         else:
             value = Value(
-                "buffer", None, (), [size_of(s) for s in val.shape], dtype_name(val.dtype),
-                strides=[size_of(s) for s in val.stride()], node=node,
+                "buffer",
+                None,
+                (),
+                [size_of(s) for s in val.shape],
+                dtype_name(val.dtype),
+                strides=[size_of(s) for s in val.stride()],
+                node=node,
             )
         self.program.values.append(value)
         return value
@@ -193,7 +196,9 @@ class Translator:
         shape, dtype = [size_of(s) for s in val.shape], dtype_name(val.dtype)
         strides = [size_of(s) for s in val.stride()]
         if op.name in CASTS:
-            return self._add(Value("cast", None, args[:1], shape, dtype, strides=strides, node=node))
+            return self._add(
+                Value("cast", None, args[:1], shape, dtype, strides=strides, node=node)
+            )
         return self._add(
             Value("pointwise", op.name, args, shape, dtype, strides=strides, node=node)
         )
@@ -225,8 +230,11 @@ class Translator:
         fresh = result.computes and result.node is None and result.kind not in ("full", "iota")
         base = result.args[0] if result.kind == "view" else result
         squeezed = (
-            result.kind == "view" and isinstance(result.params, Reshape) and base.computes
-            and base.node is None and base.kind == "reduce"
+            result.kind == "view"
+            and isinstance(result.params, Reshape)
+            and base.computes
+            and base.node is None
+            and base.kind == "reduce"
         )
         if result.dtype != dtype or not (fresh or squeezed):
             result = self._add(Value("cast", None, (result,), result.shape, dtype))
@@ -245,10 +253,7 @@ class Translator:
     def _bind_view(self, result: Any, node: Node, val: Any) -> Any:
         if isinstance(result, (tuple, list)):
             return tuple(map(self._as_view, result))
-        if result.kind == "full" and result.node is None:
-            result.node = node
-            result.strides = tuple(size_of(s) for s in val.stride())
-        elif result.kind == "view" and result.node is None:
+        if (result.kind == "full" and result.node is None) or (result.kind == "view" and result.node is None):
             result.node = node
             result.strides = tuple(size_of(s) for s in val.stride())
         elif result.computes and result.node is None:
@@ -307,7 +312,18 @@ def _recorded(method: Callable[..., Value]) -> Callable[..., Value]:
     return wrapper
 
 
-for _name in ("call", "cast", "copy", "full", "iota", "random", "_reduce", "view", "concat", "gather"):
+for _name in (
+    "call",
+    "cast",
+    "copy",
+    "full",
+    "iota",
+    "random",
+    "_reduce",
+    "view",
+    "concat",
+    "gather",
+):
     setattr(_Recorder, _name, _recorded(getattr(_Recorder, _name)))
 
 _OPERANDS = (Value, SizeArg, int, float, bool, str, type(None), torch.dtype)
@@ -370,15 +386,21 @@ def _reshape(b: Builder, val: torch.Tensor, x: Value, *_: Any) -> Value:
     return b.reshape(x, _shape(val))
 
 
-def _slice(b: Builder, val: Any, x: Value, dim: int = 0, start: Any = None, end: Any = None,
-           step: int = 1) -> Value:
+def _slice(
+    b: Builder, val: Any, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Value:
     size = x.shape[dim]
     first = _clamp(0 if start is None else start, size)
     if first is None:
         raise Declined("slice with a symbolic start")
     length = size_of(val.shape[dim])
-    return b.slice(x, dim, first, simplify(first + length * step) if step == 1
-                   else first + (length - 1) * step + 1, step)
+    return b.slice(
+        x,
+        dim,
+        first,
+        simplify(first + length * step) if step == 1 else first + (length - 1) * step + 1,
+        step,
+    )
 
 
 def _clamp(start: Any, size: Size) -> Size | None:
@@ -479,7 +501,9 @@ def _scalar(b: Builder, val: torch.Tensor, value: Any, *_: Any) -> Value:
 
 def _arange(b: Builder, val: torch.Tensor, start: Any, end: Any, step: Any = 1, *_: Any) -> Value:
     dtype = dtype_name(val.dtype)
-    if dtype not in ("int64", "int32") or not all(isinstance(n, (int, SizeArg)) for n in (start, step)):
+    if dtype not in ("int64", "int32") or not all(
+        isinstance(n, (int, SizeArg)) for n in (start, step)
+    ):
         raise Declined("arange of floats")
     out = b.iota(_shape(val), 0)
     if step != 1:

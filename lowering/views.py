@@ -12,7 +12,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from .indexing import (
-    ZERO, Index, Size, contiguous_strides, is_static, product, segments, simplify, split_index,
+    ZERO,
+    Index,
+    Size,
+    contiguous_strides,
+    is_static,
+    product,
+    segments,
+    simplify,
+    split_index,
 )
 
 Frame = tuple[Any, ...]  # per axis: tuple of atoms, or None
@@ -23,7 +31,9 @@ class Atoms(Protocol):
 
     def size(self, atom: str) -> Size: ...
     def resolve(self, atoms: Sequence[str]) -> tuple[str, ...]: ...
-    def take(self, atoms: Sequence[str], inner: Size) -> tuple[tuple[str, ...], tuple[str, ...]]: ...
+    def take(
+        self, atoms: Sequence[str], inner: Size
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]: ...
 
 
 class View:
@@ -133,9 +143,7 @@ class Reshape(View):
             for dim in own_dims[1:]:
                 linear = linear.scale(self.shape[dim]) + coords[dim]
             for dim in reversed(src_dims[1:]):
-                linear, out[dim] = split_index(
-                    linear, self.src[dim], context.size, context.derive
-                )
+                linear, out[dim] = split_index(linear, self.src[dim], context.size, context.derive)
             if src_dims:
                 out[src_dims[0]] = linear
         return out

@@ -46,19 +46,27 @@ def compile_file(path: str, meta: dict[str, Any], target: list[Any]) -> None:
         if signature[n].startswith("*") and n not in meta.get("unaligned", ())
     }
     source = ASTSource(
-        fn=function, signature=signature,
-        constexprs={(names.index(n),): c for n, c in meta["constants"].items()}, attrs=aligned,
+        fn=function,
+        signature=signature,
+        constexprs={(names.index(n),): c for n, c in meta["constants"].items()},
+        attrs=aligned,
     )
-    options = {"num_warps": meta["num_warps"], "num_stages": meta.get("num_stages", 1),
-               "enable_fp_fusion": not meta["exact"]}
+    options = {
+        "num_warps": meta["num_warps"],
+        "num_stages": meta.get("num_stages", 1),
+        "enable_fp_fusion": not meta["exact"],
+    }
     kernel = triton.compile(source, target=GPUTarget(*target), options=options)
     facts = kernel.metadata
     binary = "cubin" if target[0] == "cuda" else "hsaco"
     stem = path.removesuffix(".py")
     write_atomically(f"{stem}.{binary}", kernel.asm[binary])
     record = {
-        "name": facts.name, "num_warps": facts.num_warps, "shared": facts.shared,
-        "hash": kernel.hash, "num_ctas": getattr(facts, "num_ctas", 1),
+        "name": facts.name,
+        "num_warps": facts.num_warps,
+        "shared": facts.shared,
+        "hash": kernel.hash,
+        "num_ctas": getattr(facts, "num_ctas", 1),
         "global_scratch_size": getattr(facts, "global_scratch_size", None),
         "profile_scratch_size": getattr(facts, "profile_scratch_size", None),
         "binary": f"{os.path.basename(stem)}.{binary}",

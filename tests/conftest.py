@@ -69,9 +69,9 @@ def _poisoned_results(monkeypatch):
     """What our executor allocates reads as NaN until a kernel writes it: its allocator is torch's
     guard-level one, which knows no `fill_uninitialized_memory`."""
     try:
-        from gems_compile.lowering import private
-
         from opcheck import poisoned
+
+        from gems_compile.lowering import private
     except ImportError:  # another backend stands in
         return
     if not torch.cuda.is_available():

@@ -61,6 +61,5 @@ def same(fn: Callable[..., Any], *args: Any, served: tuple[str, ...] = (), **tol
 
 def whys(name: str) -> list[str]:
     return [
-        v.why for h in eager._state.handlers.values() if h.name == name
-        for v in h.variants.values()
+        v.why for h in eager._state.handlers.values() if h.name == name for v in h.variants.values()
     ]

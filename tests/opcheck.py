@@ -40,7 +40,7 @@ DTYPES = ("float16", "bfloat16", "float32", "float64", "int32", "int64", "bool")
 
 
 def overload(name: str) -> Any:
-    """"aten.add.Tensor" -> the overload."""
+    """ "aten.add.Tensor" -> the overload."""
     space, packet, which = name.split(".")
     return getattr(getattr(getattr(torch.ops, space), packet), which)
 
@@ -83,7 +83,9 @@ def fill(spec: T, dtype: str, layout: Callable[[Tensor], Tensor] = dense) -> Ten
 
 
 def instantiate(
-    sample: Call, dtype: str, layout: Callable[[Tensor], Tensor] = dense,
+    sample: Call,
+    dtype: str,
+    layout: Callable[[Tensor], Tensor] = dense,
     shape: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) with tensors in place of ``T`` and dtypes in place of their names."""
@@ -149,8 +151,13 @@ def _parts(graph: fx.Graph, call: fx.Node, val: Any) -> Any:
 
 def options(**changes: Any) -> Options:
     return Options(
-        **{"target": current_target(), "strict": True, "alone": True, "cache_dir": cache_dir(),
-           **changes}
+        **{
+            "target": current_target(),
+            "strict": True,
+            "alone": True,
+            "cache_dir": cache_dir(),
+            **changes,
+        }
     )
 
 
@@ -214,8 +221,13 @@ def ulp(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def assert_accurate(
-    got: Tensor, eager: Tensor, exact: Tensor, name: str, scale: str = "element",
-    usual: Callable[[], float] | None = None, least: float = 1.0,
+    got: Tensor,
+    eager: Tensor,
+    exact: Tensor,
+    name: str,
+    scale: str = "element",
+    usual: Callable[[], float] | None = None,
+    least: float = 1.0,
 ) -> None:
     """Infinities and NaNs where eager has them; elsewhere no more than twice eager's error against
     float64, or one unit in the last place. Integers and truth values are equal.
@@ -305,8 +317,11 @@ def reference(target: Any, args: Any, kwargs: Any) -> tuple[list[Tensor], list[T
         return eager, eager
     exact = tensors(STAND_INS.get(str(target), target)(*wide_args, **wide_kwargs))
     if eager is None:
-        fakes = tensors(one_node(target, args, kwargs).graph.graph.find_nodes(
-            op="call_function", target=target)[0].meta["val"])
+        fakes = tensors(
+            one_node(target, args, kwargs)
+            .graph.graph.find_nodes(op="call_function", target=target)[0]
+            .meta["val"]
+        )
         eager = [
             torch.empty_strided(f.shape, f.stride(), dtype=f.dtype).copy_(t)
             for f, t in zip(fakes, exact, strict=True)
@@ -333,7 +348,8 @@ MISDESCRIBED = {
 }
 #: eager's CPU kernel takes contiguous operands only
 CONTIGUOUS_ONLY = {
-    "aten.native_group_norm.default", "aten.native_group_norm_backward.default",
+    "aten.native_group_norm.default",
+    "aten.native_group_norm_backward.default",
 }
 #: sums of terms that round before they are added, in the order of eager's CUDA kernel
 CANCELS = {"addcmul", "addcdiv", "lerp"}
@@ -354,8 +370,14 @@ def check_call(target: Any, args: Any, kwargs: Any, kernels: int | None = None) 
 
 
 def compare(
-    got: Sequence[Tensor], target: Any, args: Any, kwargs: Any, name: str, scale: str,
-    fakes: Sequence[Tensor] | None = None, least: float = 1.0,
+    got: Sequence[Tensor],
+    target: Any,
+    args: Any,
+    kwargs: Any,
+    name: str,
+    scale: str,
+    fakes: Sequence[Tensor] | None = None,
+    least: float = 1.0,
 ) -> None:
     """Results of target(*args, **kwargs) against eager's: layout (or that of ``fakes``), values.
 

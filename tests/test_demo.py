@@ -17,8 +17,16 @@ if BACKEND == "gems":
     from gems_compile import demo
 
 pytestmark = gems_only
-SMALL = {"layers": 1, "dim": 16, "heads": 2, "kv_heads": 1, "hidden": 24, "vocabulary": 32,
-         "batch": 2, "length": 8}
+SMALL = {
+    "layers": 1,
+    "dim": 16,
+    "heads": 2,
+    "kv_heads": 1,
+    "hidden": 24,
+    "vocabulary": 32,
+    "batch": 2,
+    "length": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +51,35 @@ def test_the_model_is_compiled_as_it_should(result) -> None:
         assert rules == ["attention", "rms_norm", "rms_norm", "rms_norm"]
     for graph in graphs:
         assert graph.launches > 0
-        calls = result.eager_calls[{"inference": "forward", "forward": "forward with gradients",
-                                    "backward": "backward"}[graph.kind]]
+        calls = result.eager_calls[
+            {"inference": "forward", "forward": "forward with gradients", "backward": "backward"}[
+                graph.kind
+            ]
+        ]
         assert graph.launches + graph.aten_calls < calls
 
 
 def test_the_dump_is_there(result) -> None:
     assert {p.name for p in Path(result.dump).iterdir()} == {
-        "graph_00_inference", "graph_01_forward", "graph_01_backward"
+        "graph_00_inference",
+        "graph_01_forward",
+        "graph_01_backward",
     }
     kernels = (Path(result.dump) / "graph_01_forward/kernels").iterdir()
     assert any("# demo.py:" in k.read_text() for k in kernels)
 
 
 def test_a_wrong_number_is_not_passed(result) -> None:
-    seen = demo.Seen({"logits": torch.ones(3), "loss": torch.ones(()), "gradient w": torch.ones(2),
-                      "updated w": torch.ones(2)}, {}, {})
+    seen = demo.Seen(
+        {
+            "logits": torch.ones(3),
+            "loss": torch.ones(()),
+            "gradient w": torch.ones(2),
+            "updated w": torch.ones(2),
+        },
+        {},
+        {},
+    )
     off = demo.Seen({**seen.values, "gradient w": torch.tensor([1.0, 1.001])}, {}, {})
     nan = demo.Seen({**seen.values, "logits": torch.tensor([1.0, float("nan"), 1.0])}, {}, {})
     assert [c.name for c in demo._checks(off, seen, None) if not c.passed] == ["gradients"]

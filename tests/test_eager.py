@@ -29,14 +29,21 @@ PROGRAMS = {
     "softmax": (lambda a: a.softmax(-1), [(4, 33)], ("_softmax", "_softmax_backward_data")),
     "log_softmax": (lambda a: a.log_softmax(1), [(4, 33)], ("_log_softmax",)),
     "layer_norm": (
-        lambda a, w, b: F.layer_norm(a, (33,), w, b), [(2, 3, 33), (33,), (33,)],
+        lambda a, w, b: F.layer_norm(a, (33,), w, b),
+        [(2, 3, 33), (33,), (33,)],
         ("native_layer_norm", "native_layer_norm_backward"),
     ),
     "group_norm": (lambda a, w: F.group_norm(a, 2, w), [(2, 4, 6), (4,)], ("native_group_norm",)),
-    "sum": (lambda a: (a.sum(), a.sum(0), a.sum(-1, keepdim=True)), [(4, 33)],
-            ("sum", "sum.dim_IntList")),
-    "mean and variance": (lambda a: (a.mean(-1), *torch.var_mean(a, 0)), [(4, 33)],
-                          ("mean.dim", "var_mean.correction")),
+    "sum": (
+        lambda a: (a.sum(), a.sum(0), a.sum(-1, keepdim=True)),
+        [(4, 33)],
+        ("sum", "sum.dim_IntList"),
+    ),
+    "mean and variance": (
+        lambda a: (a.mean(-1), *torch.var_mean(a, 0)),
+        [(4, 33)],
+        ("mean.dim", "var_mean.correction"),
+    ),
     "maximum": (lambda a: (a.amax(1), a.argmax(0)), [(4, 33)], ("amax", "argmax")),
     "broadcasting": (lambda a, b: a * b + b, [(4, 1, 5), (3, 1)], ("mul.Tensor", "add.Tensor")),
     "numbers": (lambda a: 2 - a * 0.1 / 3, [(4, 33)], ("mul.Tensor", "div.Tensor")),
@@ -49,7 +56,8 @@ PROGRAMS = {
     "misaligned": (lambda a: a[1:].exp(), [(9,)], ()),
     "empty": (lambda a: (a.exp(), a.sum()), [(0, 3)], ()),
     "cross entropy": (
-        lambda a: F.cross_entropy(a, torch.arange(4, device=DEVICE)), [(4, 33)],
+        lambda a: F.cross_entropy(a, torch.arange(4, device=DEVICE)),
+        [(4, 33)],
         ("nll_loss_forward", "nll_loss_backward"),
     ),
 }
@@ -97,8 +105,9 @@ def test_numbers_that_are_equal_but_not_the_same(number: float) -> None:
         got = (a * number, torch.ones(3, dtype=torch.int64, device=DEVICE) * number)
         a * number
     assert eager.stats()["mul.Tensor"]["compiled"] <= 8
-    for t, want in zip(got, (a * number, torch.ones(3, dtype=torch.int64).to(DEVICE) * number),
-                       strict=True):
+    for t, want in zip(
+        got, (a * number, torch.ones(3, dtype=torch.int64).to(DEVICE) * number), strict=True
+    ):
         assert_same(t, want, exact=True)
 
 
@@ -152,8 +161,7 @@ NOT_DIFFERENTIABLE = {
 
 #: overloads with a kernel that cannot serve a call in eager mode
 ATENS = {
-    "aten._native_batch_norm_legit_no_training.default":
-        "its saved statistics are results that the kernel does not give",
+    "aten._native_batch_norm_legit_no_training.default": "its saved statistics are results that the kernel does not give",
 }
 
 
@@ -272,15 +280,19 @@ def test_compiled_code_in_an_enabled_process(backend: str) -> None:
     gems_compile.enable(only=every_op())
     got = torch.compile(f, backend=backend, fullgraph=True)(a)
     assert_same(got.detach(), want.detach())
-    for g, w in zip(torch.autograd.grad(got.sum(), a), torch.autograd.grad(want.sum(), a),
-                    strict=True):
+    for g, w in zip(
+        torch.autograd.grad(got.sum(), a), torch.autograd.grad(want.sum(), a), strict=True
+    ):
         assert_same(g, w, rtol=1e-4, atol=1e-5)
 
 
 def test_the_compiler_is_checked_in_an_enabled_process() -> None:
     with gems_compile.use_gems(only=every_op()):
-        check(lambda a, b: F.layer_norm(a + b, (33,)).gelu() if False else F.gelu(a + b),
-              x(4, 33), x(33))
+        check(
+            lambda a, b: F.layer_norm(a + b, (33,)).gelu() if False else F.gelu(a + b),
+            x(4, 33),
+            x(33),
+        )
 
 
 def test_fake_tensors_do_not_meet_our_kernels() -> None:

@@ -267,8 +267,9 @@ def test_a_failing_compile_is_atens(monkeypatch: Any, caplog: Any) -> None:
 def test_a_failing_kernel_is_atens_and_strict_mode_raises(monkeypatch: Any, caplog: Any) -> None:
     a = rand(4)
     layouts = [one_op.layout_of(a)]
-    monkeypatch.setattr(one_op, "compile_one",
-                        lambda *_: one_op.Variant(_breaks, True, "", layouts))
+    monkeypatch.setattr(
+        one_op, "compile_one", lambda *_: one_op.Variant(_breaks, True, "", layouts)
+    )
     with gems_compile.use_gems(only=["exp"]), pytest.raises(RuntimeError, match="no such luck"):
         a.exp()
     eager._state.handlers.clear()
@@ -280,8 +281,9 @@ def test_a_failing_kernel_is_atens_and_strict_mode_raises(monkeypatch: Any, capl
 
 
 def test_a_result_laid_out_otherwise_is_atens(monkeypatch: Any) -> None:
-    monkeypatch.setattr(one_op, "compile_one",
-                        lambda *_: one_op.Variant(_breaks, True, "", [("another",)]))
+    monkeypatch.setattr(
+        one_op, "compile_one", lambda *_: one_op.Variant(_breaks, True, "", [("another",)])
+    )
     with gems_compile.use_gems(only=["exp"]):
         rand(4).exp()
     assert "its meta" in whys("exp")[0]
@@ -308,11 +310,14 @@ def test_ops() -> None:
     a = x(4, 33)
     got = gems_compile.ops.gelu(a, approximate="tanh")
     assert_same(got.detach(), F.gelu(a, approximate="tanh").detach())
-    assert_same(torch.autograd.grad(got.sum(), a)[0],
-                torch.autograd.grad(F.gelu(a, approximate="tanh").sum(), a)[0])
+    assert_same(
+        torch.autograd.grad(got.sum(), a)[0],
+        torch.autograd.grad(F.gelu(a, approximate="tanh").sum(), a)[0],
+    )
     assert ours("gelu") == 1
-    assert_same(gems_compile.ops.softmax(a, dim=-1, half_to_float=False).detach(),
-                a.softmax(-1).detach())
+    assert_same(
+        gems_compile.ops.softmax(a, dim=-1, half_to_float=False).detach(), a.softmax(-1).detach()
+    )
     assert_same(gems_compile.ops.add(a, 2.5, alpha=2).detach(), (a + 5.0).detach())
     assert ours("_softmax") == ours("add.Tensor") == 1
     assert gems_compile.enabled_ops() == ()

@@ -401,7 +401,13 @@ def test_json_is_the_whole_of_it() -> None:
     assert data == json.loads(json.dumps(found.to_dict()))
     assert [g["kind"] for g in data["graphs"]] == ["forward", "backward"]
     assert data["graphs"][0]["nodes"][0].keys() == {
-        "name", "op", "result", "fate", "detail", "line", "module"
+        "name",
+        "op",
+        "result",
+        "fate",
+        "detail",
+        "line",
+        "module",
     }
     assert data["seconds"].keys() == {"Dynamo", "AOTAutograd"}
 
@@ -413,15 +419,17 @@ TABLE = [(1, "short\nbelow"), (10, "word " * 20 + "\n" + "code" * 20)]
 
 
 def test_a_table_aligns_and_breaks() -> None:
-    assert tables.Table("Title", ("n", "what"), TABLE).text(60) == "\n".join([
-        "Title",
-        "   n  what",
-        "   1  short",
-        "        below",
-        "  10  " + " ".join(["word"] * 11),
-        "        " + " ".join(["word"] * 9),
-        "        " + "code" * 12 + "c...",
-    ])
+    assert tables.Table("Title", ("n", "what"), TABLE).text(60) == "\n".join(
+        [
+            "Title",
+            "   n  what",
+            "   1  short",
+            "        below",
+            "  10  " + " ".join(["word"] * 11),
+            "        " + " ".join(["word"] * 9),
+            "        " + "code" * 12 + "c...",
+        ]
+    )
 
 
 def test_rich_shows_the_same_lines() -> None:

@@ -1,6 +1,5 @@
 """What a user of `torch.compile(fn, backend="gems")` may rely on beside shapes and mutation."""
 
-import warnings
 from collections import namedtuple
 from dataclasses import dataclass
 

@@ -230,7 +230,9 @@ def test_layer_norm_backward() -> None:
     """dx with its row sums in one kernel; dw and db, sums over rows, in one more."""
     found = launches(
         lambda x, w, b: F.gelu(F.layer_norm(x, (33,), w, b)),
-        rand(8, 33, grad=True), rand(33, grad=True), rand(33, grad=True),
+        rand(8, 33, grad=True),
+        rand(33, grad=True),
+        rand(33, grad=True),
     )
     assert found == {"forward": (1, 0), "backward": (2, 0)}
 
@@ -346,10 +348,12 @@ SYMBOLIC: dict[str, tuple[Callable[..., Any], list[T]]] = {
     "norm": (lambda x, w: F.layer_norm(x, (33,), w).relu(), [T(7, 33), T(33)]),
     "softmax": (lambda x: torch.softmax(x * 2, -1), [T(3, 5, 7)]),
     "heads": (
-        lambda x: (x + 1).view(*x.shape[:2], 4, 8).transpose(1, 2) * 2, [T(2, 5, 32)],
+        lambda x: (x + 1).view(*x.shape[:2], 4, 8).transpose(1, 2) * 2,
+        [T(2, 5, 32)],
     ),
     "rope": (
-        lambda q, c: torch.cat([-q[..., 4:], q[..., :4]], -1) * c + q, [T(2, 5, 8), T(5, 8)],
+        lambda q, c: torch.cat([-q[..., 4:], q[..., :4]], -1) * c + q,
+        [T(2, 5, 8), T(5, 8)],
     ),
     "mean": (lambda x: x.mean(1) + x.shape[1], [T(4, 9)]),
     "columns": (lambda x: (x * 2).sum(0), [T(9, 4)]),

@@ -23,31 +23,107 @@ from gems_compile.kernels.op import OPS
 BASES = {name.split(".")[1]: op for name, op in OPS.items()}
 #: op_db's names of what comes down to declared ops under another name
 DECOMPOSED = {
-    "softmax", "log_softmax", "nn.functional.softmin", "nn.functional.cross_entropy",
-    "nn.functional.nll_loss", "nn.functional.normalize",
-    "nn.functional.layer_norm", "nn.functional.group_norm",
-    "nn.functional.instance_norm", "nn.functional.rms_norm", "nn.functional.prelu",
-    "nn.functional.selu", "nn.functional.relu6", "nn.functional.glu", "nn.functional.logsigmoid",
-    "nn.functional.softsign", "nn.functional.tanhshrink", "nn.functional.smooth_l1_loss",
-    "nn.functional.huber_loss", "nn.functional.mse_loss", "nn.functional.l1_loss",
-    "nn.functional.binary_cross_entropy_with_logits", "nn.functional.kl_div", "square", "isfinite",
-    "__radd__", "__rsub__", "__rmul__", "__rdiv__", "__rpow__", "__rmod__", "__getitem__",
-    "take_along_dim", "std_mean", "aminmax", "isclose", "float", "half", "bfloat16", "bool", "long",
-    "to", "outer", "nanmean", "nansum", "count_nonzero", "linalg.vector_norm", "trace", "tril",
-    "triu", "logcumsumexp", "masked.softmax", "diff", "float_power",
+    "softmax",
+    "log_softmax",
+    "nn.functional.softmin",
+    "nn.functional.cross_entropy",
+    "nn.functional.nll_loss",
+    "nn.functional.normalize",
+    "nn.functional.layer_norm",
+    "nn.functional.group_norm",
+    "nn.functional.instance_norm",
+    "nn.functional.rms_norm",
+    "nn.functional.prelu",
+    "nn.functional.selu",
+    "nn.functional.relu6",
+    "nn.functional.glu",
+    "nn.functional.logsigmoid",
+    "nn.functional.softsign",
+    "nn.functional.tanhshrink",
+    "nn.functional.smooth_l1_loss",
+    "nn.functional.huber_loss",
+    "nn.functional.mse_loss",
+    "nn.functional.l1_loss",
+    "nn.functional.binary_cross_entropy_with_logits",
+    "nn.functional.kl_div",
+    "square",
+    "isfinite",
+    "__radd__",
+    "__rsub__",
+    "__rmul__",
+    "__rdiv__",
+    "__rpow__",
+    "__rmod__",
+    "__getitem__",
+    "take_along_dim",
+    "std_mean",
+    "aminmax",
+    "isclose",
+    "float",
+    "half",
+    "bfloat16",
+    "bool",
+    "long",
+    "to",
+    "outer",
+    "nanmean",
+    "nansum",
+    "count_nonzero",
+    "linalg.vector_norm",
+    "trace",
+    "tril",
+    "triu",
+    "logcumsumexp",
+    "masked.softmax",
+    "diff",
+    "float_power",
 }
 #: views, which are read by a product here
 VIEWS = {
-    "cat", "stack", "hstack", "vstack", "dstack", "flip", "fliplr", "rot90", "expand", "permute",
-    "transpose", "t", "select", "slice", "narrow", "split", "split_with_sizes", "chunk", "unbind",
-    "squeeze", "unsqueeze", "reshape", "view", "flatten", "unflatten", "constant_pad_nd",
-    "nn.functional.pad", "repeat", "tile", "movedim", "roll", "broadcast_to", "atleast_3d", "ravel",
-    "diagonal", "unfold", "mT", "meshgrid",
+    "cat",
+    "stack",
+    "hstack",
+    "vstack",
+    "dstack",
+    "flip",
+    "fliplr",
+    "rot90",
+    "expand",
+    "permute",
+    "transpose",
+    "t",
+    "select",
+    "slice",
+    "narrow",
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "unbind",
+    "squeeze",
+    "unsqueeze",
+    "reshape",
+    "view",
+    "flatten",
+    "unflatten",
+    "constant_pad_nd",
+    "nn.functional.pad",
+    "repeat",
+    "tile",
+    "movedim",
+    "roll",
+    "broadcast_to",
+    "atleast_3d",
+    "ravel",
+    "diagonal",
+    "unfold",
+    "mT",
+    "meshgrid",
 }
 RANDOM = {"nn.functional.dropout", "nn.functional.rrelu"}
 #: they write running statistics, or rows with too large a norm: into copies, here
 MUTATES = {
-    "nn.functional.instance_norm", "nn.functional.embedding",
+    "nn.functional.instance_norm",
+    "nn.functional.embedding",
 }
 #: summed in float64 by ATen on a CPU, in float32 by CUDA and us; test_ops compares more strictly
 WIDE_SUMS = {"var", "var_mean", "std", "std_mean"}
@@ -68,7 +144,8 @@ def _cases() -> list[Any]:
         name = f"{info.name}.{info.variant_test_name}".rstrip(".")
         out += [
             pytest.param(info, dtype, id=f"{name}-{dtype}-seed{SEED}")
-            for dtype in DTYPES if DTYPES[dtype] in info.supported_dtypes(DEVICE)
+            for dtype in DTYPES
+            if DTYPES[dtype] in info.supported_dtypes(DEVICE)
         ]
     return out
 
@@ -135,5 +212,3 @@ def _scale(info: Any) -> str:
     op = BASES.get(info.name.split(".")[-1]) or BASES.get(info.aten_name)
     by_element = op is not None and op.kind == "pointwise" and op.name not in CANCELS
     return "element" if by_element else "tensor"
-
-

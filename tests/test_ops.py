@@ -31,10 +31,38 @@ is_tensor = torch.is_tensor
 NAMES = [name for name in OPS if name not in RANDOM]
 #: ops that IEEE 754 rounds exactly: the same bits as eager's
 ROUNDED_EXACTLY = {
-    "mul", "neg", "abs", "sign", "reciprocal", "maximum", "minimum", "fmax", "fmin", "relu",
-    "where", "masked_fill", "to_copy", "clone", "copy", "fill", "floor", "ceil", "trunc", "round",
-    "clamp", "clamp_min", "clamp_max", "copysign", "hardtanh", "threshold", "amax", "amin",
-    "embedding", "index_select", "gather", "index",
+    "mul",
+    "neg",
+    "abs",
+    "sign",
+    "reciprocal",
+    "maximum",
+    "minimum",
+    "fmax",
+    "fmin",
+    "relu",
+    "where",
+    "masked_fill",
+    "to_copy",
+    "clone",
+    "copy",
+    "fill",
+    "floor",
+    "ceil",
+    "trunc",
+    "round",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "copysign",
+    "hardtanh",
+    "threshold",
+    "amax",
+    "amin",
+    "embedding",
+    "index_select",
+    "gather",
+    "index",
 }
 
 
@@ -52,7 +80,8 @@ def _cases() -> list[Any]:
         out += [pytest.param(name, k, main, id=f"{name}-{k}-{main}") for k in range(count)]
         out += [
             pytest.param(name, 0, dtype, id=f"{name}-0-{dtype}")
-            for dtype in OPS[name].dtypes if dtype != main and count
+            for dtype in OPS[name].dtypes
+            if dtype != main and count
         ]
     return out
 
@@ -114,7 +143,15 @@ def test_empty(name: str) -> None:
 
 #: of zeros of both signs ATen's CPU kernels return the first one, CUDA's the larger one
 EXTREMA = {
-    "relu", "maximum", "minimum", "fmax", "fmin", "clamp", "clamp_min", "clamp_max", "hardtanh",
+    "relu",
+    "maximum",
+    "minimum",
+    "fmax",
+    "fmin",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "hardtanh",
 }
 #: for these ATen's own CPU and CUDA kernels differ; ours are CUDA's formulas
 NAN_DIFFERS = {"elu_backward", "hardtanh_backward", "hardswish_backward", "shrink_backward"}

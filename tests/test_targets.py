@@ -108,14 +108,16 @@ def gemm_free_block(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 PROGRAMS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Tensor, ...]]]] = {
     "layer_norm": (layer_norm_gelu, lambda: (rand(64, 1000), rand(1000), rand(1000))),
     "layer_norm_grad": (
-        with_gradients(layer_norm_gelu), lambda: (rand(64, 768), rand(768), rand(768)),
+        with_gradients(layer_norm_gelu),
+        lambda: (rand(64, 768), rand(768), rand(768)),
     ),
     "layer_norm_long": (layer_norm_gelu, lambda: (rand(600, 20000), rand(20000), rand(20000))),
     "rms": (rms, lambda: (rand(64, 2048), rand(2048))),
     "rms_grad": (with_gradients(rms), lambda: (rand(64, 2048), rand(2048))),
     "softmax": (attention_weights, lambda: (rand(2, 8, 128, 128), rand(128, 128))),
     "softmax_grad": (
-        with_gradients(attention_weights), lambda: (rand(2, 4, 64, 64), rand(64, 64)),
+        with_gradients(attention_weights),
+        lambda: (rand(2, 4, 64, 64), rand(64, 64)),
     ),
     "softmax_long": (lambda x: torch.softmax(x, -1), lambda: (rand(600, 20000),)),
     "softmax_few_rows": (lambda x: torch.softmax(x, -1), lambda: (rand(4, 40000),)),
@@ -125,11 +127,13 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Tensor, ...]]]]
         lambda: (rand(64, 5000), ids(64, high=5000)),
     ),
     "cross_entropy_long": (
-        lambda x, t: F.cross_entropy(x.float(), t), lambda: (rand(8, 50257), ids(8, high=50257)),
+        lambda x, t: F.cross_entropy(x.float(), t),
+        lambda: (rand(8, 50257), ids(8, high=50257)),
     ),
     "rope": (rope, lambda: (rand(2, 8, 64, 64), rand(64, 64), rand(64, 64))),
     "rope_grad": (
-        with_gradients(rope), lambda: (rand(2, 8, 64, 64), rand(64, 64), rand(64, 64)),
+        with_gradients(rope),
+        lambda: (rand(2, 8, 64, 64), rand(64, 64), rand(64, 64)),
     ),
     "swiglu": (with_gradients(gemm_free_block), lambda: (rand(64, 512),) * 3),
     "batch_norm": (
@@ -146,10 +150,12 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Tensor, ...]]]]
         lambda: (rand(512, 256), rand(256, 512)),
     ),
     "heads": (
-        lambda x: torch.relu(x.view(4, 64, 8, 32).permute(0, 2, 1, 3)), lambda: (rand(4, 64, 256),),
+        lambda x: torch.relu(x.view(4, 64, 8, 32).permute(0, 2, 1, 3)),
+        lambda: (rand(4, 64, 256),),
     ),
     "embedding": (
-        embed, lambda: (ids(4, 64, high=1000), rand(1000, 256), rand(64, 256), rand(256)),
+        embed,
+        lambda: (ids(4, 64, high=1000), rand(1000, 256), rand(64, 256), rand(256)),
     ),
     "column_sum": (lambda x: (x * 2).sum(0), lambda: (rand(4096, 300),)),
     "full_sum": (lambda x: (x.float() ** 2).sum(), lambda: (rand(300, 500),)),
@@ -218,9 +224,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
             os.environ["TRITON_CACHE_DIR"] = before
 
 
-def compile_all(
-    kernels: dict[str, Source], target: list[Any], workers: Pool, folder: Path
-) -> None:
+def compile_all(kernels: dict[str, Source], target: list[Any], workers: Pool, folder: Path) -> None:
     answers = {}
     for key, source in kernels.items():
         path = folder / f"{key}.py"
