@@ -29,10 +29,6 @@ def log_softmax(b: Any, x: Any, dim: int, half_to_float: bool) -> Any:
     return b.sub(x, b.reduce("logsumexp", x, [dim]), 1)
 
 
-def _dtype_names(*args: Any) -> None:
-    return None
-
-
 @composite(
     "aten._softmax_backward_data.default",
     declines=_no_dims,

@@ -18,8 +18,8 @@ from typing import Any
 
 from ..kernels.op import BODIES
 from .group import Group
-from .indexing import ZERO, Index, NeedSplit, Size, is_static, product, quotient, simplify
-from .ir import FLOATING, SIXTEEN_BIT, SizeArg, Value, computing_dtype, result_dtype
+from .indexing import ZERO, Index, NeedSplit, Size, is_static, quotient, simplify
+from .ir import FLOATING, SIXTEEN_BIT, SizeArg, Value, computing_dtype
 from .translate import common_dtype
 
 
@@ -604,6 +604,3 @@ def _line_of(v: Value) -> str:
     from .graph import source_line
 
     return source_line(v.node) or ""
-
-
-__all__ = ["Body", "EmitError", "Instr", "emit", "product", "result_dtype"]

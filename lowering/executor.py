@@ -500,7 +500,9 @@ def schedule(
                 entry = program.of.get(node)
                 if isinstance(entry, Value):
                     yield unit(base_of(entry))
-                elif not isinstance(entry, (int, SizeArg, tuple)) or (isinstance(entry, SizeArg) and node in program.aten):
+                elif not isinstance(entry, (int, SizeArg, tuple)) or (
+                    isinstance(entry, SizeArg) and node in program.aten
+                ):
                     yield node
         elif isinstance(thing, Value):
             for s in sources_of(thing):

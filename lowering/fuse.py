@@ -555,11 +555,6 @@ def base_of(v: Value) -> Value:
     return v
 
 
-def _bijective_size(v: Value) -> bool:
-    """Whether a view shows as many elements as its base holds."""
-    return product(v.shape) == product(base_of(v).shape)
-
-
 def find_readers(
     program: Program, graph: Any
 ) -> tuple[dict[Value, list[tuple[Value, bool]]], set[Value]]:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from .options import Options
@@ -223,7 +223,3 @@ def interpreter_launcher(path: str, source: Source) -> Launcher:
             function[(x, y, z)](*args, **constants)
 
     return launch
-
-
-def load_all(sources: Sequence[Source], options: Options, device: int | None) -> list[Loading]:
-    return [Loading(source, options, device) for source in sources]

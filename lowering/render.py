@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from .emit import REDUCTIONS, Body, Instr, identity
-from .indexing import Index, Size, is_static, product, quotient, simplify
+from .indexing import Index, Size, is_static, product, simplify
 from .ir import SIXTEEN_BIT, Value
 from .schedule import Tile, column_tile, pointwise_tile, row_tile, transpose_tile
 from .source import POINTER, Lines, Source
@@ -435,6 +435,3 @@ def kernel_name(group_members: Sequence[Value]) -> str:
         if word not in words and word not in ("view", "to_copy", "cast", "clone"):
             words.append(word)
     return "fused_" + ("_".join(words)[:56].strip("_") or "copy")
-
-
-__all__ = ["Renderer", "kernel_name", "quotient"]

@@ -15,7 +15,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ..kernels.op import OPS, Op
-from .indexing import Size, contiguous_strides, is_static, simplify, size_of
+from .indexing import Size, is_static, simplify, size_of
 from .ir import SUPPORTED, Builder, SizeArg, Value, normalize_axes, result_dtype
 from .views import Permute, Reshape
 
@@ -253,7 +253,9 @@ class Translator:
     def _bind_view(self, result: Any, node: Node, val: Any) -> Any:
         if isinstance(result, (tuple, list)):
             return tuple(map(self._as_view, result))
-        if (result.kind == "full" and result.node is None) or (result.kind == "view" and result.node is None):
+        if (result.kind == "full" and result.node is None) or (
+            result.kind == "view" and result.node is None
+        ):
             result.node = node
             result.strides = tuple(size_of(s) for s in val.stride())
         elif result.computes and result.node is None:
@@ -564,6 +566,3 @@ def common_dtype(values: Sequence[Value], args: Sequence[Any]) -> str:
 
 def _category(dtype: str) -> int:
     return 0 if dtype == "bool" else 2 if "float" in dtype else 1
-
-
-__all__ = ["Declined", "Program", "Translator", "common_dtype", "contiguous_strides", "op_of"]

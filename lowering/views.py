@@ -17,7 +17,6 @@ from .indexing import (
     Size,
     contiguous_strides,
     is_static,
-    product,
     segments,
     simplify,
     split_index,
@@ -264,7 +263,3 @@ def take_inner(
         else:
             raise ValueError("sizes do not divide")
     return tuple(run), tuple(taken)
-
-
-def frame_size(frame: Sequence[str], size: Callable[[str], Size]) -> Size:
-    return product(size(a) for a in frame)

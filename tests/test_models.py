@@ -96,10 +96,13 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "t5")]
 def test_training_with_two_lengths(name):
     """dynamic=True: the second and third length run the graph of the first."""
     pair = Pair(build(name), dynamic=True, fullgraph=False)
-    pair(tokens(9), **NEAR)
+    # Gemma2's gradients reach 60: eight float32 roundings of that. Eager's own distance from
+    # float64 is 6e-7 of their norm, and so is ours.
+    near = {**NEAR, "atol": 6e-5} if name == "gemma2" else NEAR
+    pair(tokens(9), **near)
     with no_new_graph():
-        pair(tokens(13), **NEAR)
-        pair(tokens(16, batch=3), **NEAR)
+        pair(tokens(13), **near)
+        pair(tokens(16, batch=3), **near)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "deberta"])
