@@ -118,12 +118,13 @@ def _dump_session(config: Config) -> Session | None:
 
 def _rewrite(gm: GraphModule, session: Session | None) -> Any:
     """Rewrite Dynamo's graph in place; the RewriteLog."""
-    from .lowering.masks import lay_out_masks
+    from .lowering.masks import lay_out_masks, read_constant_masks
     from .lowering.rewrite import rewrite_dynamo_graph
 
     if session is not None:
         session.dynamo(gm, "dynamo.txt")
     rewrites = rewrite_dynamo_graph(gm)
+    rewrites.extend(read_constant_masks(gm))
     lay_out_masks(gm)
     if session is not None and rewrites.fired:
         session.dynamo(gm, "dynamo_rewritten.txt")

@@ -395,7 +395,7 @@ def rewrite_dynamo_graph(gm: fx.GraphModule, table: Sequence[Rewrite] | None = N
     from .rewrites import TABLE
 
     table = TABLE if table is None else table
-    if any(map(_is_foreign, gm.graph.nodes)):
+    if any(map(is_foreign, gm.graph.nodes)):
         return RewriteLog()
     register_torch_ops()
     found = apply_rewrites(gm, table, read_dynamo)
@@ -411,7 +411,8 @@ def rewrite_dynamo_graph(gm: fx.GraphModule, table: Sequence[Rewrite] | None = N
     return found
 
 
-def _is_foreign(node: fx.Node) -> bool:
+def is_foreign(node: fx.Node) -> bool:
+    """Whether a node belongs to a function transform or holds a tensor subclass."""
     if node.op == "placeholder":
         value = value_of(node)
         return is_tensor(value) and not is_fake(value) and type(value) is not torch.Tensor
