@@ -209,8 +209,12 @@ class Builder:
     def count(self, x: Value, axes: Sequence[int]) -> Size:
         return count_of(x, axes)
 
-    def parts_of(self, x: Value, axes: Sequence[int], wanted: int, most: int) -> int:
-        return parts_of(x, normalize_axes(axes, x.ndim), wanted, most)
+    def parts_wanted(self, x: Value, axes: Sequence[int]) -> int:
+        return parts_wanted(x, normalize_axes(axes, x.ndim), self.multiprocessors)
+
+    def sum_of_parts(self, x: Value, axes: Sequence[int]) -> Value:
+        """The sum of few parts, in one step."""
+        return self._reduce("sum", x, normalize_axes(axes, x.ndim))
 
     def size_number(self, size: Size) -> Any:
         """A size as an operand: a literal when static."""
@@ -288,8 +292,8 @@ def parts_wanted(x: Value, axes: Sequence[int], multiprocessors: int) -> int:
     kept = product(x.shape) // max(1, reduced)
     column = contiguous_axis(x) not in axes
     if column:
-        programs, least, enough = -(-kept // 64), 32, 8 * multiprocessors
-        busy = programs >= 4 * multiprocessors or reduced < 512
+        programs, least, enough = -(-kept // 64), 32, 4 * multiprocessors
+        busy = programs >= 2 * multiprocessors or reduced < 512
     else:
         programs, least, enough = kept, 2048, 4 * multiprocessors
         busy = programs >= 2 * multiprocessors or reduced < 16384
@@ -299,13 +303,13 @@ def parts_wanted(x: Value, axes: Sequence[int], multiprocessors: int) -> int:
 
 
 def parts_of(x: Value, axes: Sequence[int], wanted: int, most: int) -> int:
-    """The number of parts nearest to ``wanted`` (not above ``most``) that cuts the axes evenly."""
+    """The number of parts nearest to ``wanted``, at most ``most``, that cuts the axes evenly."""
     lead, best = 1, 1
     for axis in axes:
         size = x.shape[axis]
         for d in range(1, size + 1):
             if size % d == 0 and lead * d <= most and lead * d < count_of(x, axes):
-                if abs(lead * d - wanted) < abs(best - wanted) or (best < wanted <= lead * d):
+                if abs(lead * d - wanted) < abs(best - wanted):
                     best = lead * d
                 if lead * d >= wanted:
                     break

@@ -26,14 +26,15 @@ log = logging.getLogger("gems_compile")
 MOST_ELEMENTS = 2**28
 
 #: functions and methods of which a mask is made: pure, and without random numbers
-_CONSTANT = frozenset(
-    "arange ones zeros full ones_like zeros_like full_like new_ones new_zeros new_full tensor "
-    "scalar_tensor le lt ge gt eq ne add sub rsub mul neg floordiv floor_divide abs minimum maximum "
-    "clamp and_ or_ xor invert bitwise_and bitwise_or bitwise_not __and__ __or__ __xor__ __invert__ "
-    "logical_and logical_or logical_not logical_xor getitem expand expand_as broadcast_to view "
-    "reshape unsqueeze squeeze permute transpose flatten contiguous clone to bool int long float "
-    "half bfloat16 type type_as cumsum diff tril triu where masked_fill cat stack repeat".split()
-)
+_NAMES = """
+arange ones zeros full ones_like zeros_like full_like new_ones new_zeros new_full tensor
+scalar_tensor le lt ge gt eq ne add sub rsub mul neg floordiv floor_divide abs minimum maximum
+clamp and_ or_ xor invert bitwise_and bitwise_or bitwise_not __and__ __or__ __xor__ __invert__
+logical_and logical_or logical_not logical_xor getitem expand expand_as broadcast_to view
+reshape unsqueeze squeeze permute transpose flatten contiguous clone to bool int long float half
+bfloat16 type type_as cumsum diff tril triu where masked_fill cat stack repeat
+"""
+_CONSTANT = frozenset(_NAMES.split())
 
 
 def sdpa_masks(gm: GraphModule) -> Iterator[tuple[Node, Node]]:
@@ -50,7 +51,7 @@ def _argument(node: Node, place: int, name: str) -> Any:
     return node.args[place] if len(node.args) > place else node.kwargs.get(name)
 
 
-# constant masks ------------------------------------------------------------------------------------
+# constant masks -----------------------------------------------------------------------------------
 
 
 def read_constant_masks(gm: GraphModule) -> RewriteLog:
@@ -108,7 +109,7 @@ def _erase_unread(gm: GraphModule, mask: Node) -> None:
 
 
 def _kind_of(mask: Node) -> str | None:
-    """ "all" where every score is seen, "causal", "other", or None of a mask that is no constant."""
+    """What a constant mask shows: "all", "causal" or "other"; None of one that is no constant."""
     cone = _constant_cone(mask)
     if cone is None:
         return None
@@ -194,7 +195,7 @@ def _classify(mask: Tensor) -> str:
     return "causal" if bool((hidden == ~past).all()) else "other"
 
 
-# masks of run time ---------------------------------------------------------------------------------
+# masks of run time --------------------------------------------------------------------------------
 
 
 def lay_out_masks(gm: GraphModule) -> int:

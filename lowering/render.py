@@ -241,7 +241,10 @@ class Renderer:
     def _loop(self, steps: list[Instr]) -> None:
         length = product(self.sizes[a] for a in self.reduced)
         outside = set(self.defined)
-        self.lines.add(f"for start in range(0, {self.body_size(length)}, RBLOCK):")
+        starts = f"range(0, {self.body_size(length)}, RBLOCK)"
+        if self.tile.stages > 1:
+            starts = f"tl.{starts[:-1]}, num_stages={self.tile.stages})"
+        self.lines.add(f"for start in {starts}:")
         self.lines.depth += 1
         lane = "tl.arange(0, RBLOCK)[None, :]"
         lane = f"{lane}.to(tl.int64)" if self.wide64 and not is_static(length) else lane
