@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from .fuse import base_of
 from .group import Group, Plan
 from .indexing import ZERO, Size, is_static, simplify, size_of
 from .ir import SizeArg, Value
+from .order import batches, together
+from .scratch import plan_scratch
 from .source import Source
 from .translate import Program
 
@@ -75,6 +77,11 @@ class Writer:
         self.kept: set[str] = set()  # variables that are not tensors to free
         self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.kernels: list[tuple[str, Group]] = []
+        # kernels of a GPU take addresses, which costs less per launch than tensors
+        self.by_address = device.type == "cuda"
+        self.scratch, self.scratch_bytes = (
+            plan_scratch(plan.steps, sources, plan.escapes) if self.by_address else ({}, 0)
+        )
         self.launches = 0
         self.calls = 0
 
@@ -169,7 +176,7 @@ class Writer:
         self._unpack()
         for steps in batches(self.plan.steps):
             if len(steps) > 1:
-                self._copy_together(steps)
+                self._call_together(steps)
             elif isinstance(steps[0], Group):
                 self._launch(steps[0])
             else:
@@ -189,6 +196,10 @@ class Writer:
         if names:
             self.add(f"{', '.join(names)}{',' if len(names) == 1 else ''} = args")
         self.add("args.clear()")
+        if self.scratch_bytes:
+            dtype = self.constant(torch.uint8, "d")
+            self.add(f"scratch = empty(({self.scratch_bytes},), (1,), {dtype})")
+            self.add(f"s0 = {self.use('scratch')}.data_ptr()")
         for node in self.placeholders:
             self._learn_symbols(node)
         for node in self.placeholders:
@@ -232,26 +243,35 @@ class Writer:
     def _launch(self, group: Group) -> None:
         source = self.sources[group]
         for out in group.outputs:
-            name = f"b{out.id}"
-            self.names[out] = name
-            dtype = self.constant(getattr(torch, out.dtype), "d")
-            self.add(f"{name} = empty({self.sizes(out.shape)}, {self.sizes(out.strides)}, {dtype})")
+            if out not in self.scratch:
+                self._allocate(out)
         kernel = f"k{len(self.kernels)}"
         self.kernels.append((kernel, group))
         self.launches += 1
         grid = self.size(source.grid)
         if not is_static(source.grid):
             self.add(f"grid = {grid}")
-        args = [
-            self.size(what)
-            if role == "size"
-            else self.use(self.aligned.get(what) or self.names[what])
+        args = ", ".join(
+            self.size(what) if role == "size" else self._operand(what)
             for _, role, what in source.params
-        ]
+        )
         if is_static(source.grid):
-            self.add(f"{kernel}({grid}, 1, 1, stream, {', '.join(args)})", source.name)
+            self.add(f"{kernel}({grid}, 1, 1, stream, {args})", source.name)
         else:
-            self.add(f"if grid: {kernel}(grid, 1, 1, stream, {', '.join(args)})", source.name)
+            self.add(f"if grid: {kernel}(grid, 1, 1, stream, {args})", source.name)
+
+    def _allocate(self, out: Value) -> None:
+        name = self.names[out] = f"b{out.id}"
+        dtype = self.constant(getattr(torch, out.dtype), "d")
+        self.add(f"{name} = empty({self.sizes(out.shape)}, {self.sizes(out.strides)}, {dtype})")
+
+    def _operand(self, value: Value) -> str:
+        """A tensor as a kernel takes it."""
+        if value in self.scratch:
+            self.use("scratch")
+            return f"s0 + {self.scratch[value]}"
+        name = self.use(self.aligned.get(value) or self.names[value])
+        return f"{name}.data_ptr()" if self.by_address else name
 
     def _call(self, node: Node) -> None:
         if node.op == "get_attr":
@@ -289,12 +309,15 @@ class Writer:
         self.calls += 1
         self.names[node] = self.names[value] = name
 
-    def _copy_together(self, nodes: list[Node]) -> None:
-        """Several updates of inputs (running statistics, say) in one call."""
-        into = ", ".join(self.arg(n.args[0]) for n in nodes)
-        values = ", ".join(self.arg(n.args[1]) for n in nodes)
+    def _call_together(self, nodes: list[Node]) -> None:
+        """Several updates of inputs (running statistics, counters) in one call."""
+        function, operands = together(nodes)
+        texts = [
+            f"[{', '.join(map(self.arg, o))}]" if isinstance(o, list) else self.arg(o)
+            for o in operands
+        ]
         self.calls += 1
-        self.add(f"{self.constant(torch._foreach_copy_, 'f')}([{into}], [{values}])")
+        self.add(f"{self.constant(function, 'f')}({', '.join(texts)})")
         for node in nodes:
             self.names[node] = self.names[node.args[0]]
             self._alias(node)
@@ -367,35 +390,6 @@ class Writer:
         return "def call(args):\n" + "".join(f"    {line}\n" for line in body)
 
 
-def batches(steps: Sequence[Any]) -> Iterator[list[Any]]:
-    """The steps, with runs of plain copies into inputs taken together, dtype by dtype."""
-    run: dict[Any, list[Any]] = {}
-    for step in steps:
-        kind = _copy_kind(step)
-        if kind is not None:
-            run.setdefault(kind, []).append(step)
-            continue
-        yield from run.values()
-        run = {}
-        yield [step]
-    yield from run.values()
-
-
-def _copy_kind(step: Any) -> Any:
-    """What copies must share to be made together; None for anything else."""
-    if not isinstance(step, Node) or step.target is not torch.ops.aten.copy_.default:
-        return None
-    into, value = step.args[0], step.args[1]
-    if into.op != "placeholder" or step.users or len(step.args) > 2 or step.kwargs:
-        return None
-    a, b = into.meta["val"], value.meta.get("val")
-    if not isinstance(b, torch.Tensor) or a.dtype != b.dtype or a.device != b.device:
-        return None
-    if any(isinstance(s, torch.SymInt) for s in (*a.shape, *b.shape)) or a.shape != b.shape:
-        return None
-    return a.dtype, a.device
-
-
 def first_place(v: Value) -> Size:
     """How far a view's first element lies behind its base's first.
 
@@ -462,102 +456,3 @@ def _boxed(call: Callable[..., Any], device: torch.device) -> Callable[[list[Any
 
     guarded._boxed_call = True  # type: ignore[attr-defined]
     return guarded
-
-
-# order -------------------------------------------------------------------------------------------
-
-
-def schedule(
-    gm: GraphModule,
-    program: Program,
-    groups: Sequence[Group],
-    home: dict[Value, Group],
-    sources_of: Callable[[Value], Sequence[Value]],
-) -> list[Any]:
-    """Groups and ATen nodes in an order that respects every dependence, close to the graph's."""
-    order: list[Any] = []
-    done: set[Any] = set()
-    live = set(groups)
-
-    def unit(v: Value) -> Any:
-        group = home.get(v)
-        if group is not None and group in live:
-            return group
-        return v.node if v.kind in ("buffer", "full", "iota") and v.node is not None else v
-
-    def needs(thing: Any) -> Iterator[Any]:
-        if isinstance(thing, Group):
-            for m in thing.members:
-                for s in sources_of(m):
-                    yield unit(s)
-        elif isinstance(thing, Node) and _is_constant(program.of.get(thing)):
-            return
-        elif isinstance(thing, Node):
-            for value in _values(program.of.get(thing)):
-                for s in sources_of(value):
-                    yield unit(s)
-            for node in thing.all_input_nodes:
-                entry = program.of.get(node)
-                if isinstance(entry, Value):
-                    yield unit(base_of(entry))
-                elif not isinstance(entry, (int, SizeArg, tuple)) or (
-                    isinstance(entry, SizeArg) and node in program.aten
-                ):
-                    yield node
-        elif isinstance(thing, Value):
-            for s in sources_of(thing):
-                yield unit(s)
-
-    def visit(start: Any) -> None:
-        stack: list[tuple[Any, Iterator[Any]]] = [(start, needs(start))]
-        busy = {start}
-        while stack:
-            thing, rest = stack[-1]
-            for need in rest:
-                if need not in done and need not in busy:
-                    busy.add(need)
-                    stack.append((need, needs(need)))
-                    break
-            else:
-                stack.pop()
-                done.add(thing)
-                if isinstance(thing, Group) or (
-                    isinstance(thing, Node) and thing.op not in ("placeholder", "output")
-                ):
-                    order.append(thing)
-
-    for node in gm.graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        entry = program.of.get(node)
-        if (
-            node in program.aten
-            or node.op == "get_attr"
-            or (isinstance(entry, Value) and entry.kind == "buffer" and entry.node is node)
-        ):
-            if node not in done:
-                visit(node)
-        else:
-            for value in _values(entry):
-                thing = unit(base_of(value))
-                if isinstance(thing, Group) and thing not in done:
-                    visit(thing)
-    (out,) = (n for n in gm.graph.nodes if n.op == "output")
-    for node in out.all_input_nodes:
-        for value in _values(program.of.get(node)):
-            thing = unit(base_of(value))
-            if isinstance(thing, (Group, Node)) and thing not in done:
-                visit(thing)
-    return order
-
-
-def _is_constant(entry: Any) -> bool:
-    return isinstance(entry, Value) and entry.kind == "full"
-
-
-def _values(entry: Any) -> list[Value]:
-    if isinstance(entry, Value):
-        return [entry]
-    if isinstance(entry, (tuple, list)):
-        return [v for e in entry for v in _values(e)]
-    return []

@@ -69,10 +69,11 @@ class Fuser:
     # which values are recomputed by their readers instead of stored -----------------------------
 
     def _choose_inlined(self) -> None:
-        """Constants, widening casts, and cheap chains that others read in part or many times over.
+        """Constants, widening casts, and cheap chains that are read in part, or in two kernels.
 
         What such a chain costs is paid once for each of its readers that is no part of it.
         """
+        torn = self._read_by_rows_and_columns()
         worth = self._read_elsewhere()
         uses: dict[Value, int] = {}
         for v in reversed(self.program.values):
@@ -86,6 +87,9 @@ class Fuser:
             elif is_widening(v) and self._may_move(v):
                 self.inlined.add(v)  # loading the narrow value costs less than storing the wide
                 cost[v] = cost.get(base_of(v.args[0]), 0)
+            elif v in torn:
+                self.inlined.add(v)
+                cost[v] = 2
             elif v in worth:
                 own = 4 if v.op in HEAVY else 2 if v.kind == "gather" else 1
                 inputs = [base_of(a) for a in v.inputs]
@@ -94,6 +98,30 @@ class Fuser:
                     a in self.inlined or a.kind == "buffer" for a in inputs
                 ):
                     self.inlined.add(v)
+
+    def _read_by_rows_and_columns(self) -> set[Value]:
+        """Cheap values that column reductions read, and other kernels too (a ReLU's gradient).
+
+        Loading what one is made of twice moves no more bytes than storing it and loading that twice.
+        """
+        feeds = self._find_column_feeds()
+        out: set[Value] = set()
+        for v in self.program.values:
+            readers = [r for r, _ in self.readers.get(v, ())]
+            if (
+                v.kind != "pointwise"
+                or v.op in HEAVY
+                or not self._may_move(v)
+                or not all(same for _, same in self.readers.get(v, ()))
+                or not any(r.kind == "reduce" or r in feeds for r in readers)
+                or all(r.kind == "reduce" or r in feeds for r in readers)
+            ):
+                continue
+            operands = {base_of(a) for a in v.inputs}
+            read = sum(BITS[a.dtype] for a in operands if product(a.shape) == product(v.shape))
+            if all(a.kind == "buffer" for a in operands) and read <= 2 * BITS[v.dtype]:
+                out.add(v)
+        return out
 
     def _may_move(self, v: Value) -> bool:
         """Whether v may be computed where it is read: nobody else needs it, no write comes between."""

@@ -116,3 +116,4 @@ class Plan:
     unfused: list[tuple[Value, Value, str]] = field(default_factory=list)
     inlined: set[Value] = field(default_factory=set)
     written: set[Value] = field(default_factory=set)  # inputs that ATen nodes write
+    escapes: set[Value] = field(default_factory=set)  # values that ATen reads or the graph returns

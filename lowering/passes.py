@@ -278,6 +278,25 @@ def reinplace_updates(gm: fx.GraphModule) -> int:
     return changed
 
 
+def count_in_place(gm: fx.GraphModule) -> int:
+    """``copy_(p, p + number)`` -> ``p += number``: counters of batches; returns how many."""
+    storage, changed = Storage(gm.graph), 0
+    for node in list(gm.graph.nodes):
+        if node.target is not aten.copy_.default or node.users or len(node.args) != 2:
+            continue
+        target, new = node.args
+        if not isinstance(new, fx.Node) or new.target is not aten.add.Tensor or new.kwargs:
+            continue
+        if new.args[0] is not target or type(new.args[1]) not in (int, float) or len(new.users) > 1:
+            continue
+        if storage.writes.get(target) != [node] or not same_layout(value_of(new), value_of(target)):
+            continue
+        node.target, node.args = aten.add_.Tensor, (target, new.args[1])
+        gm.graph.erase_node(new)
+        changed += 1
+    return changed
+
+
 def _updates(target: fx.Node, new: Any) -> list[fx.Node]:
     """The chain of updates that leads from ``target`` to ``new``, first one first."""
     chain: list[fx.Node] = []
@@ -441,10 +460,17 @@ def _inline_with_torch(gm: fx.GraphModule, mode: Any) -> None:
     gm.graph.lint()
 
 
-PASSES = (inline_functionalized_ops, drop_no_ops, drop_duplicates, reinplace_updates)
+PASSES = (
+    inline_functionalized_ops,
+    drop_no_ops,
+    drop_duplicates,
+    count_in_place,
+    reinplace_updates,
+)
 
 __all__ = [
     "PASSES",
+    "count_in_place",
     "drop_dead_code",
     "drop_duplicates",
     "drop_no_ops",

@@ -21,8 +21,15 @@ from .indexing import product
 from .ir import Value
 from .load import CompileError, Loading
 from .options import Options
+from .order import schedule
 from .partition import share_seeds
-from .passes import drop_duplicates, drop_no_ops, inline_functionalized_ops, reinplace_updates
+from .passes import (
+    count_in_place,
+    drop_duplicates,
+    drop_no_ops,
+    inline_functionalized_ops,
+    reinplace_updates,
+)
 from .render import Renderer, kernel_name
 from .schedule import needs_loop
 from .source import Source
@@ -35,6 +42,7 @@ PASSES = (
     inline_functionalized_ops,  # custom ops that mutate, without the copies
     drop_no_ops,  # views and casts that change nothing
     drop_duplicates,  # the same pure call twice
+    count_in_place,  # counters add to themselves, which is then one call for all
     reinplace_updates,  # a cache update writes its input instead of a copy
 )
 
@@ -109,12 +117,13 @@ def _attempt(
         groups = [g for g in groups if not _leave_alone(g, program, fuser)]
     clock.lap(report, "fuse")
     plan = Plan(
-        executor.schedule(gm, program, groups, fuser.home, fuser.reads),
+        schedule(gm, program, groups, fuser.home, fuser.reads),
         groups,
         dict(program.aten),
         fuser.unfused,
         fuser.inlined,
         fuser.written,
+        fuser.escapes,
     )
     report.plan = plan
     observe("fuse", plan)

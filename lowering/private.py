@@ -6,6 +6,7 @@ Checked on torch 2.11.0 (CUDA) and 2.13.0 (CPU). Every use degrades to something
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ log = logging.getLogger("gems_compile.lowering.private")
 def static_launcher(
     source: Source, record: dict[str, Any], path: str, device: int | None
 ) -> Callable[..., None]:
-    """A launch function (x, y, z, stream, *args) for a compiled binary.
+    """A launch function (x, y, z, stream, *args) for a compiled binary; tensors as addresses.
 
     Through torch's statically launched kernels where they exist; else through Triton's JIT.
     """
@@ -31,8 +32,24 @@ def static_launcher(
         kernel.load_kernel(device or 0)
         return _direct(kernel)
     except Exception as e:
-        log.info("no static launcher for %s (%s); Triton's own is used", source.name, e)
+        _slow_launches(source.name, e)
         return jit_launcher(source, path)
+
+
+def _slow_launches(name: str, why: Exception) -> None:
+    """Say once that launches go through Triton's JIT: 12 us and a compile more for each kernel."""
+    level = logging.DEBUG if _told else logging.WARNING
+    _told.add("launcher")
+    log.log(
+        level,
+        "no static launcher for %s (%s: %s); Triton's own is used",
+        name,
+        type(why).__name__,
+        why,
+    )
+
+
+_told: set[str] = set()
 
 
 def _as_compiled(source: Source, record: dict[str, Any]) -> Any:
@@ -63,6 +80,7 @@ def _as_compiled(source: Source, record: dict[str, Any]) -> Any:
         hash=record["hash"],
         shared=record["shared"],
         _cubin_path=record["path"],
+        asm={os.path.splitext(record["path"])[1][1:]: b""},  # read from the path when loaded
     )
 
 
@@ -87,10 +105,11 @@ def jit_launcher(source: Source, path: str) -> Callable[..., None]:
 
     function = getattr(load_module(path), source.meta["name"])
     constants, warps = source.meta["constants"], source.meta["num_warps"]
+    dtypes = [None if role == "size" else getattr(torch, v.dtype) for _, role, v in source.params]
 
     def launch(x: int, y: int, z: int, stream: Any, *args: Any) -> None:
         function[(x, y, z)](
-            *args,
+            *(a if d is None else _Pointer(a, d) for a, d in zip(args, dtypes, strict=True)),
             **constants,
             num_warps=warps,
             num_stages=1,
@@ -98,6 +117,16 @@ def jit_launcher(source: Source, path: str) -> Callable[..., None]:
         )
 
     return launch
+
+
+class _Pointer:
+    """An address with a dtype, which is all that Triton's JIT reads of a tensor."""
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self.address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        return self.address
 
 
 def allocator(device: torch.device) -> Callable[..., torch.Tensor]:

@@ -1,0 +1,155 @@
+"""In what order the parts of a plan run, and which ATen calls are made together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from .fuse import base_of
+from .group import Group
+from .ir import SizeArg, Value
+from .translate import Program
+
+aten = torch.ops.aten
+
+
+def schedule(
+    gm: GraphModule,
+    program: Program,
+    groups: Sequence[Group],
+    home: dict[Value, Group],
+    sources_of: Callable[[Value], Sequence[Value]],
+) -> list[Any]:
+    """Groups and ATen nodes in an order that respects every dependence, close to the graph's."""
+    order: list[Any] = []
+    done: set[Any] = set()
+    live = set(groups)
+
+    def unit(v: Value) -> Any:
+        group = home.get(v)
+        if group is not None and group in live:
+            return group
+        return v.node if v.kind in ("buffer", "full", "iota") and v.node is not None else v
+
+    def needs(thing: Any) -> Iterator[Any]:
+        if isinstance(thing, Group):
+            for m in thing.members:
+                for s in sources_of(m):
+                    yield unit(s)
+        elif isinstance(thing, Node) and _is_constant(program.of.get(thing)):
+            return
+        elif isinstance(thing, Node):
+            for value in _values(program.of.get(thing)):
+                for s in sources_of(value):
+                    yield unit(s)
+            for node in thing.all_input_nodes:
+                entry = program.of.get(node)
+                if isinstance(entry, Value):
+                    yield unit(base_of(entry))
+                elif not isinstance(entry, (int, SizeArg, tuple)) or (
+                    isinstance(entry, SizeArg) and node in program.aten
+                ):
+                    yield node
+        elif isinstance(thing, Value):
+            for s in sources_of(thing):
+                yield unit(s)
+
+    def visit(start: Any) -> None:
+        stack: list[tuple[Any, Iterator[Any]]] = [(start, needs(start))]
+        busy = {start}
+        while stack:
+            thing, rest = stack[-1]
+            for need in rest:
+                if need not in done and need not in busy:
+                    busy.add(need)
+                    stack.append((need, needs(need)))
+                    break
+            else:
+                stack.pop()
+                done.add(thing)
+                if isinstance(thing, Group) or (
+                    isinstance(thing, Node) and thing.op not in ("placeholder", "output")
+                ):
+                    order.append(thing)
+
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        entry = program.of.get(node)
+        if (
+            node in program.aten
+            or node.op == "get_attr"
+            or (isinstance(entry, Value) and entry.kind == "buffer" and entry.node is node)
+        ):
+            if node not in done:
+                visit(node)
+        else:
+            for value in _values(entry):
+                thing = unit(base_of(value))
+                if isinstance(thing, Group) and thing not in done:
+                    visit(thing)
+    (out,) = (n for n in gm.graph.nodes if n.op == "output")
+    for node in out.all_input_nodes:
+        for value in _values(program.of.get(node)):
+            thing = unit(base_of(value))
+            if isinstance(thing, (Group, Node)) and thing not in done:
+                visit(thing)
+    return order
+
+
+def _is_constant(entry: Any) -> bool:
+    return isinstance(entry, Value) and entry.kind == "full"
+
+
+def _values(entry: Any) -> list[Value]:
+    if isinstance(entry, Value):
+        return [entry]
+    if isinstance(entry, (tuple, list)):
+        return [v for e in entry for v in _values(e)]
+    return []
+
+
+# calls made together ----------------------------------------------------------------------------
+
+
+def batches(steps: Sequence[Any]) -> Iterator[list[Any]]:
+    """The steps, with runs of plain updates of inputs taken together, kind by kind."""
+    run: dict[Any, list[Any]] = {}
+    for step in steps:
+        kind = _update_kind(step)
+        if kind is not None:
+            run.setdefault(kind, []).append(step)
+            continue
+        yield from run.values()
+        run = {}
+        yield [step]
+    yield from run.values()
+
+
+def together(nodes: Sequence[Node]) -> tuple[Callable[..., Any], list[Any]]:
+    """(a function, its operands) that does what all the nodes of one batch do."""
+    targets = [n.args[0] for n in nodes]
+    if nodes[0].target is aten.copy_.default:
+        return torch._foreach_copy_, [targets, [n.args[1] for n in nodes]]
+    return torch._foreach_add_, [targets, nodes[0].args[1]]
+
+
+def _update_kind(step: Any) -> Any:
+    """What updates of inputs must share to be made together; None for anything else."""
+    if not isinstance(step, Node) or step.users or len(step.args) != 2 or step.kwargs:
+        return None
+    if step.target not in (aten.copy_.default, aten.add_.Tensor):
+        return None
+    into, other = step.args
+    if into.op != "placeholder" or any(isinstance(n, torch.SymInt) for n in into.meta["val"].shape):
+        return None
+    a = into.meta["val"]
+    if step.target is aten.add_.Tensor:
+        return None if isinstance(other, Node) else ("add", other, a.dtype, a.device)
+    b = other.meta.get("val") if isinstance(other, Node) else None
+    if not isinstance(b, torch.Tensor) or a.dtype != b.dtype or a.device != b.device:
+        return None
+    return ("copy", a.dtype, a.device) if a.shape == b.shape else None

@@ -1,0 +1,172 @@
+"""How kernels are launched, and where small values between them lie."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import DEVICE, gems_only, rand
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gems_compile.backend import Gems
+from gems_compile.lowering import private
+from gems_compile.lowering.group import Group
+from gems_compile.lowering.ir import Value
+from gems_compile.lowering.load import _launchers
+from gems_compile.lowering.scratch import MOST_BYTES, plan_scratch
+from gems_compile.lowering.source import Source
+
+KERNEL = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def copy(in0, out0, ks0, XBLOCK: tl.constexpr):
+    x = tl.program_id(0) * XBLOCK + tl.arange(0, XBLOCK)
+    tl.store(out0 + x, tl.load(in0 + x, mask=x < ks0, other=0), mask=x < ks0)
+"""
+
+
+def copy_source() -> Source:
+    v = Value("buffer", None, (), (64,), "float32")
+    meta = {
+        "name": "copy",
+        "signature": {"in0": "*fp32", "out0": "*fp32", "ks0": "i64"},
+        "constants": {"XBLOCK": 64},
+        "num_warps": 4,
+        "exact": True,
+    }
+    params = [("in0", "in", v), ("out0", "out", v), ("ks0", "size", 64)]
+    return Source("copy", KERNEL, KERNEL, params, 1, meta)
+
+
+@gems_only
+def test_torchs_launcher_takes_our_kernels(tmp_path, monkeypatch):
+    """Whatever the class reads of a Triton kernel, the record of a compiled one must hold."""
+    launcher = pytest.importorskip("torch._inductor.runtime.static_triton_launcher")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    import json
+    import subprocess
+    import sys
+
+    path = tmp_path / "copy.py"
+    path.write_text(KERNEL)
+    source = copy_source()
+    job = {"path": str(path), "meta": source.meta, "target": ["cuda", 90, 32]}
+    done = subprocess.run(
+        [sys.executable, "-m", "gems_compile.lowering.worker"],
+        input=json.dumps(job) + "\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["error"] is None
+    record = json.loads(path.with_suffix(".json").read_text())
+    record["path"] = str(path.with_suffix(".cubin"))
+    kernel = launcher.StaticallyLaunchedCudaKernel(private._as_compiled(source, record))
+    assert kernel.arg_tys == "OOl" and kernel.cubin_path == record["path"]
+
+
+@gems_only
+@pytest.mark.gpu
+def test_kernels_do_not_go_through_tritons_jit():
+    torch.compile(lambda x: torch.softmax(x + 1, -1) * 2, backend=Gems())(rand(7, 33))
+    assert _launchers and all(hasattr(launch, "kernel") for launch in _launchers.values())
+
+
+@gems_only
+@pytest.mark.gpu
+def test_tritons_jit_launches_by_address(tmp_path):
+    path = tmp_path / "copy.py"
+    path.write_text(KERNEL)
+    x, y = rand(64), torch.full((64,), -1.0, device=DEVICE)
+    launch = private.jit_launcher(copy_source(), str(path))
+    launch(1, 1, 1, None, x.data_ptr(), y.data_ptr(), 60)
+    assert torch.equal(y[:60], x[:60]) and torch.equal(y[60:], torch.full_like(x[60:], -1.0))
+
+
+# values that only kernels touch ----------------------------------------------------------------
+
+
+def step(number: int, reads: list[Value], writes: list[Value]) -> tuple[Group, Source]:
+    group = Group(number)
+    group.outputs = writes
+    params = [("", "in", v) for v in reads] + [("", "out", v) for v in writes]
+    return group, Source("", "", "", params, 1)
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> tuple[list[tuple[Group, Source]], set[Value]]:
+    steps, known, escapes = [], [], set()
+    for number in range(draw(st.integers(1, 12))):
+        reads = draw(st.lists(st.sampled_from(known), max_size=3, unique=True)) if known else []
+        sizes = draw(st.lists(st.integers(0, MOST_BYTES // 2), min_size=1, max_size=3))
+        writes = [Value("pointwise", "add", (), (n,), "float32") for n in sizes]
+        escapes.update(v for v in writes if draw(st.booleans()))
+        steps.append(step(number, reads, writes))
+        known += writes
+    return steps, escapes
+
+
+@gems_only
+@given(programs())
+def test_live_values_do_not_overlap(program):
+    steps, escapes = program
+    sources = dict(steps)
+    offsets, total = plan_scratch([g for g, _ in steps], sources, escapes)
+    assert not set(offsets) & escapes
+    made = {v: k for k, (g, _) in enumerate(steps) for v in g.outputs}
+    last = {v: k for k, (_, s) in enumerate(steps) for _, _, v in s.params}
+    placed = [(v, at, at + 4 * v.shape[0]) for v, at in offsets.items()]
+    for k, (v, start, end) in enumerate(placed):
+        assert start >= 0 and end <= total and start % 16 == 0 and end - start <= MOST_BYTES
+        for w, other_start, other_end in placed[:k]:
+            together = made[v] <= last[w] and made[w] <= last[v]
+            assert not together or end <= other_start or other_end <= start
+
+
+@gems_only
+def test_memory_is_used_again():
+    steps = []
+    previous = Value("buffer", None, (), (1000,), "float32")
+    for number in range(50):
+        value = Value("pointwise", "add", (), (1000,), "float32")
+        steps.append(step(number, [previous], [value]))
+        previous = value
+    offsets, total = plan_scratch([g for g, _ in steps], dict(steps), {previous})
+    assert len(offsets) == 49 and total <= 3 * 4096
+
+
+# counters --------------------------------------------------------------------------------------
+
+
+@gems_only
+def test_counters_are_counted_in_one_call():
+    class Counting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for k in range(4):
+                self.register_buffer(f"n{k}", torch.full((), 10 * k))
+            self.register_buffer("read", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for k in range(4):
+                getattr(self, f"n{k}").add_(1)
+            before = self.read * 2
+            self.read += 0.5
+            return x * self.n3 + before + self.read
+
+    module, backend = Counting().to(DEVICE), Gems()
+    x = rand(3, 5)
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    for call in range(1, 4):
+        y = compiled(x)
+        assert [int(getattr(module, f"n{k}")) for k in range(4)] == [
+            10 * k + call for k in range(4)
+        ]
+        wanted = x * (30 + call) + 2 * 0.5 * (call - 1) + 0.5 * call
+        torch.testing.assert_close(y, wanted)
+    (report,) = backend.reports
+    # three counters at once; the two values that are also read are computed and copied back
+    assert report.aten_calls == 4
