@@ -58,7 +58,8 @@ class Fuser:
         self.near: dict[Value, list[Group]] = defaultdict(list)  # value -> groups that frame it
         self.upstream: dict[Value, int] = {}  # value -> bitset of groups it waits for
         self.unfused: list[tuple[Value, Value, str]] = []
-        self.readers, self.escapes = find_readers(program, graph)
+        self.readers = find_readers(program)
+        self.escapes = find_escapes(program, graph)
         self.waits, self.written = order_edges(program, graph)
         self.inlined: set[Value] = set()
         self.twins: dict[Any, Group] = {}
@@ -583,10 +584,8 @@ def base_of(v: Value) -> Value:
     return v
 
 
-def find_readers(
-    program: Program, graph: Any
-) -> tuple[dict[Value, list[tuple[Value, bool]]], set[Value]]:
-    """(value -> [(reader, reads it element for element)], values that ATen or the caller reads)."""
+def find_readers(program: Program) -> dict[Value, list[tuple[Value, bool]]]:
+    """value -> [(reader, reads it element for element)]."""
     readers: dict[Value, list[tuple[Value, bool]]] = defaultdict(list)
     for v in program.values:
         if not v.computes:
@@ -598,13 +597,18 @@ def find_readers(
             if v.kind in ("reduce",) and not _only_bijections(a):
                 same = False
             readers[base_of(a)].append((v, same))
+    return readers
+
+
+def find_escapes(program: Program, graph: Any) -> set[Value]:
+    """Values that ATen reads or the graph returns."""
     escapes: set[Value] = set()
     for node in graph.nodes:
         if node.op == "output" or node in program.aten:
             for source in node.all_input_nodes:
                 for value in _flatten(program.of.get(source)):
                     escapes.add(base_of(value))
-    return readers, escapes
+    return escapes
 
 
 def _only_bijections(v: Value) -> bool:

@@ -29,7 +29,7 @@ MOST_ELEMENTS = 2**28
 _NAMES = """
 arange ones zeros full ones_like zeros_like full_like new_ones new_zeros new_full tensor
 scalar_tensor le lt ge gt eq ne add sub rsub mul neg floordiv floor_divide abs minimum maximum
-clamp and_ or_ xor invert bitwise_and bitwise_or bitwise_not __and__ __or__ __xor__ __invert__
+clamp and and_ or or_ xor invert bitwise_and bitwise_or bitwise_not
 logical_and logical_or logical_not logical_xor getitem expand expand_as broadcast_to view
 reshape unsqueeze squeeze permute transpose flatten contiguous clone to bool int long float half
 bfloat16 type type_as cumsum diff tril triu where masked_fill cat stack repeat
@@ -149,6 +149,8 @@ def _is_constant_op(node: Node) -> bool:
         return False
     target: Any = node.target
     name = target if node.op == "call_method" else getattr(target, "__name__", "")
+    if name.startswith("__") and name.endswith("__"):  # a == b is a method in some versions
+        name = name[2:-2]
     return name in _CONSTANT
 
 

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from ..kernels import load_ops
 from . import executor
 from .emit import EmitError, emit
-from .fuse import Fuser, base_of
+from .fuse import Fuser, base_of, find_escapes
 from .group import Group, Plan
 from .indexing import product
 from .ir import Value
@@ -123,7 +123,7 @@ def _attempt(
         fuser.unfused,
         fuser.inlined,
         fuser.written,
-        fuser.escapes,
+        find_escapes(program, gm.graph),  # more than before: groups may have gone back to ATen
     )
     report.plan = plan
     observe("fuse", plan)
