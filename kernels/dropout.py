@@ -73,7 +73,7 @@ def _uniform(seed: Any, place: Any) -> Any:
 
 
 def native_dropout(x: Any, p: float, train: Any) -> Any:
-    """The decomposition of ``aten.native_dropout``: x * mask / (1 - p), rounded once; and the mask."""
+    """The decomposition of ``aten.native_dropout``: (x * mask / (1 - p) rounded once, mask)."""
     import torch
 
     if train is False or not 0.0 < p < 1.0 or not x.is_floating_point():

@@ -37,7 +37,7 @@ _TARGET = T(6, dtype="int64", low=0, high=9)
     ],
 )
 def nll_loss(b: Any, logp: Any, target: Any, weight: Any, reduction: int, ignore_index: int) -> Any:
-    """-logp[target], as it is (0), averaged over the counted rows (1) or summed (2); (loss, count)."""
+    """(loss, count): -logp[target], as it is (0), averaged over counted rows (1) or summed (2)."""
     dtype = logp.dtype
     loss, counted = _picked(b, logp, target, ignore_index)
     if reduction == 0:

@@ -142,7 +142,10 @@ def logsumexp(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
 
 
 def moments(b: Any, x: Any, axes: Any, correction: Any) -> tuple[Any, Any]:
-    """(variance, mean) of a float32 or float64 Value, axes kept; two passes, as exact as Welford's."""
+    """(variance, mean) of a float32 or float64 Value, axes kept.
+
+    Two passes, as exact as Welford's.
+    """
     center = b.mean(x, axes)
     diff = b.sub(x, center, 1)
     count = 1

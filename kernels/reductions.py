@@ -1,4 +1,4 @@
-"""Device functions that finish a reduction: tiles are [X, R] and R is reduced, staying as size 1."""
+"""Device functions that finish a reduction: tiles are [X, R]; R is reduced and stays as size 1."""
 
 import triton
 import triton.language as tl
@@ -84,10 +84,7 @@ def running_logsumexp(m, s, x):
 @triton.jit
 def beats(x, best, LARGEST: tl.constexpr):
     """Whether x replaces best in an argmax (argmin): strictly better, or the first NaN."""
-    if LARGEST:
-        better = x > best
-    else:
-        better = x < best
+    better = x > best if LARGEST else x < best
     if x.dtype.is_floating():
         better = (better & (best == best)) | ((x != x) & (best == best))
     return better
@@ -95,7 +92,7 @@ def beats(x, best, LARGEST: tl.constexpr):
 
 @triton.jit
 def row_argbest(x, place, LARGEST: tl.constexpr):
-    """The smallest place at which each row of x is best; lanes out of play hold a place of 2**62."""
+    """The smallest place where each row of x is best; lanes out of play hold a place of 2**62."""
     if LARGEST:
         best = row_amax(tl.where(place < 2**62, x, best_start(x, LARGEST)))
     else:

@@ -7,15 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import assert_accurate, error_in_ulps, in_float64
 from helpers import DEVICE, assert_same_bits, assert_same_metadata, compile_
 from opcheck import (
     FROM_FORWARD,
     RANDOM,
-    assert_accurate,
     calls,
     check_call,
-    error_in_ulps,
-    in_float64,
     make,
     one_node,
     overload,

@@ -1,0 +1,183 @@
+"""Outputs that are inputs, views of inputs, or each other; inputs that share memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_same, check, compile_, fresh, rand
+
+ALIASES = {
+    "input": lambda x: x,
+    "input_and_more": lambda x: (x, x + 1),
+    "input_twice": lambda x: (x, x),
+    "view": lambda x: x.view(-1),
+    "transpose": lambda x: x.t(),
+    "slice": lambda x: x[1:, ::2],
+    "select": lambda x: x[1],
+    "expand": lambda x: x[:, :1].expand(4, 6),
+    "unsqueeze": lambda x: x.unsqueeze(1),
+    "detach": lambda x: x.detach(),
+    "alias_after_math": lambda x: (x * 2, x.view(6, 4)),
+    "contiguous": lambda x: x.contiguous(),
+    "same_dtype_cast": lambda x: x.to(torch.float32),
+    "reshape": lambda x: x.reshape(3, 8),
+    "as_strided": lambda x: x.as_strided((3, 2), (5, 2), 1),
+    "split": lambda x: x.split(2),
+    "unbind": lambda x: x.unbind(0),
+    "chunk": lambda x: x.chunk(2, 1),
+    "squeeze": lambda x: x[None].squeeze(0),
+    "diagonal": lambda x: x.diagonal(),
+    "unfold": lambda x: x.unfold(1, 3, 2),
+    "view_of_intermediate": lambda x: (x + 1).t(),
+    "two_views_of_intermediate": lambda x: (lambda y: (y[0], y[1:], y))(x + 1),
+    "same_intermediate_twice": lambda x: (lambda y: (y, y))(x + 1),
+    "equal_but_distinct": lambda x: (x + 1, x + 1),
+    "clone": lambda x: (x.clone(), x),
+    "dropout_in_eval": lambda x: F.dropout(x * 2, 0.5, training=False) + 1,
+    "zero_dim_view": lambda x: x[1, 2],
+    "dtype_view": lambda x: x.view(torch.int32),
+    "movedim": lambda x: x.view(2, 2, 6).movedim(0, -1),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("name", ALIASES)
+def test_aliases(name, grad):
+    check(ALIASES[name], rand(4, 6), grad=False)
+    if grad:
+        check(ALIASES[name], rand(4, 6, grad=True))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_output_can_be_written_without_touching_the_input(grad):
+    """`x + 0`, `x * 1` and a copy are new tensors, whatever a pass thinks of them."""
+
+    def fn(x):
+        return x + 0, x * 1, x.clone(), x.to(torch.float32, copy=True), x / 1
+
+    x = rand(4, 6, grad=grad)
+    check(fn, x)
+    with torch.no_grad():
+        before = x.clone()
+        for out in compile_(fn)(x):
+            out.zero_()
+    assert torch.equal(x, before)
+
+
+def test_distinct_outputs_do_not_share_memory():
+    x = rand(4, 6)
+    a, b = compile_(lambda x: (x.sin(), x.sin()))(x)
+    a.zero_()
+    assert torch.equal(b, x.sin()) or torch.allclose(b, x.sin())
+
+
+def test_results_survive_the_next_call():
+    fn = compile_(lambda x: (x * 2, x.sum(-1)))
+    x, other = rand(4, 6), rand(4, 6)
+    first = fn(x)
+    kept = fresh(first)
+    second = fn(other)
+    assert_same(first[0], kept[0])
+    assert_same(first[1], kept[1])
+    assert_same(second[0], other * 2)
+
+
+def test_written_view_returned_with_its_base():
+    def fn(x):
+        view = x[1:]
+        view.mul_(2)
+        return view, x, x.t()
+
+    check(fn, rand(4, 6))
+
+
+def test_inputs_that_overlap():
+    base = rand(24)
+
+    def fn(a, b):
+        a.add_(1)
+        return a * 2 + b
+
+    check(fn, base[:12], base[6:18])
+
+
+def test_inputs_that_are_one_tensor():
+    x = rand(4, 6)
+
+    def fn(a, b):
+        a.mul_(2)
+        return a + b
+
+    check(fn, x, x)
+
+
+def test_input_and_its_view():
+    x = rand(4, 6)
+
+    def fn(a, b):
+        b.add_(1)
+        return a.sum(0), b.sum(0)
+
+    check(fn, x, x.t())
+
+
+def test_second_input_copied_from_first():
+    def fn(x, y):
+        y.copy_(x)
+        x.zero_()
+        return x + y
+
+    check(fn, rand(4, 6), rand(4, 6))
+
+
+def test_swap_inputs():
+    def fn(x, y):
+        t = x.clone()
+        x.copy_(y)
+        y.copy_(t)
+        return x - y
+
+    check(fn, rand(4, 6), rand(4, 6))
+
+
+def test_swap_inputs_of_different_layout():
+    def fn(x, y):
+        t = x * 1
+        x.copy_(y + 1)
+        y.copy_(t.relu())
+
+    check(fn, rand(4, 6), rand(6, 4).t())
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_write_without_grad_to_a_leaf(context):
+    def fn(w, g):
+        w.sub_(0.1 * g)
+        return w.norm()
+
+    check(fn, rand(4, 6, grad=context is torch.no_grad), rand(4, 6), context=context, grad=False)
+
+
+def test_write_inside_no_grad_then_use():
+    def fn(w, x):
+        with torch.no_grad():
+            w.mul_(0.5)
+        return (w * x).sum(-1)
+
+    check(fn, rand(4, 6), rand(4, 6, grad=True))
+
+
+def test_metadata_written():
+    def fn(x):
+        x.t_()
+        y = x * 2
+        y.unsqueeze_(0)
+        return y
+
+    check(fn, rand(4, 6), fullgraph=False)  # Dynamo breaks the graph at an input
+
+
+def test_write_to_leaf_that_needs_grad_raises():
+    with pytest.raises(RuntimeError, match="leaf"):
+        (lambda x: x.add_(1))(rand(3, grad=True))
+    with pytest.raises(RuntimeError, match="leaf"):
+        compile_(lambda x: x.add_(1))(rand(3, grad=True))
