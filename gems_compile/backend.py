@@ -18,7 +18,9 @@ from .kernels.target import current_target
 from .lowering.decompose import decompositions
 from .lowering.options import Options
 from .lowering.partition import partition
+from .lowering.passes import draws_random_numbers
 from .lowering.pipeline import Report, compile_graph
+from .second_order import Program, with_second_order
 
 if TYPE_CHECKING:
     from .dump import Session
@@ -85,12 +87,15 @@ def _compile(
 
         pool(options.threads)  # workers start while AOTAutograd traces
     session = _dump_session(config)
+    program = Program(gm) if _may_train(inputs) else None
     rewrites = _rewrite(gm, session) if config.rewrites else None
     number = next(owner.graphs)
 
     def compiler(kind: str) -> Callable[..., Any]:
         def compile_one(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             report = Report(f"{len(owner.reports)}_{kind}")
+            if program is not None and kind == "forward":
+                program.random = any(map(draws_random_numbers, gm.graph.nodes))
             report.graph, report.kind, report.rewrites = number, kind, rewrites
             run, report = _compile_one(gm, inputs, options, report, session)
             owner.reports.append(report)
@@ -98,7 +103,7 @@ def _compile(
 
         return compile_one
 
-    return aot_autograd(
+    compiled = aot_autograd(
         fw_compiler=compiler("forward"),
         bw_compiler=compiler("backward"),
         inference_compiler=compiler("inference"),
@@ -106,6 +111,13 @@ def _compile(
         partition_fn=partition,
         keep_inference_input_mutations=True,
     )(gm, inputs)
+    return compiled if program is None else with_second_order(compiled, program)
+
+
+def _may_train(inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(x, torch.Tensor) and x.requires_grad for x in inputs
+    )
 
 
 def _dump_session(config: Config) -> Session | None:

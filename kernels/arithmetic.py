@@ -3,6 +3,8 @@
 # ruff: noqa: RET505 - Triton compiles what follows a static if, a return in it or not
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -386,10 +388,18 @@ def lerp(x, end, weight):
     return tl.where(tl.abs(weight) < 0.5, from_x, from_end)
 
 
+def nan_bound(x: Any, *bounds: Any) -> str | None:
+    """ATen clamps to a NaN on a CPU and ignores it on a GPU."""
+    if any(isinstance(b, float) and b != b for b in bounds):
+        return "a bound is NaN"
+    return None
+
+
 @pointwise(
     "aten.clamp.default",
     "aten.clamp.Tensor",
     dtypes=NUMBERS,
+    declines=nan_bound,
     samples=[
         call(X, -1, 1),
         call(X, min=0),
@@ -414,6 +424,7 @@ def clamp(x, lo, hi):
     "aten.clamp_min.default",
     "aten.clamp_min.Tensor",
     dtypes=NUMBERS,
+    declines=nan_bound,
     samples=[call(X, 0), call(X, X), call(X, ROW)],
 )
 @triton.jit
@@ -426,6 +437,7 @@ def clamp_min(x, lo):
     "aten.clamp_max.default",
     "aten.clamp_max.Tensor",
     dtypes=NUMBERS,
+    declines=nan_bound,
     samples=[call(X, 0), call(X, X), call(X, ROW)],
 )
 @triton.jit

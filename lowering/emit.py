@@ -19,7 +19,7 @@ from typing import Any
 from ..kernels.op import BODIES
 from .group import Group
 from .indexing import ZERO, Index, NeedSplit, Size, is_static, quotient, simplify
-from .ir import FLOATING, SIXTEEN_BIT, SizeArg, Value, computing_dtype
+from .ir import FLOATING, INTEGERS, SIXTEEN_BIT, SizeArg, Value, computing_dtype
 from .translate import common_dtype
 
 
@@ -295,7 +295,7 @@ class Emitter:
             elif isinstance(a, SizeArg):
                 args.append(f"{self.size_name(a.expr)}.to(tl.{compute})")
             else:
-                args.append(literal(a))
+                args.append(literal(_whole(a) if compute in INTEGERS else a))
         module, function = _spelling(op)
         self.body.modules.add(module)
         result = f"{module}.{function}({', '.join(args)})"
@@ -573,6 +573,11 @@ def literal(value: Any) -> str:
     if isinstance(value, str) and value.isidentifier():
         return repr(value)
     raise EmitError(f"{value!r} cannot stand in a kernel")
+
+
+def _whole(value: Any) -> Any:
+    """A whole number as one: Triton makes no integer of 1.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _storage(dtype: str) -> str:

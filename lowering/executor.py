@@ -175,7 +175,7 @@ class Writer:
     def add(self, line: str, comment: str = "") -> None:
         self.lines.append(f"{line}  # {comment}" if comment else line)
 
-    # the function ----------------------------------------------------------------------------------
+    # the function --------------------------------------------------------------------------------
 
     def write(self) -> str:
         self._unpack()

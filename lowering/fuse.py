@@ -103,7 +103,7 @@ class Fuser:
     def _read_by_rows_and_columns(self) -> set[Value]:
         """Cheap values that column reductions read, and other kernels too (a ReLU's gradient).
 
-        Loading what one is made of twice moves no more bytes than storing it and loading that twice.
+        Loading its operands twice moves no more bytes than storing it and loading that twice.
         """
         feeds = self._find_column_feeds()
         out: set[Value] = set()
@@ -125,7 +125,7 @@ class Fuser:
         return out
 
     def _may_move(self, v: Value) -> bool:
-        """Whether v may be computed where it is read: nobody else needs it, no write comes between."""
+        """Whether v may be computed where it is read: only there, with no write in between."""
         return (
             v not in self.escapes
             and v not in self.waits
@@ -150,9 +150,10 @@ class Fuser:
         feeds: set[Value] = set()
         for v in reversed(self.program.values):
             readers = self.readers.get(v)
-            if v.computes and v.kind != "reduce" and v not in self.escapes and readers:
-                if all(r in feeds or (r.kind == "reduce" and is_column(r)) for r, _ in readers):
-                    feeds.add(v)
+            if not (v.computes and v.kind != "reduce" and v not in self.escapes and readers):
+                continue
+            if all(r in feeds or (r.kind == "reduce" and is_column(r)) for r, _ in readers):
+                feeds.add(v)
         return feeds
 
     # grouping -------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ BITS = {
     "opaque": 0,
 }
 FLOATING = {"float16", "bfloat16", "float32", "float64"}
-SUPPORTED = FLOATING | {"bool", "uint8", "int8", "int16", "int32", "int64"}
+INTEGERS = {"uint8", "int8", "int16", "int32", "int64"}
+SUPPORTED = FLOATING | INTEGERS | {"bool"}
 SIXTEEN_BIT = {"float16", "bfloat16"}
 
 _ids = count()

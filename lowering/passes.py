@@ -224,6 +224,26 @@ def _is_pure(node: fx.Node) -> bool:
     )
 
 
+def draws_random_numbers(node: fx.Node) -> bool:
+    """Whether two runs of the node may differ; of an op we cannot look into, that is assumed."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return False
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    schema = schema_of(node)
+    if schema is None:
+        return False
+    if schema.name == "gems::seed":
+        return True
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    for place, argument in enumerate(schema.arguments):  # attention: only where it drops out
+        if argument.name == "dropout_p":
+            default = node.kwargs.get("dropout_p", argument.default_value)
+            return (node.args[place] if place < len(node.args) else default) != 0
+    return True
+
+
 def drop_dead_code(gm: fx.GraphModule) -> int:
     """Erase what nobody reads, if computing it has no effect."""
     dropped = 0

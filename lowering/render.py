@@ -128,7 +128,7 @@ class Renderer:
     def _param(self, name: str) -> object:
         return next((what for n, _, what in self.body.params if n == name), None)
 
-    # text ------------------------------------------------------------------------------------------
+    # text ----------------------------------------------------------------------------------------
 
     def run(self) -> Source:
         grid = self._prologue()
@@ -280,7 +280,7 @@ class Renderer:
             parts.append(self.body_size(index.const))
         return " + ".join(parts) or "0"
 
-    # instructions ------------------------------------------------------------------------------------
+    # instructions --------------------------------------------------------------------------------
 
     def _line(self, instr: Instr) -> None:
         text = instr.text

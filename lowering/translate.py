@@ -207,7 +207,7 @@ class Translator:
         x = args[0]
         dims = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple, int)) else None
         axes = [dims] if isinstance(dims, int) else dims
-        axes = list(range(x.ndim)) if not axes else axes
+        axes = axes if axes else list(range(x.ndim))
         self.builder.origin = None
         out = op.body(self.builder, x, normalize_axes(axes, x.ndim), dtype_name(val.dtype))
         if out.ndim != val.ndim:

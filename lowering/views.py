@@ -9,6 +9,7 @@ coordinate; ``None`` stands for an axis that nothing is known about yet.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 from .indexing import (
@@ -175,10 +176,7 @@ class Reshape(View):
             return contiguous_strides(self.shape)
         out: list[Size] = [1] * len(self.shape)
         for src_dims, own_dims in self.runs:
-            if any(
-                src[a] != simplify(src[b] * self.src[b])
-                for a, b in zip(src_dims, src_dims[1:], strict=False)
-            ):
+            if any(src[a] != simplify(src[b] * self.src[b]) for a, b in pairwise(src_dims)):
                 return contiguous_strides(self.shape)
             step = src[src_dims[-1]]
             for dim in reversed(own_dims):

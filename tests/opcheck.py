@@ -270,7 +270,7 @@ def _as_promised(t: Tensor, fake: Tensor) -> Tensor:
 
 
 #: torch's own FakeTensors have another dtype, or of transposed operands other strides, than its
-#: results on a CPU; the graph goes by the FakeTensors
+#: results; the graph goes by the FakeTensors
 MISDESCRIBED = {
     "aten._native_batch_norm_legit_functional.default",
     "aten._native_batch_norm_legit_no_training.default",
@@ -280,6 +280,7 @@ MISDESCRIBED = {
     "aten.native_layer_norm_backward.default",
     "aten.native_dropout_backward.default",
     "aten._log_softmax_backward_data.default",
+    "aten._fused_rms_norm_backward.default",
 }
 #: eager's CPU kernel takes contiguous operands only
 CONTIGUOUS_ONLY = {

@@ -161,7 +161,9 @@ NOT_DIFFERENTIABLE = {
 
 #: overloads with a kernel that cannot serve a call in eager mode
 ATENS = {
-    "aten._native_batch_norm_legit_no_training.default": "its saved statistics are results that the kernel does not give",
+    "aten._native_batch_norm_legit_no_training.default": (
+        "its saved statistics are results that the kernel does not give"
+    ),
 }
 
 

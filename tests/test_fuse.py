@@ -275,7 +275,7 @@ def test_row_lengths(name: str, length: int) -> None:
 def test_looped_rows() -> None:
     """Enough long rows to keep a GPU busy: one program a row, in steps."""
     fn = ROWS["softmax"]
-    x = rand(64, 20000)
+    x = rand(64 if DEVICE == "cpu" else 1000, 20000)
     got, report = lower(fn, x, alone=True)
     assert report.launches == 1
     assert "for start in range" in report.sources[0].text

@@ -170,16 +170,6 @@ def test_custom_autograd_function():
     check(lambda x: Cube.apply(x * 2).sum(-1), rand(3, 4, grad=True))
 
 
-def test_double_backward_fails_as_the_others_do():
-    """AOTAutograd has no double backward: an error, not a wrong gradient."""
-    x = rand(3, 4, grad=True)
-    fn = compile_(lambda x: (x**3).sum())
-    (g,) = torch.autograd.grad(fn(x), x, create_graph=True)
-    assert_same(g.detach(), 3 * x.detach() ** 2)
-    with pytest.raises(RuntimeError, match="double backward"):
-        g.sum().backward()
-
-
 def test_double_backward_by_eager_part():
     """The gradient of a gradient where only a linear part is compiled beside an eager cube."""
 
