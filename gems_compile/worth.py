@@ -29,7 +29,7 @@ LEAST = {
     "_softmax": 2**24,
     "_softmax_backward_data": 2**23,
     "_log_softmax": 2**24,
-    "native_layer_norm": 2**24,
+    "native_layer_norm": 2**23,
     "_fused_rms_norm": 2**24,
     "_fused_rms_norm_backward": 2**24,
     "native_group_norm": 2**24,

@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 
 from ..kernels.op import OPS, Op
 from .indexing import Size, is_static, simplify, size_of
-from .ir import SUPPORTED, Builder, SizeArg, Value, normalize_axes, result_dtype
+from .ir import INTEGERS, SUPPORTED, Builder, SizeArg, Value, normalize_axes, result_dtype
 from .views import Permute, Reshape
 
 
@@ -194,6 +194,8 @@ class Translator:
         if any(map(_negative_zero, args)):
             raise Declined("negative zero as a literal")
         shape, dtype = [size_of(s) for s in val.shape], dtype_name(val.dtype)
+        if dtype in INTEGERS and not INTEGERS & set(op.dtypes):
+            raise Declined(f"its kernel is not for {dtype}")
         strides = [size_of(s) for s in val.stride()]
         if op.name in CASTS:
             return self._add(

@@ -287,6 +287,8 @@ CONTIGUOUS_ONLY = {
     "aten.native_group_norm.default",
     "aten.native_group_norm_backward.default",
 }
+#: a GPU fills results that the kernel does not give: ATen runs where all of them are wanted
+FILLED_ON_A_GPU = {"aten._native_batch_norm_legit_no_training.default"}
 #: sums of terms that round before they are added, in the order of eager's CUDA kernel
 CANCELS = {"addcmul", "addcdiv", "lerp"}
 
@@ -300,7 +302,7 @@ def check_call(target: Any, args: Any, kwargs: Any, kernels: int | None = None) 
     scale = "element" if op.kind == "pointwise" and op.name not in CANCELS else "tensor"
     fakes = promised if str(target) in MISDESCRIBED else None
     compare(got, target, args, kwargs, op.name, scale, fakes)
-    if kernels is not None:
+    if kernels is not None and not (DEVICE == "cuda" and str(target) in FILLED_ON_A_GPU):
         assert report.launches >= kernels, f"{op.name} ran as ATen: {report.aten}"
     return report
 
