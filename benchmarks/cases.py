@@ -47,13 +47,13 @@ class Case:
         out["loss"].backward()
         return out
 
-    def upcast(self) -> Case:
-        """The same weights, buffers and inputs in float32; cheap to build, nothing is shared."""
+    def upcast(self, dtype: torch.dtype) -> Case:
+        """The same weights, buffers and inputs in a wider dtype; nothing is shared."""
         for param in self.params:
             param.grad = None
         self.reset()
-        inputs = {name: upcast(value) for name, value in self.inputs.items()}
-        return Case(copy.deepcopy(self.model).float(), inputs, self.training)
+        inputs = {name: upcast(value, dtype) for name, value in self.inputs.items()}
+        return Case(copy.deepcopy(self.model).to(dtype), inputs, self.training)
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,16 @@ def outputs(out: Any) -> dict[str, torch.Tensor]:
     return {name: out[name] for name in ("loss", "logits") if out.get(name) is not None}
 
 
-def upcast(value: Any) -> Any:
-    """A float32 copy of a tensor or of a static cache; integers and flags stay."""
+def upcast(value: Any, dtype: torch.dtype) -> Any:
+    """A copy in ``dtype`` of a tensor or of a static cache; integers and flags stay."""
     if isinstance(value, torch.Tensor):
-        return value.float() if value.is_floating_point() else value
+        return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, bool):
         return value
     cache = copy.deepcopy(value)
     for layer in cache.layers:
-        layer.keys, layer.values = layer.keys.float(), layer.values.float()
-        layer.dtype = torch.float32
+        layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
+        layer.dtype = dtype
     return cache
 
 

@@ -145,8 +145,10 @@ def report(rows: list[dict[str, Any]], backends: list[str], options: argparse.Na
     """Print the table and what it amounts to; 1 if a model failed or is not accurate enough."""
     lines = [table.cells(row, table.index(rows), backends) for row in rows]
     table.show(table.header(backends), lines)
-    base = "eager in float32" if options.dtype == "float32" else "a float32 eager run"
-    print(f"error: ||out - ref|| / ||ref||, ref: {base} of the same weights; grad error: over all")
+    base = "float64" if options.dtype == "float32" else "float32"
+    print(
+        f"error: ||out - ref|| / ||ref||, ref: {base} eager, the same weights; grad error: over all"
+    )
     print("gradients; vs eager: ref is eager in this dtype. *: compared with dropout 0, timed with")
     print("dropout. x NAME: NAME's ms / this ms.")
     for line in table.means(rows, backends, options.dtype):

@@ -113,15 +113,15 @@ def distance(found: Step, wanted: Step) -> float:
     return math.sqrt(above / below) if below else math.sqrt(above)
 
 
-def errors(case: Case, run: Callable[..., Any]) -> dict[str, float]:
-    """Relative error of ``run`` against eager, and against eager in float32.
+def errors(case: Case, run: Callable[..., Any], wider: torch.dtype) -> dict[str, float]:
+    """Relative error of ``run`` against eager, and against eager in a wider dtype.
 
     Weights and inputs are the same. The gradients count as one vector.
     """
     found, row = results_of(case, run), {}
     if run is not case.model:
         row.update(compare("_vs_eager", found, results_of(case, case.model)))
-    reference = case.upcast()
+    reference = case.upcast(wider)
     row.update(compare("", found, results_of(reference, reference.model)))
     return row
 
@@ -183,7 +183,8 @@ def measure(task: dict[str, Any], device: torch.device, row: dict[str, Any]) -> 
         case = build(task, device, dropout=False)
         run = compiled(case.model, backend)
     mark()
-    row.update(errors(case, run))
+    wider = torch.float64 if task["dtype"] == "float32" else torch.float32
+    row.update(errors(case, run, wider))
     row["error_without_dropout"] = spec.dropout
 
 
