@@ -55,13 +55,6 @@ def input_view(
     return torch.as_strided(tensor, size, stride, tensor.storage_offset() + offset)
 
 
-def within(
-    slab: torch.Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], dtype: Any
-) -> torch.Tensor:
-    """The value at a byte offset of the slab, for kernels that take tensors."""
-    return slab[offset:].view(dtype).as_strided(size, stride)
-
-
 class Writer:
     """Writes the function. ``sources`` and ``launchers`` belong to the plan's groups, in order."""
 
@@ -84,8 +77,6 @@ class Writer:
         self.kept: set[str] = set()  # variables that are not tensors to free
         self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.kernels: list[tuple[str, Group]] = []
-        # kernels of a GPU take addresses, which costs less per launch than tensors
-        self.by_address = device.type == "cuda"
         self.scratch, self.scratch_bytes = plan_scratch(plan.steps, sources, plan.escapes)
         self.launches = 0
         self.calls = 0
@@ -204,8 +195,7 @@ class Writer:
         if self.scratch_bytes:
             dtype = self.constant(torch.uint8, "d")
             self.add(f"scratch = empty(({self.scratch_bytes},), (1,), {dtype})")
-            if self.by_address:
-                self.add(f"s0 = {self.use('scratch')}.data_ptr()")
+            self.add(f"s0 = {self.use('scratch')}.data_ptr()")
         for node in self.placeholders:
             self._learn_symbols(node)
         for node in self.placeholders:
@@ -272,19 +262,12 @@ class Writer:
         self.add(f"{name} = empty({self.sizes(out.shape)}, {self.sizes(out.strides)}, {dtype})")
 
     def _operand(self, value: Value) -> str:
-        """A tensor as a kernel takes it."""
+        """The address of a tensor: passing that costs less per launch than the tensor."""
         if value in self.scratch:
-            return self._place_in_scratch(value)
+            self.use("scratch")
+            return f"s0 + {self.scratch[value]}"
         name = self.use(self.aligned.get(value) or self.names[value])
-        return f"{name}.data_ptr()" if self.by_address else name
-
-    def _place_in_scratch(self, value: Value) -> str:
-        scratch, offset = self.use("scratch"), self.scratch[value]
-        if self.by_address:
-            return f"s0 + {offset}"
-        dtype = self.constant(getattr(torch, value.dtype), "d")
-        shape, strides = self.sizes(value.shape), self.sizes(value.strides)
-        return f"within({scratch}, {offset}, {shape}, {strides}, {dtype})"
+        return f"{name}.data_ptr()"
 
     def _call(self, node: Node) -> None:
         if node.op == "get_attr":
@@ -443,7 +426,6 @@ def bind(
         aligned=aligned,
         input_view=input_view,
         settle=settle,
-        within=within,
         math=math,
         Max=max,
         Min=min,

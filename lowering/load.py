@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import functools
 import json
 import logging
@@ -20,7 +21,7 @@ from .source import Source
 from .worker import compile_file, load_module, write_atomically
 
 log = logging.getLogger("gems_compile.lowering.load")
-Launcher = Callable[..., None]  # (grid_x, grid_y, grid_z, stream, *args)
+Launcher = Callable[..., None]  # (grid_x, grid_y, grid_z, stream, *args), tensors as addresses
 
 
 class CompileError(Exception):
@@ -214,12 +215,30 @@ class Loading:
 
 
 def interpreter_launcher(path: str, source: Source) -> Launcher:
-    """Run the kernel's Python on CPU tensors through Triton's interpreter."""
+    """Run the kernel's Python on the CPU through Triton's interpreter; tensors as addresses."""
     function = getattr(load_module(path), source.meta["name"])
-    constants = source.meta["constants"]
+    constants, dtypes = source.meta["constants"], pointer_dtypes(source)
 
     def launch(x: int, y: int, z: int, stream: Any, *args: Any) -> None:
         with _interpreter_lock:
-            function[(x, y, z)](*args, **constants)
+            function[(x, y, z)](*map(_at_address, args, dtypes), **constants)
 
     return launch
+
+
+def _at_address(value: int, dtype: Any) -> Any:
+    """What the interpreter takes for a pointer: a tensor whose data starts there. It checks no
+    bounds, so one element is enough."""
+    if dtype is None:
+        return value
+    import torch
+
+    memory = (ctypes.c_char * dtype.itemsize).from_address(value)
+    return torch.frombuffer(memory, dtype=dtype)
+
+
+def pointer_dtypes(source: Source) -> list[Any]:
+    """The torch dtype behind each pointer argument, None of a number."""
+    import torch
+
+    return [None if role == "size" else getattr(torch, v.dtype) for _, role, v in source.params]

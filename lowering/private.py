@@ -101,11 +101,12 @@ def _direct(kernel: Any) -> Callable[..., None]:
 
 
 def jit_launcher(source: Source, path: str) -> Callable[..., None]:
+    from .load import pointer_dtypes
     from .worker import load_module
 
     function = getattr(load_module(path), source.meta["name"])
     constants, warps = source.meta["constants"], source.meta["num_warps"]
-    dtypes = [None if role == "size" else getattr(torch, v.dtype) for _, role, v in source.params]
+    dtypes = pointer_dtypes(source)
 
     def launch(x: int, y: int, z: int, stream: Any, *args: Any) -> None:
         function[(x, y, z)](
