@@ -11,7 +11,6 @@ one loop over the row for each level.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,11 +19,17 @@ from ..kernels.op import BODIES
 from .group import Group
 from .indexing import ZERO, Index, NeedSplit, Size, is_static, quotient, simplify
 from .ir import FLOATING, INTEGERS, SIXTEEN_BIT, SizeArg, Value, computing_dtype
-from .translate import common_dtype
-
-
-class EmitError(Exception):
-    """The group cannot be written as one kernel; its nodes run as ATen."""
+from .spelling import (
+    EmitError,
+    accumulator_dtype,
+    computing_type,
+    line_of,
+    literal,
+    parameters,
+    spelling,
+    storage,
+    whole,
+)
 
 
 @dataclass
@@ -54,25 +59,6 @@ class Body:
     params: list[tuple[str, str, Any]] = field(default_factory=list)  # (name, role, what)
     modules: set[str] = field(default_factory=set)
     wide: set[str] = field(default_factory=set)  # registers and derived atoms that vary along r
-
-
-#: combine, identity for floats, identity for integers, final reduction of a tile
-REDUCTIONS = {
-    "sum": ("{0} + {1}", "0", "0", "reductions.row_sum"),
-    "prod": ("{0} * {1}", "1", "1", "reductions.row_prod"),
-    "amax": ("reductions.larger({0}, {1})", "-inf", "min", "reductions.row_amax"),
-    "amin": ("reductions.smaller({0}, {1})", "inf", "max", "reductions.row_amin"),
-    "any": ("{0} | {1}", "", "0", "reductions.row_any"),
-    "all": ("{0} & {1}", "", "1", "reductions.row_all"),
-}
-_LIMITS = {
-    "int64": (-(2**63), 2**63 - 1),
-    "int32": (-(2**31), 2**31 - 1),
-    "bool": (0, 1),
-    "int16": (-(2**15), 2**15 - 1),
-    "int8": (-128, 127),
-    "uint8": (0, 255),
-}
 
 
 class Emitter:
@@ -285,7 +271,7 @@ class Emitter:
     ) -> str:
         op = BODIES[v.op]
         compute = computing_type(v)
-        names = _parameters(op)
+        names = parameters(op)
         args = []
         for name, a in zip(names, v.args, strict=False):
             if isinstance(a, Value):
@@ -295,11 +281,11 @@ class Emitter:
             elif isinstance(a, SizeArg):
                 args.append(f"{self.size_name(a.expr)}.to(tl.{compute})")
             else:
-                args.append(literal(_whole(a) if compute in INTEGERS else a))
-        module, function = _spelling(op)
+                args.append(literal(whole(a) if compute in INTEGERS else a))
+        module, function = spelling(op)
         self.body.modules.add(module)
         result = f"{module}.{function}({', '.join(args)})"
-        return self.line(section, self.rounded(result, v.dtype, compute, v), comment=_line_of(v))
+        return self.line(section, self.rounded(result, v.dtype, compute, v), comment=line_of(v))
 
     def _operand(self, register: str, a: Value, want: str, v: Value) -> str:
         if want == "bool":
@@ -331,13 +317,13 @@ class Emitter:
         if a.dtype == v.dtype or (v.dtype == computing_dtype(a.dtype) and v.dtype != "bool"):
             return register
         if v.dtype == "bool":
-            return self.line(section, f"({register} != 0)", comment=_line_of(v))
+            return self.line(section, f"({register} != 0)", comment=line_of(v))
         if v.dtype in SIXTEEN_BIT and not self.exact and computing_dtype(a.dtype) == "float32":
             return register
         text = register
         if v.dtype in SIXTEEN_BIT:
             text = f"{text}.to(tl.{v.dtype})"
-        return self.line(section, f"{text}.to(tl.{computing_dtype(v.dtype)})", comment=_line_of(v))
+        return self.line(section, f"{text}.to(tl.{computing_dtype(v.dtype)})", comment=line_of(v))
 
     def _full(
         self,
@@ -357,7 +343,7 @@ class Emitter:
             value = int(value)
         else:
             value = float(value)
-        text = f"tl.full([{{ones}}], {literal(value)}, tl.{_storage(dtype)})"
+        text = f"tl.full([{{ones}}], {literal(value)}, tl.{storage(dtype)})"
         if v.dtype in SIXTEEN_BIT:
             text = f"{text}.to(tl.{v.dtype}).to(tl.float32)"
         return self.line(section, text)
@@ -485,7 +471,7 @@ class Emitter:
         text = self.rounded(name, r.dtype, have, r)
         if r.dtype == "bool" and have != "bool":
             text = f"({name} != 0)"
-        self.results[r] = self.line(section, text, comment=_line_of(r)) if text != name else name
+        self.results[r] = self.line(section, text, comment=line_of(r)) if text != name else name
 
     def _store(self, out: Value, level: int) -> None:
         coords = self.coords(out)
@@ -513,99 +499,3 @@ def emit(group: Group, inlined: set[Value], exact: bool, looped: bool) -> Body:
         except NeedSplit as need:
             group.split(need.atom, need.inner)
     raise EmitError("index arithmetic does not settle")
-
-
-# dtypes and literals -----------------------------------------------------------------------------
-
-
-def computing_type(v: Value) -> str:
-    """The dtype a pointwise op's operands are converted to."""
-    values = list(v.inputs)
-    if v.dtype == "bool":
-        return computing_dtype(common_dtype(values, v.args))
-    hold = computing_dtype(v.dtype)
-    if v.dtype in FLOATING:
-        wider = [a.dtype for a in values if a.dtype in FLOATING and (a.ndim or not v.ndim)]
-        return result_dtype_of([hold, *(computing_dtype(d) for d in wider)])
-    return hold
-
-
-def result_dtype_of(dtypes: Sequence[str]) -> str:
-    return "float64" if "float64" in dtypes else dtypes[0]
-
-
-def accumulator_dtype(r: Value) -> str:
-    """What a reduction is summed in."""
-    x = r.args[0]
-    if r.op in ("any", "all"):
-        return "bool"
-    if r.op in ("sum", "prod", "logsumexp"):
-        return computing_dtype(result_dtype_of_pair(x.dtype, r.dtype))
-    return computing_dtype(x.dtype)
-
-
-def result_dtype_of_pair(one: str, two: str) -> str:
-    if two in FLOATING or one in FLOATING:
-        return "float64" if "float64" in (one, two) else "float32"
-    return "int64"
-
-
-def identity(op: str, dtype: str) -> str:
-    """The identity of a reduction, as kernel text."""
-    if op in ("argmax", "argmin"):
-        op = "amax" if op == "argmax" else "amin"
-    if op == "logsumexp":
-        return 'float("-inf")'
-    _, for_float, for_int, _ = REDUCTIONS[op]
-    if dtype in FLOATING:
-        return f'float("{for_float}")' if "inf" in for_float else for_float
-    if for_int in ("min", "max"):
-        return str(_LIMITS[dtype][for_int == "max"])
-    return ("False" if for_int == "0" else "True") if dtype == "bool" else for_int
-
-
-def literal(value: Any) -> str:
-    """A Python number as kernel text; only numbers, truth values, None and plain words pass."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return f'float("{value}")'
-    if value is None or isinstance(value, (bool, int, float)):
-        return repr(value)
-    if isinstance(value, str) and value.isidentifier():
-        return repr(value)
-    raise EmitError(f"{value!r} cannot stand in a kernel")
-
-
-def _whole(value: Any) -> Any:
-    """A whole number as one: Triton makes no integer of 1.0."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _storage(dtype: str) -> str:
-    return "int1" if dtype == "bool" else dtype
-
-
-def _parameters(op: Any) -> list[str]:
-    known = _PARAMETERS.get(op.name)
-    if known is None:
-        import inspect
-
-        known = list(inspect.signature(getattr(op.body, "fn", op.body)).parameters)
-        _PARAMETERS[op.name] = known
-    return known
-
-
-_PARAMETERS: dict[str, list[str]] = {}
-
-
-def _spelling(op: Any) -> tuple[str, str]:
-    """(module, function) of an op's body."""
-    function = getattr(op.body, "fn", op.body)
-    return function.__module__.rpartition(".")[2], function.__name__
-
-
-def _line_of(v: Value) -> str:
-    if v.node is None:
-        return ""
-    from .graph import source_line
-
-    return source_line(v.node) or ""

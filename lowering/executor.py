@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from . import private
-from .fuse import base_of
+from .flow import base_of
 from .group import Group, Plan
 from .indexing import ZERO, Size, is_static, simplify, size_of
 from .ir import SizeArg, Value

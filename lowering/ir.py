@@ -36,6 +36,15 @@ SIXTEEN_BIT = {"float16", "bfloat16"}
 _ids = count()
 
 
+class Declined(Exception):
+    """A node stays an ATen call; the message says why."""
+
+
+def dtype_name(dtype: Any) -> str:
+    """``torch.float32`` -> ``"float32"``."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Value:
     """One tensor.
 

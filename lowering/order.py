@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from .fuse import base_of
+from .flow import base_of
 from .group import Group
 from .ir import SizeArg, Value
 from .translate import Program

@@ -14,8 +14,9 @@ from torch.fx import GraphModule, Node
 
 from ..kernels import load_ops
 from . import executor
-from .emit import EmitError, emit
-from .fuse import Fuser, base_of, find_escapes
+from .emit import emit
+from .flow import base_of, find_escapes
+from .fuse import Fuser
 from .group import Group, Plan
 from .indexing import product
 from .ir import Value
@@ -263,4 +264,4 @@ class _Clock:
         self.at = now
 
 
-__all__ = ["EmitError", "Report", "compile_graph", "source_for"]
+__all__ = ["Report", "compile_graph", "source_for"]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from .emit import REDUCTIONS, Body, Instr, identity
+from .emit import Body, Instr
 from .indexing import Index, Size, is_static, product, simplify
 from .ir import SIXTEEN_BIT, Value
 from .schedule import Tile, column_tile, pointwise_tile, row_tile, transpose_tile
 from .source import POINTER, Lines, Source
+from .spelling import REDUCTIONS, identity
 
 HEADER = "import triton\nimport triton.language as tl\n"
 LIMIT_32 = 2**31 - 1

@@ -1,0 +1,138 @@
+"""Who reads which value, who writes it, and what must wait for what."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from torch.fx import Node
+
+from .indexing import product
+from .ir import BITS, Value
+from .translate import Program
+
+
+def is_widening(v: Value) -> bool:
+    """A cast that only widens: what it reads is smaller in memory, or as small."""
+    return v.kind == "cast" and BITS[v.args[0].dtype] < BITS[v.dtype]
+
+
+def base_of(v: Value) -> Value:
+    while v.kind == "view":
+        v = v.args[0]
+    return v
+
+
+def find_readers(program: Program) -> dict[Value, list[tuple[Value, bool]]]:
+    """value -> [(reader, reads it element for element)]."""
+    readers: dict[Value, list[tuple[Value, bool]]] = defaultdict(list)
+    for v in program.values:
+        if not v.computes:
+            continue
+        for k, a in enumerate(v.inputs):
+            shape = v.args[0].shape if v.kind == "reduce" else v.shape
+            aligned = v.kind != "concat" and not (v.kind == "gather" and k == 0)
+            same = aligned and product(a.shape) == product(shape) and _only_bijections(a)
+            if v.kind in ("reduce",) and not _only_bijections(a):
+                same = False
+            readers[base_of(a)].append((v, same))
+    return readers
+
+
+def find_escapes(program: Program, graph: Any) -> set[Value]:
+    """Values that ATen reads or the graph returns."""
+    escapes: set[Value] = set()
+    for node in graph.nodes:
+        if node.op == "output" or node in program.aten:
+            for source in node.all_input_nodes:
+                for value in _flatten(program.of.get(source)):
+                    escapes.add(base_of(value))
+    return escapes
+
+
+def _only_bijections(v: Value) -> bool:
+    while v.kind == "view":
+        if type(v.params).__name__ not in ("Permute", "Reshape"):
+            return False
+        v = v.args[0]
+    return True
+
+
+def _flatten(entry: Any) -> list[Value]:
+    if isinstance(entry, Value):
+        return [entry]
+    if isinstance(entry, (tuple, list)):
+        return [v for e in entry for v in _flatten(e)]
+    return []
+
+
+def order_edges(program: Program, graph: Any) -> tuple[dict[Value, list[Value]], set[Value]]:
+    """(what each ATen result waits for besides its operands, memory that the graph writes).
+
+    A node that writes an argument waits for everything that read that memory before; whatever
+    reads the memory afterwards waits for the node.
+    """
+    waits: dict[Value, list[Value]] = defaultdict(list)
+    read_by: dict[Value, list[Value]] = defaultdict(list)
+    written_by: dict[Value, Value] = {}
+    last_effect: Value | None = None
+    for node in graph.nodes:
+        if node.op in ("output", "placeholder", "get_attr"):
+            continue
+        own = program.made.get(node) or _flatten(program.of.get(node))
+        bases = [base_of(v) for s in node.all_input_nodes for v in _flatten(program.of.get(s))]
+        if node in program.aten or _is_pick(node, program):
+            for v in own:
+                waits[v].extend(bases)
+        for v in own:
+            for base in bases:
+                read_by[base].append(v)
+                if base in written_by and v is not written_by[base]:
+                    waits[v].append(written_by[base])
+        if node in program.aten and has_effect(node):
+            me = own[0] if own else None
+            if me is not None:
+                if last_effect is not None:
+                    waits[me].append(last_effect)
+                last_effect = me
+                for base in _written_bases(node, program):
+                    waits[me].extend(r for r in read_by[base] if r is not me)
+                    written_by[base] = me
+    return waits, set(written_by)
+
+
+def _is_pick(node: Node, program: Program) -> bool:
+    entry = program.of.get(node)
+    return isinstance(entry, Value) and entry.node is node and entry.kind == "buffer"
+
+
+def _written_bases(node: Node, program: Program) -> list[Value]:
+    schema = getattr(node.target, "_schema", None)
+    nodes = node.all_input_nodes
+    if schema is not None:
+        nodes = []
+        for k, arg in enumerate(schema.arguments):
+            if arg.alias_info is not None and arg.alias_info.is_write:
+                given = node.args[k] if k < len(node.args) else node.kwargs.get(arg.name)
+                nodes += [a for a in _nodes_in(given)]
+    return [base_of(v) for n in nodes for v in _flatten(program.of.get(n))]
+
+
+def _nodes_in(arg: Any) -> list[Node]:
+    if isinstance(arg, Node):
+        return [arg]
+    return [n for a in arg for n in _nodes_in(a)] if isinstance(arg, (list, tuple)) else []
+
+
+def has_effect(node: Node) -> bool:
+    """Whether a call changes memory, draws random numbers or has another effect."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return node.op == "call_function" and not _is_plain_function(node)
+    import torch
+
+    return schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _is_plain_function(node: Node) -> bool:
+    return getattr(node.target, "__module__", "") in ("_operator", "operator", "math")

@@ -1,0 +1,89 @@
+"""How a group's loop variables run over a value: frames, and how two groups' frames meet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .group import Group
+from .indexing import Size, is_static
+from .ir import Value
+from .views import Frame
+
+
+def frame_for(group: Group, v: Value) -> Frame | None:
+    """How the group's atoms run over v (over its operand, for a reduction), or None."""
+    shape = v.args[0].shape if v.kind == "reduce" else v.shape
+    if v.kind == "concat":
+        return None
+    frame: list[Any] = [None] * len(shape)
+    operands = v.inputs[1:] if v.kind == "gather" else v.inputs
+    for a in operands:
+        known = group.frame(a)
+        if known is None:
+            continue
+        lead = len(shape) - a.ndim
+        for k, axis in enumerate(known):
+            if axis is None or (_is_one(a.shape[k]) and not _is_one(shape[lead + k])):
+                continue
+            if frame[lead + k] is None:
+                frame[lead + k] = axis
+            elif group.resolve(frame[lead + k]) != group.resolve(axis):
+                return None
+    return _complete(group, shape, frame)
+
+
+def _complete(group: Group, shape: tuple[Size, ...], frame: list[Any]) -> Frame | None:
+    """Give unknown axes the atoms that are left, and check that the domain is covered."""
+    for k, size in enumerate(shape):
+        if frame[k] is None and _is_one(size):
+            frame[k] = ()
+    if all(axis is None for axis in frame) and frame:
+        return None
+    unknown = [k for k, axis in enumerate(frame) if axis is None]
+    used = set(group.resolve([a for axis in frame if axis for a in axis]))
+    if unknown:
+        left: tuple[str, ...] = tuple(a for a in group.domain if a not in used)
+        for k in reversed(unknown):
+            try:
+                left, frame[k] = group.take(left, shape[k])
+            except ValueError:
+                return None
+        if left:
+            return None
+    out = tuple(group.resolve(axis) for axis in frame)
+    atoms = atoms_of(out)
+    if len(set(atoms)) != len(atoms):
+        return None
+    covered = set(atoms)
+    if covered == set(group.domain) or (group.reduced and covered == set(group.parallel)):
+        return out
+    return None
+
+
+def align(one: Group, frame_one: Frame, two: Group, frame_two: Frame) -> dict[str, str] | None:
+    """Map the atoms of ``two`` to those of ``one``, splitting both until they match."""
+    mapping: dict[str, str] = {}
+    for axis_one, axis_two in zip(frame_one, frame_two, strict=True):
+        run_one, run_two = list(one.resolve(axis_one)), list(two.resolve(axis_two))
+        while run_one and run_two:
+            a, b = one.size(run_one[-1]), two.size(run_two[-1])
+            try:
+                if a == b:
+                    mapping[run_two.pop()] = run_one.pop()
+                elif is_static(a, b) and a > b:
+                    run_one[-1:] = one.split(run_one[-1], b)
+                else:
+                    run_two[-1:] = two.split(run_two[-1], a)
+            except ValueError:
+                return None
+        if run_one or run_two:
+            return None
+    return mapping if set(mapping) == set(two.domain) else None
+
+
+def atoms_of(frame: Frame) -> list[str]:
+    return [a for axis in frame for a in (axis or ())]
+
+
+def _is_one(size: Size) -> bool:
+    return type(size) is int and size == 1

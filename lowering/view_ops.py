@@ -1,0 +1,193 @@
+"""ATen's views, and what else only arranges or makes elements: each as a Value.
+
+A function gets the builder, the node's FakeTensor and the node's arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .indexing import Size, is_static, simplify, size_of
+from .ir import Builder, Declined, SizeArg, Value, dtype_name
+
+
+def negative_zero(value: Any) -> bool:
+    """Triton drops the sign of a literal -0.0."""
+    return type(value) is float and value == 0.0 and math.copysign(1.0, value) < 0
+
+
+def _shape(val: torch.Tensor) -> list[Size]:
+    return [size_of(s) for s in val.shape]
+
+
+def _reshape(b: Builder, val: torch.Tensor, x: Value, *_: Any) -> Value:
+    return b.reshape(x, _shape(val))
+
+
+def _slice(
+    b: Builder, val: Any, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Value:
+    size = x.shape[dim]
+    first = _clamp(0 if start is None else start, size)
+    if first is None:
+        raise Declined("slice with a symbolic start")
+    length = size_of(val.shape[dim])
+    return b.slice(
+        x,
+        dim,
+        first,
+        simplify(first + length * step) if step == 1 else first + (length - 1) * step + 1,
+        step,
+    )
+
+
+def _clamp(start: Any, size: Size) -> Size | None:
+    """A slice's start as an offset from 0; None when it depends on a symbol's value."""
+    if isinstance(start, SizeArg) or not isinstance(start, int):
+        return None
+    if start >= 0:
+        return min(start, size) if is_static(size) else (start if start == 0 else None)
+    return max(start + size, 0) if is_static(size) else None
+
+
+def _select(b: Builder, val: Any, x: Value, dim: int, index: Any) -> Value:
+    if not isinstance(index, int):
+        raise Declined("select with a symbolic index")
+    start = index if index >= 0 else simplify(x.shape[dim] + index)
+    return b.reshape(b.slice(x, dim, start, start + 1), _shape(val))
+
+
+def _expand(b: Builder, val: Any, x: Value, *_: Any) -> Value:
+    return b.expand(x, _shape(val))
+
+
+def _permute(b: Builder, val: Any, x: Value, dims: Sequence[int]) -> Value:
+    return b.permute(x, dims)
+
+
+def _transpose(b: Builder, val: Any, x: Value, d0: int, d1: int) -> Value:
+    dims = list(range(x.ndim))
+    if dims:
+        dims[d0], dims[d1] = dims[d1], dims[d0]
+    return b.permute(x, dims)
+
+
+def _t(b: Builder, val: Any, x: Value) -> Value:
+    return b.permute(x, list(reversed(range(x.ndim))))
+
+
+def _split(b: Builder, val: Any, x: Value, _size: Any, dim: int = 0) -> tuple[Value, ...]:
+    out, start = [], 0
+    for piece in val:
+        length = size_of(piece.shape[dim])
+        out.append(b.slice(x, dim, start, simplify(start + length)))
+        start = simplify(start + length)
+    return tuple(out)
+
+
+def _unbind(b: Builder, val: Any, x: Value, dim: int = 0) -> tuple[Value, ...]:
+    return tuple(_select(b, piece, x, dim, k) for k, piece in enumerate(val))
+
+
+def _flip(b: Builder, val: Any, x: Value, dims: Sequence[int]) -> Value:
+    return b.copy(b.flip(x, dims))
+
+
+def _cat(b: Builder, val: torch.Tensor, parts: Sequence[Value], dim: int = 0) -> Value:
+    if len(parts) > 8:
+        raise Declined(f"{len(parts)} parts; up to 8 are fused")
+    if any(p.ndim != val.ndim for p in parts):
+        raise Declined("parts of several ranks")
+    dtype = dtype_name(val.dtype)
+    return b.concat([b.cast(p, dtype) for p in parts], dim)
+
+
+def _stack(b: Builder, val: torch.Tensor, parts: Sequence[Value], dim: int = 0) -> Value:
+    dim %= val.ndim
+    return _cat(b, val, [b.unsqueeze(p, [dim], val.ndim) for p in parts], dim)
+
+
+def _pad(b: Builder, val: torch.Tensor, x: Value, pad: Sequence[Any], value: Any = 0) -> Value:
+    if not all(isinstance(p, int) and p >= 0 for p in pad):
+        raise Declined("negative or symbolic padding")
+    for k in range(len(pad) // 2):
+        axis = x.ndim - 1 - k
+        before, after = pad[2 * k], pad[2 * k + 1]
+        for amount, first in ((before, True), (after, False)):
+            if amount:
+                shape = [amount if a == axis else s for a, s in enumerate(x.shape)]
+                edge = b.full(shape, value or 0, x.dtype)
+                x = b.concat([edge, x] if first else [x, edge], axis)
+    return x
+
+
+def _full(b: Builder, val: torch.Tensor, size: Any, value: Any, *_: Any) -> Value:
+    if not isinstance(value, (int, float, SizeArg)):
+        raise Declined("fill value is no number")
+    if negative_zero(value):
+        raise Declined("negative zero as a literal")
+    return b.full(_shape(val), value, dtype_name(val.dtype))
+
+
+def _constant(value: int) -> Callable[..., Value]:
+    return lambda b, val, *_: b.full(_shape(val), value, dtype_name(val.dtype))
+
+
+def _scalar(b: Builder, val: torch.Tensor, value: Any, *_: Any) -> Value:
+    return _full(b, val, (), value)
+
+
+def _arange(b: Builder, val: torch.Tensor, start: Any, end: Any, step: Any = 1, *_: Any) -> Value:
+    dtype = dtype_name(val.dtype)
+    if dtype not in ("int64", "int32") or not all(
+        isinstance(n, (int, SizeArg)) for n in (start, step)
+    ):
+        raise Declined("arange of floats")
+    out = b.iota(_shape(val), 0)
+    if step != 1:
+        out = b.call("mul", out, step)
+    if start != 0:
+        out = b.call("add", out, start, 1)
+    return b.cast(out, dtype)
+
+
+VIEWS: dict[str, Callable[..., Any]] = {
+    "aten.view.default": _reshape,
+    "aten._unsafe_view.default": _reshape,
+    "aten.reshape.default": _reshape,
+    "aten._reshape_alias.default": _reshape,
+    "aten.unsqueeze.default": _reshape,
+    "aten.squeeze.default": _reshape,
+    "aten.squeeze.dim": _reshape,
+    "aten.squeeze.dims": _reshape,
+    "aten.expand.default": _expand,
+    "aten.permute.default": _permute,
+    "aten.transpose.int": _transpose,
+    "aten.t.default": _t,
+    "aten.slice.Tensor": _slice,
+    "aten.select.int": _select,
+    "aten.split.Tensor": _split,
+    "aten.split_with_sizes.default": _split,
+    "aten.unbind.int": _unbind,
+    "aten.flip.default": _flip,
+    "aten.cat.default": _cat,
+    "aten.stack.default": _stack,
+    "aten.constant_pad_nd.default": _pad,
+    "aten.full.default": _full,
+    "aten.full_like.default": _full,
+    "aten.zeros.default": _constant(0),
+    "aten.zeros_like.default": _constant(0),
+    "aten.ones.default": _constant(1),
+    "aten.ones_like.default": _constant(1),
+    "aten.new_zeros.default": _constant(0),
+    "aten.new_ones.default": _constant(1),
+    "aten.new_full.default": lambda b, val, x, size, value, *_: _full(b, val, size, value),
+    "aten.scalar_tensor.default": _scalar,
+    "aten.arange.default": lambda b, val, end, *_: _arange(b, val, 0, end),
+    "aten.arange.start": lambda b, val, start, end, *_: _arange(b, val, start, end),
+    "aten.arange.start_step": _arange,
+}
