@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .lowering import private
+
 log = logging.getLogger(__name__)
 
 #: autograd nodes whose class runs ``differentiable`` carry this: the Call they came from
@@ -68,6 +70,7 @@ class Call:
 
 def with_second_order(compiled: Callable[..., Any], program: Program) -> Callable[..., Any]:
     """``compiled``, AOTAutograd's function of the program, with gradients of gradients."""
+
     def run(*args: Any) -> Any:
         outs = compiled(*args)
         for out in outs if isinstance(outs, (tuple, list)) else (outs,):
@@ -82,8 +85,8 @@ def with_second_order(compiled: Callable[..., Any], program: Program) -> Callabl
 
 def _prepare(node: Any) -> bool:
     """Let the node's class compute differentiable gradients; whether it is AOTAutograd's."""
-    cls = getattr(node, "_forward_cls", None)
-    if cls is None or not hasattr(cls, "compiled_fw") or not hasattr(cls, "metadata"):
+    cls = private.compiled_function(node)
+    if cls is None:
         return False
     if not hasattr(cls, _MARK):
         setattr(cls, _MARK, True)
@@ -101,7 +104,7 @@ def _backward_of(compiled: Callable[..., Any]) -> Callable[..., Any]:
             if why is None:
                 return differentiable(call, given)
             log.info("no second gradient through compiled code: %s", why)
-        elif call is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
+        elif call is not None and not private.backward_keeps_graph():
             setattr(ctx, _MARK, None)
         return compiled(ctx, *grads)
 
@@ -110,17 +113,11 @@ def _backward_of(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
 def _why_not(call: Call, ctx: Any, grads: Sequence[Any]) -> str | None:
     """Why AOTAutograd's backward must run, which raises when it is differentiated."""
-    metadata = ctx._forward_cls.metadata
     if call.program.random:
         return "it draws random numbers"
-    if any(i.mutates_data or i.mutates_metadata for i in metadata.input_info):
-        return "it writes an input"
-    if metadata.num_intermediate_bases or any(
-        i.output_type.name not in ("non_alias", "unsafe_view_alias") for i in metadata.output_info
-    ):
-        return "an output shares memory"
-    if len(grads) != len(metadata.output_info) or len(ctx.needs_input_grad) != len(call.args):
-        return "its operands were rearranged"
+    why = private.why_not_plain(ctx, len(grads), len(call.args))
+    if why is not None:
+        return why
     if call.changed():
         return "an input was written since"
     return None

@@ -151,3 +151,34 @@ def current_stream(device: int) -> Callable[[], int]:
     if hasattr(torch._C, "_cuda_getCurrentRawStream"):
         return lambda: torch._C._cuda_getCurrentRawStream(device)
     return lambda: torch.cuda.current_stream(device).cuda_stream
+
+
+def compiled_function(node: Any) -> Any:
+    """AOTAutograd's class of an autograd node, None of any other node."""
+    cls = getattr(node, "_forward_cls", None)
+    return cls if hasattr(cls, "compiled_fw") and hasattr(cls, "metadata") else None
+
+
+def why_not_plain(node: Any, outputs: int, inputs: int) -> str | None:
+    """Why AOTAutograd's function is not the program's: one result for each of ``outputs``, fresh,
+    from ``inputs`` that it only reads; None where it is."""
+    try:
+        metadata = compiled_function(node).metadata
+        writes = any(i.mutates_data or i.mutates_metadata for i in metadata.input_info)
+        kinds = {o.output_type.name for o in metadata.output_info}
+        shared = metadata.num_intermediate_bases > 0
+    except AttributeError as unknown:
+        return f"this torch keeps other facts about compiled functions ({unknown})"
+    if writes:
+        return "it writes an input"
+    if shared or not kinds <= {"non_alias", "unsafe_view_alias"}:
+        return "an output shares memory"
+    if len(metadata.output_info) != outputs or len(node.needs_input_grad) != inputs:
+        return "its operands were rearranged"
+    return None
+
+
+def backward_keeps_graph() -> bool:
+    """Whether the backward pass that runs now was asked to ``retain_graph``."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is None or keeps()

@@ -92,7 +92,11 @@ def test_inference(name):
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "t5")]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", *SLOW])
+#: those whose dynamic graphs all targets' compilers see
+DYNAMIC = ("llama", "gpt2", "bert")
+
+
+@pytest.mark.parametrize("name", [*DYNAMIC, *SLOW])
 def test_training_with_two_lengths(name):
     """dynamic=True: the second and third length run the graph of the first."""
     pair = Pair(build(name), dynamic=True, fullgraph=False)

@@ -17,11 +17,13 @@ from typing import Any
 
 import opcheck
 import pytest
+import test_models as models
 import torch
 import torch.nn.functional as F
 from opcheck import FULL, SEED, calls, make, one_node, options, overload, trace
 from torch import Tensor
 
+from gems_compile.backend import Gems
 from gems_compile.kernels.op import OPS
 from gems_compile.kernels.target import INTERPRETER
 from gems_compile.lowering.load import Pool
@@ -212,6 +214,31 @@ def single() -> dict[str, Source]:
     return dict(random.Random(SEED).sample(sorted(found.items()), SAMPLED))
 
 
+@functools.cache
+def of_models() -> dict[str, Source]:
+    """Kernels of a training step of each tiny model, static and with symbolic sizes.
+
+    They are written, forward and backward, and then the model runs in eager mode.
+    """
+    wide = dataclasses.replace(INTERPRETER, multiprocessors=132)
+    backend, found = Gems(), {}
+
+    def write_only(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        backend(gm, inputs)
+        found.update({s.key: s for r in backend.reports for s in r.sources})
+        return gm.forward
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gems_compile.backend.current_target", lambda vendor: wide)
+        patch.setattr("torch._functorch.config.force_non_lazy_backward_lowering", True)
+        for name in models.MODELS:
+            for dynamic in (False, True)[: 1 + (name in models.DYNAMIC)]:
+                torch._dynamo.reset()
+                run = torch.compile(models.build(name), backend=write_only, dynamic=dynamic)
+                run(models.tokens(9))
+    return found
+
+
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     """Two compile workers with a Triton cache of their own."""
@@ -251,3 +278,13 @@ def test_fused_programs(target: str, workers: Pool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", [pytest.param(t, id=f"{t}-seed{SEED}") for t in TARGETS])
 def test_single_ops(target: str, workers: Pool, tmp_path: Path) -> None:
     compile_all(single(), TARGETS[target], workers, tmp_path)
+
+
+@pytest.mark.model
+@pytest.mark.skipif(opcheck.DEVICE != "cpu", reason="a GPU compiles them for itself")
+def test_models(workers: Pool, tmp_path: Path) -> None:
+    """In one test, for writing them takes longer than compiling them."""
+    for name, target in TARGETS.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        compile_all(of_models(), target, workers, folder)
