@@ -110,7 +110,7 @@ def stats() -> dict[str, dict[str, int]]:
         variants = [*list(handler.variants.values()), handler._full]
         row = {
             "ours": sum(v.calls for v in variants if v.run is not None),
-            "native": sum(v.calls for v in variants if v.run is None),
+            "native": sum(v.calls for v in variants if v.run is None) + handler.small,
             "compiled": sum(v.run is not None for v in variants),
         }
         if row["ours"] or row["native"]:
@@ -326,7 +326,7 @@ class _State:
         for name in self.registered:
             handler = self.handlers[name]
             handler.watchers = tuple(r for names, r in records if name in names)
-            handler.picky = name not in asked and handler.target.name != "interpreter"
+            handler.be_picky(name not in asked and handler.target.name != "interpreter")
 
     def handler(self, name: str) -> Handler:
         if name not in self.handlers:

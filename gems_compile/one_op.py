@@ -20,7 +20,7 @@ from torch.nn import Parameter
 
 from .config import Config
 from .kernels.target import Target
-from .worth import why_not_worth
+from .worth import least_elements, why_not_worth
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,8 @@ class Handler:
         self.name = aten_name(overload)
         self.variants: dict[Any, Variant] = {}
         self.watchers: tuple[Watcher, ...] = ()
-        self.picky = False  # whether only calls are served that measured faster than ATen's
+        self.least: int | None = None  # see ``be_picky``
+        self.small = 0  # calls that were ATen's for it
         self._native: Any = None
         self._lock = threading.Lock()
         self._compiled = 0
@@ -95,12 +96,19 @@ class Handler:
         self._kept.append(_native_kernel(self.overload, key))
         return library
 
+    def be_picky(self, picky: bool) -> None:
+        """Serve only calls that measured faster than ATen's."""
+        self.least = least_elements(self.name) if picky else None
+
     # a call --------------------------------------------------------------------------------------
 
     def __call__(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
         if _here.off:
             return self._aten(keyset, args, kwargs)
-        parts: list[Any] = [self.picky, *kwargs]
+        if self.least and args[0].numel() < self.least:  # looking closer would cost more than it
+            self.small += 1
+            return self._aten(keyset, args, kwargs)
+        parts: list[Any] = [self.least, *kwargs]
         tensors: list[Tensor] = []
         if not _describe(args, parts, tensors) or not _describe(kwargs.values(), parts, tensors):
             return self._aten(keyset, args, kwargs)
@@ -134,9 +142,10 @@ class Handler:
 
     def _has_number(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         given = len(args)
-        return any(k < given and type(args[k]) in NUMBERS for k in self._tensor_places) or (
-            bool(kwargs) and any(type(kwargs.get(n)) in NUMBERS for n in self._tensor_names)
-        )
+        for k in self._tensor_places:  # a loop: any() would cost a microsecond more
+            if k < given and type(args[k]) in NUMBERS:
+                return True
+        return bool(kwargs) and any(type(kwargs.get(n)) in NUMBERS for n in self._tensor_names)
 
     # the first call of a kind --------------------------------------------------------------------
 
@@ -156,7 +165,7 @@ class Handler:
             if len(self.variants) >= MAX_VARIANTS:
                 return self._full
             why = why_native(tensors, self.target)
-            if why is None and self.picky:
+            if why is None and self.least is not None:
                 why = why_not_worth(self.name, args)
             if why is None and self._compiled >= MAX_COMPILED:
                 return self._full

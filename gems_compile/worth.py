@@ -20,6 +20,7 @@ Measured on an H200 with torch 2.11 in bfloat16, steady calls, host time include
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,13 @@ LEAST = {
 LONGEST = {"_softmax": 16384, "_log_softmax": 16384}
 #: ATen's softmax over another dim than the last reads memory across rows.
 LEAST_ACROSS = 2**19
+
+
+def least_elements(name: str) -> int:
+    """The fewest elements of its first operand with which any call of an overload may be ours."""
+    base = name.split(".")[0]
+    least = LEAST.get(base, sys.maxsize)
+    return min(least, LEAST_ACROSS) if base in LONGEST else least
 
 
 def why_not_worth(name: str, args: Sequence[Any]) -> str | None:

@@ -62,10 +62,10 @@ class Fuser:
         self.escapes = find_escapes(program, graph)
         self.waits, self.written = order_edges(program, graph)
         self.inlined: set[Value] = set()
+        self.column_feeds = self._find_column_feeds()
         self.twins: dict[Any, Group] = {}
         self.twin_frames: dict[Any, Frame] = {}
         self._choose_inlined()
-        self.column_feeds = self._find_column_feeds()
 
     # which values are recomputed by their readers instead of stored -----------------------------
 
@@ -105,18 +105,13 @@ class Fuser:
 
         Loading its operands twice moves no more bytes than storing it and loading that twice.
         """
-        feeds = self._find_column_feeds()
         out: set[Value] = set()
         for v in self.program.values:
-            readers = [r for r, _ in self.readers.get(v, ())]
-            if (
-                v.kind != "pointwise"
-                or v.op in HEAVY
-                or not self._may_move(v)
-                or not all(same for _, same in self.readers.get(v, ()))
-                or not any(r.kind == "reduce" or r in feeds for r in readers)
-                or all(r.kind == "reduce" or r in feeds for r in readers)
-            ):
+            if v.kind != "pointwise" or v.op in HEAVY or not self._may_move(v):
+                continue
+            readers = self.readers.get(v, ())
+            reduced = [r.kind == "reduce" or r in self.column_feeds for r, _ in readers]
+            if not any(reduced) or all(reduced) or not all(same for _, same in readers):
                 continue
             operands = {base_of(a) for a in v.inputs}
             read = sum(BITS[a.dtype] for a in operands if product(a.shape) == product(v.shape))

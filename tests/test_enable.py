@@ -339,3 +339,17 @@ def test_ops_and_names_that_do_not_exist() -> None:
         gems_compile.ops.gleu  # noqa: B018
     with pytest.raises((TypeError, RuntimeError), match="missing value for argument 'self'"):
         gems_compile.ops.gelu()
+
+
+def test_small_calls_stay_atens_where_only_faster_ones_are_served() -> None:
+    """As on a GPU without ``only=``; looking at such a call costs little."""
+    x, w = rand(4, 64), rand(64)
+    native = F.layer_norm(x, (64,), w)
+    with gems_compile.use_gems(only=["native_layer_norm"]):
+        handler = eager._state.handlers["aten.native_layer_norm.default"]
+        handler.be_picky(True)
+        before = eager.stats().get("native_layer_norm", {"ours": 0, "native": 0})
+        got = F.layer_norm(x, (64,), w)
+        after = eager.stats()["native_layer_norm"]
+    assert torch.equal(got, native)
+    assert after["native"] == before["native"] + 1 and after["ours"] == before["ours"]
