@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .graph import module_path, source_line, value_of
-from .rewrite import Fired, NearMiss, RewriteLog, is_barrier, is_foreign
+from .rewrite import Fired, NearMiss, RewriteLog, is_barrier, is_body_call, is_foreign
 
 log = logging.getLogger("gems_compile")
 
@@ -47,6 +47,23 @@ def sdpa_masks(gm: GraphModule) -> Iterator[tuple[Node, Node]]:
                 yield node, mask
 
 
+def _given_masks(gm: GraphModule) -> Iterator[tuple[Node, Node]]:
+    """``sdpa_masks``; of calls inside a checkpoint's body, the node that the body is given."""
+    yield from sdpa_masks(gm)
+    for call in list(gm.graph.nodes):
+        if not is_body_call(call):
+            continue
+        body = getattr(gm, str(call.args[0].target), None)
+        if not isinstance(body, GraphModule) or len(call.args[0].users) != 1:
+            continue
+        inner = body.graph.find_nodes(op="placeholder")
+        given = dict(zip(inner, call.args[len(call.args) - len(inner) :], strict=True))
+        for node, mask in sdpa_masks(body):
+            outer = given.get(mask)
+            if isinstance(outer, Node) and not _may_be_written({mask: None}):
+                yield node, outer
+
+
 def _argument(node: Node, place: int, name: str) -> Any:
     return node.args[place] if len(node.args) > place else node.kwargs.get(name)
 
@@ -63,7 +80,7 @@ def read_constant_masks(gm: GraphModule) -> RewriteLog:
     known: dict[Node, str | None] = {}
     if any(map(is_foreign, gm.graph.nodes)):
         return found
-    for node, mask in sdpa_masks(gm):
+    for node, mask in _given_masks(gm):
         if _argument(node, 5, "is_causal"):
             continue
         if mask not in known:
@@ -76,6 +93,7 @@ def read_constant_masks(gm: GraphModule) -> RewriteLog:
             found.near_misses.append(NearMiss("constant_mask", node.name, why, *where))
             continue
         _take_mask_away(node, causal=kind == "causal")
+        node.graph.owning_module.recompile()
         because = "no mask is read" if kind == "all" else "no mask is read, half of the scores go"
         found.fired.append(Fired("constant_mask", because, 1, 1, *where))
     for mask in known:

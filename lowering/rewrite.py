@@ -400,8 +400,7 @@ def rewrite_dynamo_graph(gm: fx.GraphModule, table: Sequence[Rewrite] | None = N
     register_torch_ops()
     found = apply_rewrites(gm, table, read_dynamo)
     for node in list(gm.graph.nodes):
-        target = node.target
-        if isinstance(target, torch._ops.HigherOrderOperator) and target.name() in _BODIES:
+        if is_body_call(node):
             for body in node.all_input_nodes:
                 module = getattr(gm, str(body.target), None) if body.op == "get_attr" else None
                 if isinstance(module, fx.GraphModule):
@@ -409,6 +408,12 @@ def rewrite_dynamo_graph(gm: fx.GraphModule, table: Sequence[Rewrite] | None = N
     if found.fired:
         gm.recompile()
     return found
+
+
+def is_body_call(node: fx.Node) -> bool:
+    """Whether a node runs a part of the program that was set apart: a checkpoint, a region."""
+    target = node.target
+    return isinstance(target, torch._ops.HigherOrderOperator) and target.name() in _BODIES
 
 
 def is_foreign(node: fx.Node) -> bool:

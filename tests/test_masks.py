@@ -154,3 +154,27 @@ def test_other_masks_are_named_in_the_log():
     torch.compile(lambda q: attend(window, q, q, q), backend=backend)(rand(2, 3, L, 8))
     (miss,) = backend.reports[0].rewrites.near_misses
     assert miss.rule == "constant_mask" and "something else" in miss.reason
+
+
+@gems_only
+@pytest.mark.parametrize(
+    ("make", "because"), [(causal, "half"), (all_seen, "no mask"), (window, "")]
+)
+def test_constant_masks_of_checkpoints(make: Callable[[], Tensor], because: str):
+    """The mask is made outside, and given to the body."""
+    from torch.utils.checkpoint import checkpoint
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = make()
+        body = lambda *x: F.scaled_dot_product_attention(*x[:3], attn_mask=x[3]) * 2  # noqa: E731
+        return checkpoint(body, q, k, v, mask, use_reentrant=False)
+
+    operands = [rand(2, 3, L, 8) for _ in range(3)]
+    found, fired = run(program, *operands)
+    assert len(fired) == bool(because) and all(because in text for text in fired)
+    leaves = [x.clone().requires_grad_() for x in operands]
+    wanted = attend(make, *leaves) * 2
+    torch.manual_seed(3)
+    wanted.backward(torch.randn(wanted.shape).to(wanted))
+    for value, other in zip(found, [wanted, *(x.grad for x in leaves)], strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-4)
