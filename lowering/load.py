@@ -209,9 +209,14 @@ class Loading:
         record = self._record()
         if record is None:
             raise CompileError(self.source, "the compiled kernel vanished from the cache")
+        import torch
+
         from .private import static_launcher
 
-        return static_launcher(self.source, record, self.path, self.device)
+        try:
+            return static_launcher(self.source, record, self.path, self.device)
+        except torch.OutOfMemoryError as e:
+            raise CompileError(self.source, str(e)) from e
 
 
 def interpreter_launcher(path: str, source: Source) -> Launcher:

@@ -24,6 +24,7 @@ def static_launcher(
     """A launch function (x, y, z, stream, *args) for a compiled binary; tensors as addresses.
 
     Through torch's statically launched kernels where they exist; else through Triton's JIT.
+    Raises torch.OutOfMemoryError where the device has too little for one program of the kernel.
     """
     try:
         from torch._inductor.runtime.static_triton_launcher import StaticallyLaunchedCudaKernel
@@ -31,6 +32,8 @@ def static_launcher(
         kernel = StaticallyLaunchedCudaKernel(_as_compiled(source, record))
         kernel.load_kernel(device or 0)
         return _direct(kernel)
+    except torch.OutOfMemoryError:  # more shared memory than the device has: no way of launching
+        raise
     except Exception as e:
         _slow_launches(source.name, e)
         return jit_launcher(source, path)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from .emit import Body, Instr
 from .indexing import Index, Size, is_static, product, simplify
-from .ir import SIXTEEN_BIT, Value
+from .ir import BITS, SIXTEEN_BIT, Value
 from .schedule import Tile, column_tile, pointwise_tile, row_tile, transpose_tile
 from .source import POINTER, Lines, Source
 from .spelling import REDUCTIONS, identity
@@ -86,9 +86,17 @@ class Renderer:
                 return transpose_tile(x, y)
             return pointwise_tile(rows, self.multiprocessors)
         if self.group.column:
-            return column_tile(rows, reduced, self.body.looped)
+            return column_tile(rows, reduced, self.body.looped, self._loaded_bytes())
         loads = len({i.text for i in self._instrs() if i.kind == "load"})
         return row_tile(rows, reduced, loads, self.body.looped, self.multiprocessors)
+
+    def _loaded_bytes(self) -> int:
+        """What a step of a loop loads for one element of the tile, at the most."""
+        steps = [s for (kind, _), s in self.body.sections.items() if kind == "loop"]
+        loads = [
+            {(i.text, i.indices): BITS[i.dtype] // 8 for i in s if i.kind == "load"} for s in steps
+        ]
+        return max((sum(sizes.values()) for sizes in loads), default=0)
 
     def _transposed(self) -> tuple[str, str] | None:
         """The axes along which the output and some operand are contiguous, when they differ."""

@@ -10,6 +10,8 @@ from .indexing import Size, is_static
 MAX_PERSISTENT = 16384
 #: elements of a column reduction held in registers by one program
 MAX_COLUMN_TILE = 8192
+#: bytes of shared memory for loads in flight: what a gfx942 has, a fourth of an H200's
+MAX_IN_FLIGHT = 2**16
 #: elements of an operand that take longer to ask for than to carry
 SMALL_OPERAND = 2**20
 
@@ -77,9 +79,12 @@ def columns_together(columns: Size, reduced: Size) -> int:
     return min(16 if few else 64, power_of_two(columns))
 
 
-def column_tile(columns: Size, reduced: Size, looped: bool) -> Tile:
+def column_tile(columns: Size, reduced: Size, looped: bool, loaded: int) -> Tile:
+    """``loaded``: bytes that a step loads for one element of the tile."""
     across = columns_together(columns, reduced)
     if looped:  # measured on an H200, 64 x 56 x 56 x 256: 61 us, 87 us with 8 warps and 1 stage
-        return Tile(across, max(1, 2048 // across), warps=4, stages=3)
+        down = max(1, 2048 // across)
+        stages = MAX_IN_FLIGHT // max(1, across * down * loaded)
+        return Tile(across, down, warps=4, stages=max(1, min(3, stages)))
     down = power_of_two(reduced)
     return Tile(across, down, warps=max(1, min(8, across * down // 512)))

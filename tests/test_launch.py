@@ -67,6 +67,13 @@ def test_torchs_launcher_takes_our_kernels(tmp_path, monkeypatch):
     kernel = launcher.StaticallyLaunchedCudaKernel(private._as_compiled(source, record))
     assert kernel.arg_tys == "OOl" and kernel.cubin_path == record["path"]
 
+    def too_large(self, device):
+        raise torch.OutOfMemoryError("out of resource")
+
+    monkeypatch.setattr(launcher.StaticallyLaunchedCudaKernel, "load_kernel", too_large)
+    with pytest.raises(torch.OutOfMemoryError):  # the group becomes ATen's: Triton cannot either
+        private.static_launcher(source, record, str(path), 0)
+
 
 @gems_only
 @pytest.mark.gpu
