@@ -222,9 +222,9 @@ def of_models() -> dict[str, Source]:
         found.update({s.key: s for r in backend.reports for s in r.sources})
         return gm.forward
 
-    with pytest.MonkeyPatch.context() as patch:
+    both = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
+    with pytest.MonkeyPatch.context() as patch, both:
         patch.setattr("gems_compile.backend.current_target", lambda vendor: wide)
-        patch.setattr("torch._functorch.config.force_non_lazy_backward_lowering", True)
         for name in models.MODELS:
             for dynamic in (False, True)[: 1 + (name in models.DYNAMIC)]:
                 torch._dynamo.reset()
