@@ -8,6 +8,8 @@ JOBS ?= 2
 PYTEST_ARGS ?= tests
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
+# mypy reads a package from its folders alone, so it is shown the layout of the installed one: links.
+TYPES := $(abspath $(VENV))/types
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test lint clean
@@ -22,6 +24,9 @@ test: $(VENV)/.test
 
 lint: $(VENV)/.lint
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
+	@rm -rf $(TYPES)/gems_compile && mkdir -p $(TYPES)/gems_compile
+	@ln -s $(CURDIR)/gems_compile/* $(CURDIR)/kernels $(CURDIR)/lowering $(TYPES)/gems_compile
+	@cd $(TYPES) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml -p gems_compile
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
@@ -40,5 +45,5 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml
-	@$(BIN)/python -m pip install --quiet 'ruff>=0.12'
+	@$(BIN)/python -m pip install --quiet 'ruff>=0.12' 'mypy>=2'
 	@touch $@

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -231,8 +231,8 @@ def run(
     eager = _both(model(), batch, counting=True)
     reference = _both(model(torch.float32), batch) if gpu else None
     backend, watch = Gems(), Watch()
-    options = {"dump": dump} if dump else None
-    compiled = torch.compile(model(), backend=backend, options=options)
+    options: dict[str, Any] | None = {"dump": dump} if dump else None
+    compiled: Any = torch.compile(model(), backend=backend, options=options)
     with watch:
         found = _both(compiled, batch, lambda text: say(f"gems:  {text}"))
     checks = tuple(_checks(found, eager, reference))
@@ -398,7 +398,7 @@ def main(dump: str | None, as_json: bool) -> int:
 def _result_blocks(result: Result) -> list[Table | str]:
     blocks: list[Table | str] = [_beside_eager(result), _check_table(result)]
     if result.milliseconds:
-        rows = [
+        rows: list[Sequence[Any]] = [
             (what, ms["eager"], ms["gems"], f"{ms['eager'] / ms['gems']:.2f}x")
             for what, ms in result.milliseconds.items()
         ]
@@ -422,7 +422,7 @@ def _result_blocks(result: Result) -> list[Table | str]:
 def _beside_eager(result: Result) -> Table:
     """Calls of each stage. Both sides' ATen calls count only where they compute something."""
     columns = ("", "eager calls", "gems kernels", "gems ATen calls", "first call s")
-    rows = []
+    rows: list[Sequence[Any]] = []
     graphs = result.explanation.graphs
     for (stage, eager), kind in zip(
         result.eager_calls.items(), ("inference", "forward", "backward"), strict=True
@@ -443,7 +443,7 @@ def _beside_eager(result: Result) -> Table:
 def _check_table(result: Result) -> Table:
     against = "float32" if result.checks[0].eager is not None else "eager"
     columns = ["result", f"gems against {against}", "allowed", ""]
-    rows: list[list[Any]] = []
+    rows: list[Any] = []
     for c in result.checks:
         rows.append([c.name, f"{c.error:.1e}", f"{c.limit:.1e}", "ok" if c.passed else "WRONG"])
         if c.eager is not None:

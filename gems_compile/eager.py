@@ -281,6 +281,7 @@ class _Record:
         if self.tell is not None:
             self.tell(name)
         else:
+            assert self.path is not None  # there is one or the other
             with open(self.path, "a") as f:
                 f.write(f"{name}\n")
 

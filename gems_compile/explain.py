@@ -188,7 +188,7 @@ class Explanation:
         """Its tables and paragraphs, in order."""
         if not self.graphs:
             return [self._nothing()]
-        parts = [
+        parts: list[Table | str] = [
             f"{self.name}, compiled by gems (target: {self.target})",
             _counts(self.graphs),
             *_rewrites(self.graphs),
@@ -274,14 +274,18 @@ def _unfused(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
 
 
 def _failures(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
-    rows = [(f"{g.graph} {g.kind}", text) for g in graphs for text in g.failures]
+    rows: list[Sequence[Any]] = [
+        (f"{g.graph} {g.kind}", text) for g in graphs for text in g.failures
+    ]
     if rows:
         yield Table("Failed to compile, and runs as ATen", ("graph", "failure"), rows)
 
 
 def _breaks(breaks: dict[str, int]) -> Iterator[Table]:
     if breaks:
-        rows = [(times, textwrap.shorten(why, 300)) for why, times in breaks.items()]
+        rows: list[Sequence[Any]] = [
+            (times, textwrap.shorten(why, 300)) for why, times in breaks.items()
+        ]
         yield Table("Graph breaks: Dynamo cut the program here", ("times", "because"), rows)
 
 
@@ -294,7 +298,7 @@ def _grouped(title: str, found: Iterable[tuple[str, Any, str]]) -> Iterator[Tabl
     lines: dict[str, list[str]] = {}
     for _, fact, what in found:
         lines.setdefault(what, []).append(fact.line)
-    rows = [
+    rows: list[Sequence[Any]] = [
         (*(times[what, kind] or "" for kind in kinds), f"{what}\n{_where(lines[what])}".rstrip())
         for what in sorted(lines, key=lambda w: -len(lines[w]))
     ]

@@ -130,7 +130,7 @@ class _Writer:
 
     def line(self, node: Node, gm: GraphModule) -> str:
         if node.op == "output":
-            results = node.args[0]
+            results: Any = node.args[0]
             whole = isinstance(results, (list, tuple))
             return f"return {self.value(tuple(results) if whole else (results,))}"
         if node.op == "get_attr":

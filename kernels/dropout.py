@@ -61,7 +61,8 @@ def _uniform(seed: Any, place: Any) -> Any:
     """Triton's ``tl.rand(seed, place)`` in int64 arithmetic: Salmon et al. 2011, Philox 4x32-10."""
     import torch
 
-    c0, c1, c2, c3 = place, 0, torch.zeros_like(place), 0
+    zeros: Any = torch.zeros_like(place)
+    c0, c1, c2, c3 = place, 0, zeros, 0
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57

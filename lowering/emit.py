@@ -269,6 +269,7 @@ class Emitter:
         level: int,
         section: tuple[str, int],
     ) -> str:
+        assert v.op is not None  # a name in BODIES, for a pointwise value
         op = BODIES[v.op]
         compute = computing_type(v)
         names = parameters(op)
@@ -439,6 +440,7 @@ class Emitter:
     # reductions --------------------------------------------------------------------------------
 
     def _accumulate(self, r: Value, level: int) -> None:
+        assert r.op is not None  # a name in REDUCTIONS, for a reduction
         x = r.args[0]
         coords = self.coords(x)
         register = self.eval(x, coords, None, level)

@@ -77,6 +77,7 @@ class Writer:
         self.kept: set[str] = set()  # variables that are not tensors to free
         self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.kernels: list[tuple[str, Group]] = []
+        self.launchers: dict[Group, Callable[..., None]]  # set when the kernels are compiled
         self.scratch, self.scratch_bytes = plan_scratch(plan.steps, sources, plan.escapes)
         self.launches = 0
         self.calls = 0
@@ -132,7 +133,7 @@ class Writer:
         """The text that yields a node's result."""
         if node in self.names:
             return self.use(self.names[node])
-        entry = self.program.of.get(node)
+        entry: Any = self.program.of.get(node)
         if isinstance(entry, SizeArg):
             return self.size(entry.expr)
         if isinstance(entry, int):
@@ -271,7 +272,7 @@ class Writer:
 
     def _call(self, node: Node) -> None:
         if node.op == "get_attr":
-            self.names[node] = self.constant(operator.attrgetter(node.target)(self.gm), "g")
+            self.names[node] = self.constant(operator.attrgetter(str(node.target))(self.gm), "g")
             self._alias(node)
             return
         name = f"a{len(self.names)}"
@@ -333,7 +334,8 @@ class Writer:
             return
         if not isinstance(val, torch.Tensor) or val.device != self.device:
             return
-        target = node.args[0].target if node.target is operator.getitem else node.target
+        args: Any = node.args
+        target = args[0].target if node.target is operator.getitem else node.target
         if getattr(target, "_opname", None) in TRUSTED:
             return
         if self._read_by_kernel(value) or value in self.viewed:

@@ -126,12 +126,13 @@ def _nodes_in(arg: Any) -> list[Node]:
 
 def has_effect(node: Node) -> bool:
     """Whether a call changes memory, draws random numbers or has another effect."""
-    schema = getattr(node.target, "_schema", None)
+    target: Any = node.target
+    schema = getattr(target, "_schema", None)
     if schema is None:
         return node.op == "call_function" and not _is_plain_function(node)
     import torch
 
-    return schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
+    return schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
 
 
 def _is_plain_function(node: Node) -> bool:

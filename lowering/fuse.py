@@ -228,6 +228,7 @@ class Fuser:
                     frame = self.twin_frames.get((group, self._twin_key(v)))
                 why = self.why_not(group, v, frame, sibling=group not in producers)
                 if why is None:
+                    assert frame is not None  # else there is a reason why not
                     self._join(group, v, frame)
                     joined = group
                     continue

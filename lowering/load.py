@@ -65,6 +65,7 @@ class Pool:
         while True:
             job, answer = self.jobs.get()
             try:
+                assert process.stdin is not None and process.stdout is not None  # both are pipes
                 process.stdin.write(json.dumps(job) + "\n")
                 process.stdin.flush()
                 line = process.stdout.readline()
@@ -124,7 +125,9 @@ def library_digest() -> str:
     import triton
 
     digest = hashlib.sha256(triton.__version__.encode())
-    kernels = os.path.dirname(sys.modules["gems_compile.kernels"].__file__)
+    file = sys.modules["gems_compile.kernels"].__file__
+    assert file is not None  # the package's __init__.py
+    kernels = os.path.dirname(file)
     for name in sorted(os.listdir(kernels)):
         if name.endswith(".py"):
             with open(os.path.join(kernels, name), "rb") as f:

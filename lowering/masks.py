@@ -93,7 +93,8 @@ def read_constant_masks(gm: GraphModule) -> RewriteLog:
             found.near_misses.append(NearMiss("constant_mask", node.name, why, *where))
             continue
         _take_mask_away(node, causal=kind == "causal")
-        node.graph.owning_module.recompile()
+        module: Any = node.graph.owning_module
+        module.recompile()
         because = "no mask is read" if kind == "all" else "no mask is read, half of the scores go"
         found.fired.append(Fired("constant_mask", because, 1, 1, *where))
     for mask in known:

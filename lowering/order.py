@@ -143,7 +143,8 @@ def _update_kind(step: Any) -> Any:
         return None
     if step.target not in (aten.copy_.default, aten.add_.Tensor):
         return None
-    into, other = step.args
+    args: Any = step.args
+    into, other = args
     if into.op != "placeholder" or any(isinstance(n, torch.SymInt) for n in into.meta["val"].shape):
         return None
     a = into.meta["val"]

@@ -141,7 +141,7 @@ def _copy_source(node: fx.Node, storage: Storage) -> fx.Node | None:
 
 def _before_widening(node: fx.Node, cast: fx.Node) -> fx.Node:
     """x for ``narrow(widen(x))``: every 16-bit float is a float32, so nothing was rounded."""
-    origin = cast.args[0]
+    origin: Any = cast.args[0]
     narrow, wide = value_of(origin), value_of(cast)
     if is_tensor(narrow) and wide.dtype in _WIDER.get(narrow.dtype, ()):
         return origin
@@ -194,7 +194,7 @@ def _duplicate_key(node: fx.Node, storage: Storage, version: dict[fx.Node, int])
         return "symbol", type(value), str(value.node.expr)
     if node.target is operator.getitem:
         return operator.getitem, node.args
-    if not _is_pure(node) or "empty" in node.target._schema.name:
+    if not _is_pure(node) or "empty" in schema_of(node).name:
         return None
     epochs = tuple(version.get(storage.root[n], 0) for n in node.all_input_nodes)
     return node.target, _literal(node.args), _literal(node.kwargs), epochs
@@ -214,33 +214,36 @@ def _literal(value: Any) -> Any:
 
 def _is_pure(node: fx.Node) -> bool:
     schema = schema_of(node)
+    target: Any = node.target
     return (
         schema is not None
-        and node.target.namespace in ("aten", "prims", "gems")
+        and target.namespace in ("aten", "prims", "gems")
         and not schema.is_mutable
         and bool(schema.returns)
-        and torch.Tag.nondeterministic_seeded not in node.target.tags
+        and torch.Tag.nondeterministic_seeded not in target.tags
         and not node.is_impure()
     )
 
 
 def draws_random_numbers(node: fx.Node) -> bool:
     """Whether two runs of the node may differ; of an op we cannot look into, that is assumed."""
-    if node.op != "call_function" or node.target is operator.getitem:
+    target: Any = node.target
+    if node.op != "call_function" or target is operator.getitem:
         return False
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(target, torch._ops.HigherOrderOperator):
         return True
     schema = schema_of(node)
     if schema is None:
         return False
     if schema.name == "gems::seed":
         return True
-    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+    if torch.Tag.nondeterministic_seeded not in target.tags:
         return False
     for place, argument in enumerate(schema.arguments):  # attention: only where it drops out
         if argument.name == "dropout_p":
             default = node.kwargs.get("dropout_p", argument.default_value)
-            return (node.args[place] if place < len(node.args) else default) != 0
+            given: Any = node.args[place] if place < len(node.args) else default
+            return given != 0
     return True
 
 
@@ -259,7 +262,7 @@ def drop_dead_code(gm: fx.GraphModule) -> int:
     return dropped
 
 
-_IN_PLACE = {
+_IN_PLACE: dict[Any, Any] = {  # overload -> overload
     aten.index_put.default: aten.index_put_.default,
     aten.index_copy.default: aten.index_copy_.default,
     aten.index_add.default: aten.index_add_.default,
@@ -270,7 +273,7 @@ _IN_PLACE = {
     aten.scatter_add.default: aten.scatter_add_.default,
     aten.masked_scatter.default: aten.masked_scatter_.default,
 }
-_PART = {
+_PART: dict[Any, Any] = {
     aten.slice_scatter.default: aten.slice.Tensor,
     aten.select_scatter.default: aten.select.int,
 }
@@ -307,11 +310,12 @@ def count_in_place(gm: fx.GraphModule) -> int:
         target, new = node.args
         if not isinstance(new, fx.Node) or new.target is not aten.add.Tensor or new.kwargs:
             continue
-        if new.args[0] is not target or type(new.args[1]) not in (int, float) or len(new.users) > 1:
+        args: Any = new.args
+        if args[0] is not target or type(args[1]) not in (int, float) or len(new.users) > 1:
             continue
         if storage.writes.get(target) != [node] or not same_layout(value_of(new), value_of(target)):
             continue
-        node.target, node.args = aten.add_.Tensor, (target, new.args[1])
+        node.target, node.args = aten.add_.Tensor, (target, args[1])
         gm.graph.erase_node(new)
         changed += 1
     return changed
@@ -426,9 +430,11 @@ def _is_old_part(node: Any, update: fx.Node) -> bool:
 
 def _part_value(part: fx.Node) -> Any:
     """The view that a slice or select makes, on the fake tensors of its arguments."""
-    args, kwargs = fx.map_arg((part.args, part.kwargs), value_of)
+    target: Any = part.target
+    given: Any = fx.map_arg((part.args, part.kwargs), value_of)
+    args, kwargs = given
     with args[0].fake_mode:
-        return part.target(*args, **kwargs)
+        return target(*args, **kwargs)
 
 
 def inline_functionalized_ops(gm: fx.GraphModule) -> int:
@@ -473,7 +479,8 @@ def _inline_with_torch(gm: fx.GraphModule, mode: Any) -> None:
     with V.set_fake_mode(mode):
         # torch 2.11 takes the graph, 2.13 the module
         takes_module = "gm" in inspect.signature(FakeTensorUpdater).parameters
-        updater = FakeTensorUpdater(gm if takes_module else gm.graph)
+        whole: Any = gm if takes_module else gm.graph
+        updater = FakeTensorUpdater(whole)
         reinplace_inplaceable_ops(updater, gm.graph)
         post_grad.decompose_triton_kernel_wrapper_functional(gm.graph)
         post_grad.decompose_auto_functionalized(gm.graph)

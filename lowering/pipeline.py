@@ -102,7 +102,7 @@ def compile_graph(
 
 def _attempt(
     gm: GraphModule,
-    device: torch.device | None,
+    device: torch.device,
     deny: dict[Node, str],
     options: Options,
     report: Report,
@@ -164,6 +164,7 @@ def _finish(
 ) -> Callable[[list[Any]], Any]:
     run = executor.bind(writer, report.wrapper, writer.launchers, label)
     plan = report.plan
+    assert plan is not None  # every attempt leaves one
     report.fused = sum(len(g.nodes) for g in plan.groups)
     report.kernels, report.launches = len(report.sources), writer.launches
     report.aten_calls = writer.calls

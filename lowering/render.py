@@ -177,7 +177,9 @@ class Renderer:
         add, x = self.lines.add, self.tile.x
         pid = "tl.program_id(0).to(tl.int64)" if self.wide64 else "tl.program_id(0)"
         rows = product(self.sizes[a] for a in self.parallel)
-        self.xmask = self.ymask = self.rmask = None
+        self.xmask: str | None = None
+        self.ymask: str | None = None
+        self.rmask: str | None = None
         self.defined: set[str] = set()
         if self.square is not None:
             return self._square_prologue(pid)
@@ -193,6 +195,7 @@ class Renderer:
         return -(-rows // x) if is_static(rows) else _ceil_div(rows, x)
 
     def _square_prologue(self, pid: str) -> Size:
+        assert self.square is not None  # who calls this has looked
         add = self.lines.add
         ax, ay = self.square
         nx = -(-self.sizes[ax] // self.tile.x)

@@ -367,14 +367,15 @@ def _give_meta(new: Sequence[fx.Node], root: fx.Node, result: fx.Node) -> None:
 
 
 def _call_on_fakes(node: fx.Node) -> Any:
+    target: Any = node.target
     args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     mode = next((v.fake_mode for v in map(value_of, node.all_input_nodes) if is_fake(v)), None)
     if mode is None:
-        return node.target(*args, **kwargs)
+        return target(*args, **kwargs)
     with mode, torch.no_grad():
-        return node.target(*args, **kwargs)
+        return target(*args, **kwargs)
 
 
 def is_fake(value: Any) -> bool:

@@ -29,7 +29,7 @@ def attention_pattern(
 ) -> Any:  # fmt: skip
     """softmax(q @ kt * factor + mask) @ v in each of its spellings; absent parts stay unbound."""
     product = through("cast", o.matmul(q, kt))
-    scores = either(o.mul(product, factor), o.div(product, divisor), product)
+    scores: Any = either(o.mul(product, factor), o.div(product, divisor), product)
     scores = through("cast", scores)
     masked = either(
         o.add(scores, mask),

@@ -147,6 +147,7 @@ class Translator:
         args = map_arg(schema_args(node), self._operand)
         if view is not None:
             return self._bind_view(view(self.builder, val, *args), node, val)
+        assert op is not None  # or there is a view, see above
         if op.declines is not None and (why := op.declines(*args)):
             raise Declined(why)
         if op.kind == "pointwise":
@@ -355,7 +356,7 @@ def _is_empty(val: Any) -> bool:
 
 def _make_alone(node: Node) -> None:
     """Turn an empty part of a composite's result into a call that makes it."""
-    val = node.meta.get("val")
+    val: Any = node.meta.get("val")
     if _is_empty(val):
         node.target = torch.ops.aten.full.default
         node.args = (list(val.shape), 0)

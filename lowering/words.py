@@ -79,7 +79,7 @@ _FUNCTIONS: dict[Any, str] = {
     torch.dropout: "dropout",
     F.dropout: "dropout",
 }
-_IN_PLACE_FUNCTIONS = {
+_IN_PLACE_FUNCTIONS: dict[Any, str] = {
     operator.iadd: "add",
     operator.imul: "mul",
     operator.itruediv: "div",
@@ -107,19 +107,20 @@ _CASTS = frozenset({"to", "type", "type_as", "float", "half", "bfloat16", "doubl
 
 def read_dynamo(node: fx.Node) -> Reading | None:
     """The word of a node of a Dynamo graph, None if it has none."""
+    target: Any = node.target
     if node.op == "call_function":
-        word = _FUNCTIONS.get(node.target) if _is_hashable(node.target) else None
-        in_place = word is None and node.target in _IN_PLACE_FUNCTIONS
-        word = _IN_PLACE_FUNCTIONS[node.target] if in_place else word
+        word = _FUNCTIONS.get(target) if _is_hashable(target) else None
+        in_place = word is None and target in _IN_PLACE_FUNCTIONS
+        word = _IN_PLACE_FUNCTIONS[target] if in_place else word
     elif node.op == "call_method":
-        if node.target in _CASTS:
+        if target in _CASTS:
             return _read_cast(node)
-        word, in_place = _METHODS.get(node.target), node.target in _IN_PLACE_METHODS
-        word = _IN_PLACE_METHODS[node.target] if in_place else word
+        word, in_place = _METHODS.get(target), target in _IN_PLACE_METHODS
+        word = _IN_PLACE_METHODS[target] if in_place else word
     else:
         return None
     args = None if word is None else _arguments(node, word)
-    return None if args is None else _normal(node, word, args, in_place)
+    return None if word is None or args is None else _normal(node, word, args, in_place)
 
 
 def _is_hashable(target: Any) -> bool:
@@ -157,7 +158,7 @@ def _normal(node: fx.Node, word: str, args: tuple[Any, ...], in_place: bool) -> 
 
 def _read_cast(node: fx.Node) -> Reading | None:
     """A cast changes the dtype and nothing else; what it asks for is read off its result."""
-    source = node.args[0]
+    source: Any = node.args[0]
     old, new = value_of(source), value_of(node)
     if is_tensor(old) and is_tensor(new) and old.device == new.device:
         return Reading("cast", (source,))
@@ -220,7 +221,8 @@ def _number(value: Any) -> Any:
 
 
 def _read_permute(node: fx.Node) -> Reading | None:
-    source, order = node.args[0], list(node.args[1])
+    args: Any = node.args
+    source, order = args[0], list(args[1])
     last = len(order) - 1
     if last < 1 or [d % len(order) for d in order] != [*range(last - 1), last, last - 1]:
         return None
@@ -229,7 +231,8 @@ def _read_permute(node: fx.Node) -> Reading | None:
 
 def _read_batched_matmul(node: fx.Node) -> Reading | None:
     """``view(bmm(view(expand(a)), view(expand(b))))``, which is what matmul in 4-D becomes."""
-    product, value = node.args[0], value_of(node)
+    product: Any = node.args[0]
+    value = value_of(node)
     if product.target is not aten.bmm.default or len(product.users) != 1 or value.dim() < 3:
         return None
     if not all_same(value.shape[-2:], value_of(product).shape[-2:]):
@@ -237,7 +240,8 @@ def _read_batched_matmul(node: fx.Node) -> Reading | None:
     inside, operands = [product], []
     for operand in product.args:
         wanted = (*value.shape[:-2], *value_of(operand).shape[-2:])
-        path, found = [], None
+        path: list[Any] = []
+        found: tuple[Any, int] | None = None
         while True:
             if all_same(value_of(operand).shape, wanted):
                 found = operand, len(path)

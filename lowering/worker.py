@@ -18,6 +18,7 @@ def load_module(path: str) -> Any:
     """Import a generated file (Triton reads its source back from the file)."""
     name = "gems_" + os.path.basename(path).partition(".")[0]
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # for any file whose name ends in .py
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
