@@ -12,10 +12,10 @@ one loop over the row for each level.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from ..kernels.op import BODIES
+from .body import Body, Instr
 from .group import Group
 from .indexing import ZERO, Index, NeedSplit, Size, is_static, quotient, simplify
 from .ir import FLOATING, INTEGERS, SIXTEEN_BIT, SizeArg, Value, computing_dtype
@@ -30,35 +30,6 @@ from .spelling import (
     storage,
     whole,
 )
-
-
-@dataclass
-class Instr:
-    """kind: load | line | store | begin | step | end (of an accumulator).
-
-    ``text`` is a template: ``{i0}`` is the first of ``indices``, rendered.
-    """
-
-    kind: str
-    out: str
-    text: str
-    indices: tuple[Index, ...] = ()
-    cond: str | None = None
-    comment: str = ""
-    dtype: str = ""
-
-
-@dataclass
-class Body:
-    """The instructions of one kernel, by section: ("row", level), ("loop", level)."""
-
-    group: Group
-    looped: bool
-    sections: dict[tuple[str, int], list[Instr]] = field(default_factory=dict)
-    derived: dict[str, tuple[str, Index, Size]] = field(default_factory=dict)
-    params: list[tuple[str, str, Any]] = field(default_factory=list)  # (name, role, what)
-    modules: set[str] = field(default_factory=set)
-    wide: set[str] = field(default_factory=set)  # registers and derived atoms that vary along r
 
 
 class Emitter:

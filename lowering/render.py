@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from .emit import Body, Instr
+from .body import Body, Instr
 from .indexing import Index, Size, is_static, product, simplify
 from .ir import BITS, SIXTEEN_BIT, Value
 from .schedule import Tile, column_tile, pointwise_tile, row_tile, transpose_tile
