@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .flow import base_of
+from .graph import is_view
 from .group import Group
 from .ir import SizeArg, Value
 from .translate import Program
@@ -116,17 +117,36 @@ def _values(entry: Any) -> list[Value]:
 
 
 def batches(steps: Sequence[Any]) -> Iterator[list[Any]]:
-    """The steps, with runs of plain updates of inputs taken together, kind by kind."""
+    """The steps, with runs of plain updates of inputs taken together, kind by kind.
+
+    A run ends before an update of memory that it has written or read already.
+    """
     run: dict[Any, list[Any]] = {}
+    written: set[Node] = set()
+    read: set[Node] = set()
     for step in steps:
         kind = _update_kind(step)
         if kind is not None:
+            into, source = step.args[0], _memory_of(step.args[1])
+            if into in written or into in read or source in written:
+                yield from run.values()
+                run, written, read = {}, set(), set()
             run.setdefault(kind, []).append(step)
+            written.add(into)
+            if source is not None:
+                read.add(source)
             continue
         yield from run.values()
-        run = {}
+        run, written, read = {}, set(), set()
         yield [step]
     yield from run.values()
+
+
+def _memory_of(value: Any) -> Node | None:
+    """The node whose memory an operand lies in; None of a number."""
+    while isinstance(value, Node) and is_view(value):
+        value = value.all_input_nodes[0]
+    return value if isinstance(value, Node) else None
 
 
 def together(nodes: Sequence[Node]) -> tuple[Callable[..., Any], list[Any]]:
@@ -149,7 +169,7 @@ def _update_kind(step: Any) -> Any:
         return None
     a = into.meta["val"]
     if step.target is aten.add_.Tensor:
-        return None if isinstance(other, Node) else ("add", other, a.dtype, a.device)
+        return None if isinstance(other, Node) else ("add", repr(other), a.dtype, a.device)
     b = other.meta.get("val") if isinstance(other, Node) else None
     if not isinstance(b, torch.Tensor) or a.dtype != b.dtype or a.device != b.device:
         return None

@@ -177,3 +177,36 @@ def test_counters_are_counted_in_one_call():
     (report,) = backend.reports
     # three counters at once; the two values that are also read are computed and copied back
     assert report.aten_calls == 4
+
+
+@gems_only
+def test_updates_of_one_run_do_not_depend_on_each_other():
+    """Together they have no order: what one writes, no other of the batch writes or reads."""
+    import torch.fx as fx
+
+    from gems_compile.lowering.order import batches
+
+    aten, graph = torch.ops.aten, fx.Graph()
+    p, q, r, s = (graph.placeholder(name) for name in "pqrs")
+    for node in (p, q, r, s):
+        node.meta["val"] = torch.empty(3)
+    part = graph.call_function(aten.view.default, (p, [3]))
+    part.meta["val"] = torch.empty(3)
+
+    def step(op, *args):
+        node = graph.call_function(op, args)
+        node.meta["val"] = args[0].meta["val"]
+        return node
+
+    copy, add = aten.copy_.default, aten.add_.Tensor
+    steps = [
+        step(add, p, 1.0),
+        step(add, q, 1.0),
+        step(copy, r, s),
+        step(add, p, 1.0),  # p again
+        step(copy, s, part),  # reads p
+        step(add, q, 0.0),
+        step(add, r, -0.0),
+    ]
+    found = [[steps.index(n) for n in batch] for batch in batches(steps)]
+    assert found == [[0, 1], [2], [3], [4], [5], [6]]
