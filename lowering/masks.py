@@ -80,6 +80,7 @@ def read_constant_masks(gm: GraphModule) -> RewriteLog:
     known: dict[Node, str | None] = {}
     if any(map(is_foreign, gm.graph.nodes)):
         return found
+    changed: set[Any] = set()
     for node, mask in _given_masks(gm):
         if _argument(node, 5, "is_causal"):
             continue
@@ -93,14 +94,13 @@ def read_constant_masks(gm: GraphModule) -> RewriteLog:
             found.near_misses.append(NearMiss("constant_mask", node.name, why, *where))
             continue
         _take_mask_away(node, causal=kind == "causal")
-        module: Any = node.graph.owning_module
-        module.recompile()
+        changed.add(node.graph.owning_module)
         because = "no mask is read" if kind == "all" else "no mask is read, half of the scores go"
         found.fired.append(Fired("constant_mask", because, 1, 1, *where))
     for mask in known:
         _erase_unread(gm, mask)
-    if found.fired:
-        gm.recompile()
+    for module in changed | ({gm} if changed else set()):
+        module.recompile()
     return found
 
 
