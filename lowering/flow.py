@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from .graph import nodes_in
 from .indexing import product
 from .ir import BITS, Value
 from .translate import Program
@@ -45,7 +46,7 @@ def find_escapes(program: Program, graph: Any) -> set[Value]:
     for node in graph.nodes:
         if node.op == "output" or node in program.aten:
             for source in node.all_input_nodes:
-                for value in _flatten(program.of.get(source)):
+                for value in flatten(program.of.get(source)):
                     escapes.add(base_of(value))
     return escapes
 
@@ -58,11 +59,12 @@ def _only_bijections(v: Value) -> bool:
     return True
 
 
-def _flatten(entry: Any) -> list[Value]:
+def flatten(entry: Any) -> list[Value]:
+    """The Values of what a node became: a Value, or tuples of them."""
     if isinstance(entry, Value):
         return [entry]
     if isinstance(entry, (tuple, list)):
-        return [v for e in entry for v in _flatten(e)]
+        return [v for e in entry for v in flatten(e)]
     return []
 
 
@@ -79,8 +81,8 @@ def order_edges(program: Program, graph: Any) -> tuple[dict[Value, list[Value]],
     for node in graph.nodes:
         if node.op in ("output", "placeholder", "get_attr"):
             continue
-        own = program.made.get(node) or _flatten(program.of.get(node))
-        bases = [base_of(v) for s in node.all_input_nodes for v in _flatten(program.of.get(s))]
+        own = program.made.get(node) or flatten(program.of.get(node))
+        bases = [base_of(v) for s in node.all_input_nodes for v in flatten(program.of.get(s))]
         if node in program.aten or _is_pick(node, program):
             for v in own:
                 waits[v].extend(bases)
@@ -114,14 +116,8 @@ def _written_bases(node: Node, program: Program) -> list[Value]:
         for k, arg in enumerate(schema.arguments):
             if arg.alias_info is not None and arg.alias_info.is_write:
                 given = node.args[k] if k < len(node.args) else node.kwargs.get(arg.name)
-                nodes += [a for a in _nodes_in(given)]
-    return [base_of(v) for n in nodes for v in _flatten(program.of.get(n))]
-
-
-def _nodes_in(arg: Any) -> list[Node]:
-    if isinstance(arg, Node):
-        return [arg]
-    return [n for a in arg for n in _nodes_in(a)] if isinstance(arg, (list, tuple)) else []
+                nodes += nodes_in(given)
+    return [base_of(v) for n in nodes for v in flatten(program.of.get(n))]
 
 
 def has_effect(node: Node) -> bool:

@@ -117,6 +117,13 @@ def mutated_arguments(node: fx.Node) -> Iterator[fx.Node]:
                 yield value
 
 
+def nodes_in(argument: Any) -> list[fx.Node]:
+    """The nodes in an argument, however nested."""
+    found: list[fx.Node] = []
+    fx.map_arg(argument, found.append)
+    return found
+
+
 def output_node(graph: fx.Graph) -> fx.Node:
     return next(iter(reversed(graph.nodes)))
 

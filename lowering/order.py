@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from .flow import base_of
+from .flow import base_of, flatten
 from .graph import is_view
 from .group import Group
 from .ir import SizeArg, Value
@@ -25,92 +25,100 @@ def schedule(
     sources_of: Callable[[Value], Sequence[Value]],
 ) -> list[Any]:
     """Groups and ATen nodes in an order that respects every dependence, close to the graph's."""
-    order: list[Any] = []
-    done: set[Any] = set()
-    live = set(groups)
+    return _Scheduler(program, groups, home, sources_of).run(gm)
 
-    def unit(v: Value) -> Any:
-        group = home.get(v)
-        if group is not None and group in live:
-            return group
-        return v.node if v.kind in ("buffer", "full", "iota") and v.node is not None else v
 
-    def needs(thing: Any) -> Iterator[Any]:
-        if isinstance(thing, Group):
-            for m in thing.members:
-                for s in sources_of(m):
-                    yield unit(s)
-        elif isinstance(thing, Node) and _is_constant(program.of.get(thing)):
+class _Scheduler:
+    """Visits what a thing needs before the thing itself, without recursion."""
+
+    def __init__(
+        self,
+        program: Program,
+        groups: Sequence[Group],
+        home: dict[Value, Group],
+        sources_of: Callable[[Value], Sequence[Value]],
+    ) -> None:
+        self.program, self.home, self.sources_of = program, home, sources_of
+        self.live = set(groups)
+        self.order: list[Any] = []
+        self.done: set[Any] = set()
+
+    def run(self, gm: GraphModule) -> list[Any]:
+        for node in gm.graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            entry = self.program.of.get(node)
+            if (
+                node in self.program.aten
+                or node.op == "get_attr"
+                or (isinstance(entry, Value) and entry.kind == "buffer" and entry.node is node)
+            ):
+                self.visit(node)
+            else:
+                self.visit_memory_of(entry, Group)
+        (out,) = (n for n in gm.graph.nodes if n.op == "output")
+        for node in out.all_input_nodes:
+            self.visit_memory_of(self.program.of.get(node), (Group, Node))
+        return self.order
+
+    def visit_memory_of(self, entry: Any, kinds: Any) -> None:
+        """Visit what makes the memory of a node's Values, if it is of these kinds."""
+        for value in flatten(entry):
+            thing = self.unit(base_of(value))
+            if isinstance(thing, kinds):
+                self.visit(thing)
+
+    def visit(self, start: Any) -> None:
+        if start in self.done:
             return
-        elif isinstance(thing, Node):
-            for value in _values(program.of.get(thing)):
-                for s in sources_of(value):
-                    yield unit(s)
-            for node in thing.all_input_nodes:
-                entry = program.of.get(node)
-                if isinstance(entry, Value):
-                    yield unit(base_of(entry))
-                elif not isinstance(entry, (int, SizeArg, tuple)) or (
-                    isinstance(entry, SizeArg) and node in program.aten
-                ):
-                    yield node
-        elif isinstance(thing, Value):
-            for s in sources_of(thing):
-                yield unit(s)
-
-    def visit(start: Any) -> None:
-        stack: list[tuple[Any, Iterator[Any]]] = [(start, needs(start))]
+        stack: list[tuple[Any, Iterator[Any]]] = [(start, self.needs(start))]
         busy = {start}
         while stack:
             thing, rest = stack[-1]
             for need in rest:
-                if need not in done and need not in busy:
+                if need not in self.done and need not in busy:
                     busy.add(need)
-                    stack.append((need, needs(need)))
+                    stack.append((need, self.needs(need)))
                     break
             else:
                 stack.pop()
-                done.add(thing)
+                self.done.add(thing)
                 if isinstance(thing, Group) or (
                     isinstance(thing, Node) and thing.op not in ("placeholder", "output")
                 ):
-                    order.append(thing)
+                    self.order.append(thing)
 
-    for node in gm.graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        entry = program.of.get(node)
-        if (
-            node in program.aten
-            or node.op == "get_attr"
-            or (isinstance(entry, Value) and entry.kind == "buffer" and entry.node is node)
-        ):
-            if node not in done:
-                visit(node)
-        else:
-            for value in _values(entry):
-                thing = unit(base_of(value))
-                if isinstance(thing, Group) and thing not in done:
-                    visit(thing)
-    (out,) = (n for n in gm.graph.nodes if n.op == "output")
-    for node in out.all_input_nodes:
-        for value in _values(program.of.get(node)):
-            thing = unit(base_of(value))
-            if isinstance(thing, (Group, Node)) and thing not in done:
-                visit(thing)
-    return order
+    def unit(self, v: Value) -> Any:
+        """The step that makes a value: its group, its node, or the value itself."""
+        group = self.home.get(v)
+        if group is not None and group in self.live:
+            return group
+        return v.node if v.kind in ("buffer", "full", "iota") and v.node is not None else v
+
+    def needs(self, thing: Any) -> Iterator[Any]:
+        if isinstance(thing, Group):
+            for m in thing.members:
+                yield from map(self.unit, self.sources_of(m))
+        elif isinstance(thing, Value):
+            yield from map(self.unit, self.sources_of(thing))
+        elif isinstance(thing, Node) and not _is_constant(self.program.of.get(thing)):
+            for value in flatten(self.program.of.get(thing)):
+                yield from map(self.unit, self.sources_of(value))
+            yield from self.operands(thing)
+
+    def operands(self, thing: Node) -> Iterator[Any]:
+        for node in thing.all_input_nodes:
+            entry = self.program.of.get(node)
+            if isinstance(entry, Value):
+                yield self.unit(base_of(entry))
+            elif not isinstance(entry, (int, SizeArg, tuple)) or (
+                isinstance(entry, SizeArg) and node in self.program.aten
+            ):
+                yield node
 
 
 def _is_constant(entry: Any) -> bool:
     return isinstance(entry, Value) and entry.kind == "full"
-
-
-def _values(entry: Any) -> list[Value]:
-    if isinstance(entry, Value):
-        return [entry]
-    if isinstance(entry, (tuple, list)):
-        return [v for e in entry for v in _values(e)]
-    return []
 
 
 # calls made together ----------------------------------------------------------------------------

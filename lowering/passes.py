@@ -20,6 +20,7 @@ from .graph import (
     is_symbolic,
     is_tensor,
     mutated_arguments,
+    nodes_in,
     same,
     same_layout,
     schema_of,
@@ -349,7 +350,7 @@ def _may_update_in_place(
         if not same_layout(value_of(update), value):
             return False
         others = [n for n in update.all_input_nodes if n is not old]
-        if old in _nodes_in(update.args[1:]) or any(storage.root[n] in family for n in others):
+        if old in nodes_in(update.args[1:]) or any(storage.root[n] in family for n in others):
             return False
         moment = storage.position[update]
         for alias in storage.members[old]:
@@ -359,12 +360,6 @@ def _may_update_in_place(
                     return False
         old = update
     return True
-
-
-def _nodes_in(values: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.map_arg(values, found.append)
-    return found
 
 
 def _update_in_place(graph: fx.Graph, target: fx.Node, update: fx.Node, storage: Storage) -> None:
@@ -437,11 +432,11 @@ def _part_value(part: fx.Node) -> Any:
 
 
 PASSES = (
-    inline_functionalized_ops,
-    drop_no_ops,
-    drop_duplicates,
-    count_in_place,
-    reinplace_updates,
+    inline_functionalized_ops,  # custom ops that mutate, without the copies
+    drop_no_ops,  # views and casts that change nothing
+    drop_duplicates,  # the same pure call twice
+    count_in_place,  # counters add to themselves, which is then one call for all
+    reinplace_updates,  # a cache update writes its input instead of a copy
 )
 
 __all__ = [

@@ -24,13 +24,7 @@ from .load import CompileError, Loading
 from .options import Options
 from .order import schedule
 from .partition import share_seeds
-from .passes import (
-    count_in_place,
-    drop_duplicates,
-    drop_no_ops,
-    inline_functionalized_ops,
-    reinplace_updates,
-)
+from .passes import PASSES as ATEN_PASSES
 from .render import Renderer, kernel_name
 from .schedule import needs_loop
 from .source import Source
@@ -38,14 +32,7 @@ from .translate import Program, Translator, op_of
 
 log = logging.getLogger("gems_compile.lowering")
 
-PASSES = (
-    share_seeds,  # one random seed a run
-    inline_functionalized_ops,  # custom ops that mutate, without the copies
-    drop_no_ops,  # views and casts that change nothing
-    drop_duplicates,  # the same pure call twice
-    count_in_place,  # counters add to themselves, which is then one call for all
-    reinplace_updates,  # a cache update writes its input instead of a copy
-)
+PASSES = (share_seeds, *ATEN_PASSES)  # first: one random seed a run
 
 Observer = Callable[[str, Any], None]
 
