@@ -16,7 +16,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from .options import Options
+from .private import static_launcher
 from .source import Source
 from .worker import compile_file, load_module, write_atomically
 
@@ -212,10 +215,6 @@ class Loading:
         record = self._record()
         if record is None:
             raise CompileError(self.source, "the compiled kernel vanished from the cache")
-        import torch
-
-        from .private import static_launcher
-
         try:
             return static_launcher(self.source, record, self.path, self.device)
         except torch.OutOfMemoryError as e:
@@ -225,7 +224,8 @@ class Loading:
 def interpreter_launcher(path: str, source: Source) -> Launcher:
     """Run the kernel's Python on the CPU through Triton's interpreter; tensors as addresses."""
     function = getattr(load_module(path), source.meta["name"])
-    constants, dtypes = source.meta["constants"], pointer_dtypes(source)
+    constants = source.meta["constants"]
+    dtypes = [None if d is None else getattr(torch, d) for d in source.pointer_dtypes]
 
     def launch(x: int, y: int, z: int, stream: Any, *args: Any) -> None:
         with _interpreter_lock:
@@ -239,14 +239,5 @@ def _at_address(value: int, dtype: Any) -> Any:
     bounds, so one element is enough."""
     if dtype is None:
         return value
-    import torch
-
     memory = (ctypes.c_char * dtype.itemsize).from_address(value)
     return torch.frombuffer(memory, dtype=dtype)
-
-
-def pointer_dtypes(source: Source) -> list[Any]:
-    """The torch dtype behind each pointer argument, None of a number."""
-    import torch
-
-    return [None if role == "size" else getattr(torch, v.dtype) for _, role, v in source.params]

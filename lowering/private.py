@@ -104,12 +104,11 @@ def _direct(kernel: Any) -> Callable[..., None]:
 
 
 def jit_launcher(source: Source, path: str) -> Callable[..., None]:
-    from .load import pointer_dtypes
     from .worker import load_module
 
     function = getattr(load_module(path), source.meta["name"])
     constants, warps = source.meta["constants"], source.meta["num_warps"]
-    dtypes = pointer_dtypes(source)
+    dtypes = [None if d is None else getattr(torch, d) for d in source.pointer_dtypes]
 
     def launch(x: int, y: int, z: int, stream: Any, *args: Any) -> None:
         function[(x, y, z)](

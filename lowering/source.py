@@ -39,6 +39,11 @@ class Source:
     meta: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def pointer_dtypes(self) -> list[str | None]:
+        """The dtype behind each pointer argument, None of a number."""
+        return [None if role == "size" else what.dtype for _, role, what in self.params]
+
+    @property
     def key(self) -> str:
         payload = self.text + json.dumps(self.meta, sort_keys=True)
         return hashlib.sha256(payload.encode()).hexdigest()[:24]
