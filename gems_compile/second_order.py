@@ -2,8 +2,8 @@
 
 AOTAutograd compiles the first gradient and refuses a second. Where a caller asks for a gradient
 that can itself be differentiated (``create_graph=True``), it is computed by running the traced
-program in eager mode, whose gradients autograd can differentiate again. It costs nothing otherwise:
-a call leaves its inputs on its autograd node, until backward.
+program in eager mode, whose gradients autograd can differentiate again. Until then a call only
+leaves its inputs, and how often each was written, on its autograd node; backward lets them go.
 """
 
 from __future__ import annotations
