@@ -82,7 +82,7 @@ def columns_together(columns: Size, reduced: Size) -> int:
 def column_tile(columns: Size, reduced: Size, looped: bool, loaded: int) -> Tile:
     """``loaded``: bytes that a step loads for one element of the tile."""
     across = columns_together(columns, reduced)
-    if looped:  # measured on an H200, 64 x 56 x 56 x 256: 61 us, 87 us with 8 warps and 1 stage
+    if looped:  # two sums over 64 x 56 x 56 of 256 columns, H200: 62 us; 79 with 8 warps, 1 stage
         down = max(1, 2048 // across)
         stages = MAX_IN_FLIGHT // max(1, across * down * loaded)
         return Tile(across, down, warps=4, stages=max(1, min(3, stages)))
