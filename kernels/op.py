@@ -63,8 +63,8 @@ class Op:
     - ``pointwise``: ``body`` is a Triton function on loaded tiles. Its parameters are a prefix of
       the ATen schema's; tensors arrive in the op's computing dtype (float32 for 16-bit floats),
       everything else as a compile-time constant.
-    - ``reduction``: ``body`` names a combine of ``lowering.spelling``; the schema names the dims that
-      are reduced.
+    - ``reduction``: ``body`` names a combine of ``lowering.spelling``; the schema names the dims
+      that are reduced.
     - ``composite``: ``body(b, *schema args)`` writes the op with other declared ops, in float32,
       on a ``lowering.ir.Builder``; it fuses with its neighbours like any other chain.
     """
