@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,7 +118,9 @@ def from_config(auto: str, config: Any, dtype: torch.dtype, device: torch.device
         return jitter(build(config, dtype=dtype, attn_implementation="sdpa"))
 
 
-def llama(dtype: torch.dtype, device: torch.device, small: bool) -> nn.Module:
+def llama(
+    dtype: torch.dtype, device: torch.device, small: bool, layers: int | None = None
+) -> nn.Module:
     """The shape of Llama-3.2-1B: 16 layers, 32 query and 8 key heads of 64, vocabulary 128256."""
     from transformers import LlamaConfig
 
@@ -140,6 +143,8 @@ def llama(dtype: torch.dtype, device: torch.device, small: bool) -> nn.Module:
             head_dim=16,
             vocab_size=160,
         )
+    if layers is not None:
+        size["num_hidden_layers"] = layers
     rope = dict(
         rope_type="llama3",
         rope_theta=500000.0,
@@ -171,6 +176,21 @@ def llama_train(dtype: torch.dtype, device: torch.device, small: bool, dropout: 
     shape = (2, 16) if small else (4, 2048)
     ids = token_ids(*shape, model.config.vocab_size, device)
     return Case(model, dict(input_ids=ids, labels=ids, use_cache=False), training=True)
+
+
+def llama_layers(layers: int, training: bool) -> Callable[..., Case]:
+    """Llama-3.2-1B with another number of layers, 512 tokens of one sequence, no cache.
+
+    64 layers are 4.2 B parameters: in bfloat16 17 GB with their gradients.
+    """
+
+    def build(dtype: torch.dtype, device: torch.device, small: bool, dropout: bool) -> Case:
+        model = llama(dtype, device, small, layers)
+        ids = token_ids(1, 16 if small else 512, model.config.vocab_size, device)
+        labels = dict(labels=ids) if training else {}
+        return Case(model, dict(input_ids=ids, use_cache=False, **labels), training)
+
+    return build
 
 
 def llama_decode(dtype: torch.dtype, device: torch.device, small: bool, dropout: bool) -> Case:
@@ -317,13 +337,28 @@ CASES: dict[str, Spec] = {
 }
 
 
+LAYERED = re.compile(r"llama-(\d+)-layers-(train|inference)")
+
+
+def spec_of(name: str) -> Spec:
+    """One of ``CASES``, or Llama-3.2-1B with another number of layers (llama-64-layers-train)."""
+    layered = LAYERED.fullmatch(name)
+    if layered is None:
+        return CASES[name]
+    return Spec(llama_layers(int(layered[1]), training=layered[2] == "train"))
+
+
 def names(wanted: str | None) -> list[str]:
-    """The cases of a comma list; a name without its last word means all of them (resnet50)."""
+    """The cases of a comma list; a name without its last word means all of them (resnet50).
+
+    llama-N-layers-train and llama-N-layers-inference are cases only where they are named.
+    """
     if wanted is None:
         return list(CASES)
     found: list[str] = []
     for word in filter(None, (part.strip() for part in wanted.split(","))):
         hits = [name for name in CASES if name == word or name.startswith(word + "-")]
+        hits += [word] if LAYERED.fullmatch(word) else []
         if not hits:
             raise ValueError(f"--models {word}: no such model; there are {', '.join(CASES)}")
         found += [name for name in hits if name not in found]

@@ -30,20 +30,29 @@ CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "GEMS_CACHE_DIR", "XDG_
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__)
     add = parser.add_argument
-    add("--models", help="comma list; resnet50 means resnet50-inference and resnet50-train")
-    add("--backend", default="gems", help="the backend that is measured (default: gems)")
     add("--against", default="eager,inductor", help="comma list: eager, inductor, inductor:MODE")
-    add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    add("--device", help="default: cuda where there is one, else cpu")
-    add("--small", action="store_true", help="tiny shapes, for a CPU with TRITON_INTERPRET=1")
     add("--seconds", type=float, default=2.0, help="steady measurement per case (default: 2)")
-    add("--timeout", type=float, default=300.0, help="seconds per case (default: 300)")
     add(
         "--errors",
         default="both",
         choices=("both", "all", "none"),
         help="whose error is taken: eager's and the backend's (default), everyone's, nobody's",
     )
+    where = "append each row here (default: results/models.jsonl, nowhere with --small)"
+    add("--results", type=Path, help=where)
+    add_shared(parser)
+    return parser.parse_args(argv)
+
+
+def add_shared(parser: argparse.ArgumentParser) -> None:
+    """The options of every benchmark that gives each case a process."""
+    add = parser.add_argument
+    add("--models", help="comma list; resnet50 means resnet50-inference and resnet50-train")
+    add("--backend", default="gems", help="the backend that is measured (default: gems)")
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    add("--device", help="default: cuda where there is one, else cpu")
+    add("--small", action="store_true", help="tiny shapes, for a CPU with TRITON_INTERPRET=1")
+    add("--timeout", type=float, default=300.0, help="seconds per case (default: 300)")
     add(
         "--jobs",
         type=int,
@@ -52,9 +61,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="2: the next process imports torch while one measures (default with 8 cores)",
     )
     add("--json", type=Path, help="write all rows to this file")
-    where = "append each row here (default: results/models.jsonl, nowhere with --small)"
-    add("--results", type=Path, help=where)
-    return parser.parse_args(argv)
+
+
+def stamp() -> dict[str, str]:
+    """What every row of a run shares: commit and date."""
+    return {"commit": commit(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+
+
+def append(row: dict[str, Any], sink: Path | None) -> None:
+    """Add a row to a file of one JSON object a line; nowhere with None."""
+    if sink is None:
+        return
+    sink.parent.mkdir(parents=True, exist_ok=True)
+    with sink.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def commit() -> str:
@@ -72,7 +92,11 @@ def commit() -> str:
 
 @dataclass
 class Worker:
-    """A process for one task: it imports, waits for ``go``, measures, and writes its row."""
+    """A process for one task: it imports, waits for ``go``, measures, and writes its row.
+
+    The task may name the module that measures (``worker``) and a folder of ``caches`` to share;
+    without one the process gets empty caches of its own.
+    """
 
     task: dict[str, Any]
     folder: tempfile.TemporaryDirectory[str]
@@ -82,12 +106,13 @@ class Worker:
     def start(cls, task: dict[str, Any]) -> Worker:
         folder = tempfile.TemporaryDirectory(prefix="gems-bench-", ignore_cleanup_errors=True)
         place = Path(folder.name)
-        caches = {name: str(place / name.lower()) for name in CACHES}
+        shared = Path(task.get("caches") or place)
+        caches = {name: str(shared / name.lower()) for name in CACHES}
         task = {**task, "out": str(place / "row.json")}
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         with (place / "log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.worker", json.dumps(task)],
+                [sys.executable, "-m", task.get("worker", "benchmarks.worker"), json.dumps(task)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -190,18 +215,15 @@ def main(argv: list[str] | None = None) -> int:
         for model in models
         for backend in backends
     ]
-    stamp = {"commit": commit(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    common = stamp()
     sink = options.results or (None if options.small else ROOT / "results" / "models.jsonl")
     rows = []
     for task, row in zip(tasks, measured(tasks, options.jobs, options.timeout), strict=True):
-        row = {**{k: task[k] for k in ("model", "backend", "dtype", "small")}, **row, **stamp}
+        row = {**{k: task[k] for k in ("model", "backend", "dtype", "small")}, **row, **common}
         rows.append(row)
         found = f"{row['ms']:.3f} ms" if row["status"] == "ok" else row["status"]
         print(f"{row['model']} {row['backend']}: {found} [{row['wall_s']} s]", flush=True)
-        if sink is not None:
-            sink.parent.mkdir(parents=True, exist_ok=True)
-            with sink.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        append(row, sink)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return report(rows, backends, options)

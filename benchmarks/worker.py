@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import timing
-from benchmarks.cases import CASES, Case, missing
+from benchmarks.cases import Case, missing, spec_of
 
 Step = dict[str, torch.Tensor]
 
@@ -148,16 +148,18 @@ def compare(suffix: str, found: tuple[Step, Step], wanted: tuple[Step, Step]) ->
 
 def build(task: dict[str, Any], device: torch.device, dropout: bool) -> Case:
     dtype = getattr(torch, task["dtype"])
-    return CASES[task["model"]].build(dtype, device, task["small"], dropout)
+    return spec_of(task["model"]).build(dtype, device, task["small"], dropout)
+
+
+def step_mark(backend: str) -> Callable[[], None]:
+    """What announces a step; a CUDA graph's outputs, in some modes, live until the next one."""
+    return torch.compiler.cudagraph_mark_step_begin if ":" in backend else lambda: None
 
 
 def measure(task: dict[str, Any], device: torch.device, row: dict[str, Any]) -> None:
     """Fill ``row`` with everything about one model through one backend, speed first."""
-    backend, spec = task["backend"], CASES[task["model"]]
-    mark = lambda: None  # noqa: E731
-    if ":" in backend:
-        # a CUDA graph's outputs live until the next step is announced
-        mark = torch.compiler.cudagraph_mark_step_begin
+    backend, spec = task["backend"], spec_of(task["model"])
+    mark = step_mark(backend)
     case = build(task, device, dropout=True)
     case.reset()
     case.step(case.model)
@@ -217,10 +219,13 @@ def versions(device: torch.device) -> dict[str, str]:
     return found
 
 
-def main() -> None:
-    """Read the task from argv, wait for a line on stdin, write the row to the task's file."""
+def serve(fill: Callable[[dict[str, Any], torch.device, dict[str, Any]], None]) -> None:
+    """Read the task from argv, wait for a line on stdin, write the row to the task's file.
+
+    ``fill(task, device, row)`` measures.
+    """
     task = json.loads(sys.argv[-1])
-    reason = missing(CASES[task["model"]].package)
+    reason = missing(spec_of(task["model"]).package)
     early = ["triton"]
     if "transformers" in sys.modules:  # which imports its models only when they are named
         early.append("transformers.models.auto.modeling_auto")
@@ -237,7 +242,7 @@ def main() -> None:
     row: dict[str, Any] = {"status": f"skipped: {reason}" if reason else "ok"}
     if not reason:
         try:
-            measure(task, device, row)
+            fill(task, device, row)
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
             row["status"] = f"failed: {type(error).__name__}: {lines[0][:300]}"
@@ -246,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(measure)
