@@ -1,7 +1,8 @@
 """Layer, RMS, group and batch norm with their backwards. Statistics in float32.
 
-The backward's weight and bias gradients are written from the operands anew (not from values of the
-dx part), because they reduce across rows: another kernel, which reads the operands once more.
+The backward's weight and bias gradients reduce across rows. They are written from the operands anew
+(not from values of the dx part), so that they can run in a kernel of their own where that of dx,
+which works on whole rows, cannot take them in.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ def layer_norm_backward(
         along = b.mul(xhat, b.mean(b.mul(g, xhat), axes))
         dx = b.mul(b.sub(b.sub(g, b.mean(g, axes), 1), along, 1), wide(b, rstd))
     if mask[1] and weight is not None:
-        dw = b.squeeze(b.sum(b.mul(wide(b, dy), normalized()), outer), outer)
+        dw = b.squeeze(b.sum(b.mul(wide(b, dy), normalized()), outer, beside_rows=True), outer)
     if mask[2] and (bias is not None or weight is not None):
-        db = b.squeeze(b.sum(wide(b, dy), outer), outer)
+        db = b.squeeze(b.sum(wide(b, dy), outer, beside_rows=True), outer)
     return dx, dw, db
 
 
@@ -114,7 +115,7 @@ def rms_norm_backward(
         dx = _rms_dx(b, g, wide(b, x), wide(b, rstd), axes)
     if mask[1] and weight is not None:
         xhat = b.mul(wide(b, x), wide(b, rstd))
-        dw = b.squeeze(b.sum(b.mul(wide(b, dy), xhat), outer), outer)
+        dw = b.squeeze(b.sum(b.mul(wide(b, dy), xhat), outer, beside_rows=True), outer)
     return dx, dw
 
 
@@ -165,7 +166,7 @@ def gems_rms_norm_backward(
     xhat = b.mul(wide(b, x), wide(b, rstd))
     if weight_after_cast:
         xhat = wide(b, b.cast(xhat, x.dtype))
-    return dx, b.squeeze(b.sum(b.mul(wide(b, dy), xhat), outer), outer) if outer else b.mul(
+    return dx, b.squeeze(b.sum(b.mul(wide(b, dy), xhat), outer, beside_rows=True), outer) if outer else b.mul(
         wide(b, dy), xhat
     )
 

@@ -9,8 +9,8 @@ from .flow import base_of, find_escapes, find_readers, is_widening, order_edges
 from .frames import align, atoms_of, frame_for
 from .group import Group
 from .indexing import contiguous_strides, is_static, product
-from .ir import BITS, Value, contiguous_axis, is_dense
-from .schedule import needs_loop
+from .ir import BITS, Value, is_dense
+from .sweep import is_column, on_chip, why_not_sweep
 from .translate import Program
 from .views import Frame
 
@@ -257,7 +257,11 @@ class Fuser:
             return f"the group has {MAX_MEMBERS} members already"
         if frame is None:
             return "their shapes do not line up without recomputing the producer"
-        if v in self.column_feeds and not self._only_feeds(group):
+        if (
+            v in self.column_feeds
+            and not self._only_feeds(group)
+            and self._why_not_sweep(group, v, frame)
+        ):
             return "only a column reduction needs it, which computes it in its own kernel"
         if self._makes_cycle(group, v):
             return "the kernel would wait for its own result"
@@ -265,7 +269,7 @@ class Fuser:
             return f"the kernel would take more than {MAX_POINTERS} tensors"
         if v.kind == "reduce":
             return self._why_not_reduce(group, v, frame)
-        full = set(atoms_of(frame)) == set(group.domain)
+        full = set(group.resolve(atoms_of(frame))) == set(group.domain)
         if group.reduced:
             if (
                 full
@@ -278,6 +282,9 @@ class Fuser:
                 return "row values only share a kernel with their own reduction"
         return None
 
+    def _why_not_sweep(self, group: Group, v: Value, frame: Frame) -> str | None:
+        return why_not_sweep(group, v, frame, self.readers, self.multiprocessors)
+
     def _only_feeds(self, group: Group) -> bool:
         return group.column or all(m in self.column_feeds for m in group.members)
 
@@ -286,9 +293,8 @@ class Fuser:
         if set(atoms_of(frame)) != set(group.domain):
             return "it reduces what the group holds once a row"
         if group.reduced:
-            if set(atoms) != set(group.reduced):
-                return "it reduces other dims than the group does"
-            return None
+            same = set(atoms) == set(group.reduced)
+            return None if same else self._why_not_sweep(group, v, frame)
         column = is_column(v)
         if column and any(self._stored_beside(m, group, v) for m in group.members):
             return "a column reduction does not also store its full-size operands"
@@ -337,6 +343,8 @@ class Fuser:
             if not group.reduced:
                 group.set_reduced([a for k in v.params for a in frame[k]])
                 group.column = is_column(v)
+            elif set(atoms_of([frame[k] for k in v.params])) != set(group.reduced):
+                group.set_swept([a for k in v.params for a in frame[k]])
             self._frame_operand(group, v.args[0], frame)
             key = self._twin_key(v)
             if key is not None:
@@ -411,6 +419,9 @@ class Fuser:
             return "their shapes do not line up"
         if two.reduced and one.reduced and {mapping[a] for a in two.reduced} != set(one.reduced):
             return "they reduce different dims"
+        swept = {mapping[a] for a in two.swept}
+        if swept and one.swept and swept != set(one.swept):
+            return "they walk over different rows"
         self._absorb(one, two, mapping)
         return None
 
@@ -418,6 +429,8 @@ class Fuser:
         if two.reduced and not one.reduced:
             one.set_reduced([mapping[a] for a in two.reduced])
             one.column = two.column
+        if two.swept:
+            one.set_swept([mapping[a] for a in two.swept])
         for value in list(two.frames):
             frame = two.frame(value)
             if value in one.frames or frame is None:
@@ -465,18 +478,6 @@ class Fuser:
                 if self._closure(s) & bit:
                     return True
         return False
-
-
-def on_chip(group: Group) -> bool:
-    """Whether one program holds all that it reduces, so that the data is read once."""
-    rows = product(group.sizes[a] for a in group.parallel)
-    return not needs_loop(rows, product(group.sizes[a] for a in group.reduced), group.column)
-
-
-def is_column(v: Value) -> bool:
-    """Whether the reduction runs across memory: its operand's contiguous axis is kept."""
-    axis = contiguous_axis(v.args[0])
-    return axis is not None and axis not in v.params
 
 
 def pointers(group: Group, v: Value) -> int:

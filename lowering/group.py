@@ -15,8 +15,8 @@ class Group:
     """Values that become one kernel.
 
     The kernel's loop variables are *atoms*, ``sizes`` long. ``domain`` is all of them, outermost
-    first; ``reduced`` those that are reduced (none in a pointwise group). ``frames`` says for each
-    value which atoms make up the coordinate along each axis. An atom can be split in two at any
+    first; ``reduced`` those that are reduced (none in a pointwise group); ``swept`` those others
+    that each program walks over, adding up columns (see ``sweep``). ``frames`` says for each value which atoms make up the coordinate along each axis. An atom can be split in two at any
     time (``parts``), which is how reshapes meet.
     """
 
@@ -28,6 +28,7 @@ class Group:
         self.parts: dict[str, tuple[str, str]] = {}
         self._domain: tuple[str, ...] = ()
         self._reduced: tuple[str, ...] = ()
+        self._swept: tuple[str, ...] = ()
         self.column = False  # the reduced atoms are not the contiguous ones
         self.outputs: list[Value] = []
         self.first = self.last = 0  # places of its first and last member in the program
@@ -70,12 +71,19 @@ class Group:
         return self.resolve(self._reduced)
 
     @property
+    def swept(self) -> tuple[str, ...]:
+        return self.resolve(self._swept)
+
+    @property
     def parallel(self) -> tuple[str, ...]:
         reduced = set(self.reduced)
         return tuple(a for a in self.domain if a not in reduced)
 
     def set_reduced(self, atoms: Sequence[str]) -> None:
         self._reduced = tuple(atoms)
+
+    def set_swept(self, atoms: Sequence[str]) -> None:
+        self._swept = tuple(atoms)
 
     # frames --------------------------------------------------------------------------------
 

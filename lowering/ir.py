@@ -12,7 +12,15 @@ from itertools import count
 from typing import Any
 
 from ..kernels.op import BODIES
-from .indexing import Size, contiguous_strides, is_static, product, simplify
+from .indexing import Size, contiguous_strides, is_static, simplify
+from .parts import (
+    SPLITTABLE,
+    contiguous_axis,
+    count_of,
+    normalize_axes,
+    parts_beside_rows,
+    parts_wanted,
+)
 from .views import Expand, Flip, Permute, Reshape, Slice, View
 
 BITS = {
@@ -155,14 +163,24 @@ class Builder:
 
     # reductions ----------------------------------------------------------------------------
 
-    def reduce(self, op: str, x: Value, axes: Sequence[int], dtype: str | None = None) -> Value:
+    def reduce(
+        self,
+        op: str,
+        x: Value,
+        axes: Sequence[int],
+        dtype: str | None = None,
+        beside_rows: bool = False,
+    ) -> Value:
         """Reduce ``axes``, which stay with size 1.
 
         Few rows, or many rows under few columns, are reduced in two steps: parts side by side,
-        then the parts.
+        then the parts. ``beside_rows``: a kernel that works on whole rows reads the same data.
         """
         axes = normalize_axes(axes, x.ndim)
-        parts = parts_wanted(x, axes, self.multiprocessors) if op in SPLITTABLE else 1
+        parts = 1
+        if op in SPLITTABLE:
+            parts = parts_beside_rows(x, axes, self.multiprocessors, beside_rows)
+            parts = parts or parts_wanted(x, axes, self.multiprocessors)
         if parts > 1:
             split, inner, outer = self.split(x, axes, parts)
             hold = dtype or x.dtype
@@ -206,8 +224,8 @@ class Builder:
         strides = _kept_innermost(x, axes, shape)
         return Value("reduce", op, (x,), shape, dtype or x.dtype, params=axes, strides=strides)
 
-    def sum(self, x: Value, axes: Sequence[int]) -> Value:
-        return self.reduce("sum", x, axes)
+    def sum(self, x: Value, axes: Sequence[int], beside_rows: bool = False) -> Value:
+        return self.reduce("sum", x, axes, beside_rows=beside_rows)
 
     def amax(self, x: Value, axes: Sequence[int]) -> Value:
         return self.reduce("amax", x, axes)
@@ -291,55 +309,6 @@ class Builder:
         return Value("gather", None, args, shape, base.dtype, params=(axes, tuple(places), wrap))
 
 
-SPLITTABLE = {"sum", "amax", "amin", "prod", "any", "all"}
-
-
-def parts_wanted(x: Value, axes: Sequence[int], multiprocessors: int) -> int:
-    """In how many parts a reduction should run to keep the GPU busy; 1 where it does anyway."""
-    if not multiprocessors or not axes or not is_static(*x.shape):
-        return 1
-    reduced = count_of(x, axes)
-    kept = product(x.shape) // max(1, reduced)
-    column = contiguous_axis(x) not in axes
-    if column:
-        programs, least, enough = -(-kept // 64), 32, 4 * multiprocessors
-        busy = programs >= 2 * multiprocessors or reduced < 512
-    else:
-        programs, least, enough = kept, 2048, 4 * multiprocessors
-        busy = programs >= 2 * multiprocessors or reduced < 16384
-    if busy:
-        return 1
-    return parts_of(x, axes, -(-enough // programs), reduced // least)
-
-
-def parts_of(x: Value, axes: Sequence[int], wanted: int, most: int) -> int:
-    """The number of parts nearest to ``wanted``, at most ``most``, that cuts the axes evenly."""
-    lead, best = 1, 1
-    for axis in axes:
-        size = x.shape[axis]
-        for d in range(1, size + 1):
-            if size % d == 0 and lead * d <= most and lead * d < count_of(x, axes):
-                if abs(lead * d - wanted) < abs(best - wanted):
-                    best = lead * d
-                if lead * d >= wanted:
-                    break
-        lead *= size
-        if lead >= wanted:
-            break
-    return best
-
-
-def contiguous_axis(x: Value) -> int | None:
-    """The axis along which neighbours in memory lie."""
-    best, axis = None, None
-    for k, (size, stride) in enumerate(zip(x.shape, x.strides, strict=True)):
-        if type(size) is int and size == 1:
-            continue
-        if type(stride) is int and stride > 0 and (best is None or stride < best):
-            best, axis = stride, k
-    return axis
-
-
 def _kept_innermost(
     x: Value, axes: Sequence[int], shape: Sequence[Size]
 ) -> tuple[Size, ...] | None:
@@ -363,15 +332,6 @@ def broadcast_shapes(shapes: Sequence[Sequence[Size]]) -> tuple[Size, ...]:
             if type(out[place]) is int and out[place] == 1:
                 out[place] = size
     return tuple(out)
-
-
-def normalize_axes(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
-    return tuple(sorted({a % ndim for a in axes})) if ndim else ()
-
-
-def count_of(x: Value, axes: Sequence[int]) -> Size:
-    """How many elements are reduced."""
-    return product(x.shape[a] for a in normalize_axes(axes, x.ndim))
 
 
 _ORDER = [

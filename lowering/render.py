@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from .body import Body, Instr
 from .indexing import Index, Size, is_static, product, simplify
 from .ir import BITS, SIXTEEN_BIT, Value
-from .schedule import Tile, column_tile, pointwise_tile, row_tile, transpose_tile
+from .schedule import Tile, column_tile, pointwise_tile, row_tile, sweep_tile, transpose_tile
 from .source import POINTER, Lines, Source
 from .spelling import REDUCTIONS, identity
 
@@ -24,9 +24,13 @@ class Renderer:
         self.sizes: dict[str, Size] = {a: self.group.size(a) for a in self.group.domain}
         self.merged: dict[str, str | None] = {}  # atom -> atom it became, None when it vanished
         self.lines = Lines()
-        self.parallel = self._order(self.group.parallel)
+        swept = set(self.group.swept)
+        order = self._order(self.group.parallel)
+        self.parallel = [a for a in order if a not in swept]
+        self.swept = [a for a in order if a in swept]  # each program walks over these
         self.reduced = list(self.group.reduced)
         self._collapse(self.parallel)
+        self._collapse(self.swept)
         self._collapse(self.reduced)
         self.rank = 2 if self.reduced or self.group.reduced or self._is_reduction() else 1
         self.wide64 = self._needs_int64()
@@ -87,14 +91,24 @@ class Renderer:
             return pointwise_tile(rows, self.multiprocessors)
         if self.group.column:
             return column_tile(rows, reduced, self.body.looped, self._loaded_bytes())
+        if self.swept:
+            rows = product(self.sizes[a] for a in self.swept)
+            return sweep_tile(rows, reduced, self._loaded_bytes())
         loads = len({i.text for i in self._instrs() if i.kind == "load"})
         return row_tile(rows, reduced, loads, self.body.looped, self.multiprocessors)
 
     def _loaded_bytes(self) -> int:
         """What a step of a loop loads for one element of the tile, at the most."""
-        steps = [s for (kind, _), s in self.body.sections.items() if kind == "loop"]
+        loop = "row" if self.swept else "loop"
+        steps = [s for (kind, _), s in self.body.sections.items() if kind == loop]
+        reduced = set(self.reduced)
         loads = [
-            {(i.text, i.indices): BITS[i.dtype] // 8 for i in s if i.kind == "load"} for s in steps
+            {
+                (i.text, i.indices): BITS[i.dtype] // 8
+                for i in s
+                if i.kind == "load" and reduced.intersection(i.indices[0].atoms)
+            }
+            for s in steps
         ]
         return max((sum(sizes.values()) for sizes in loads), default=0)
 
@@ -131,7 +145,7 @@ class Renderer:
                     top = top + abs(c) * (self.group.size(atom) - 1)
                 if not is_static(top) or top > LIMIT_32:
                     return True
-        total = product(self.sizes[a] for a in (*self.parallel, *self.reduced))
+        total = product(self.sizes[a] for a in (*self.parallel, *self.swept, *self.reduced))
         return not is_static(total) or total > LIMIT_32
 
     def _param(self, name: str) -> object:
@@ -181,8 +195,11 @@ class Renderer:
         self.ymask: str | None = None
         self.rmask: str | None = None
         self.defined: set[str] = set()
+        self.outside_sweep = False  # where there is no row, and no x
         if self.square is not None:
             return self._square_prologue(pid)
+        if self.swept:
+            return self._sweep_prologue(pid, rows)
         column = "[:, None]" if self.rank == 2 else ""
         add(f"x = {pid} * XBLOCK + tl.arange(0, XBLOCK){column}")
         if not (is_static(rows) and rows % x == 0):
@@ -214,6 +231,13 @@ class Renderer:
             self._unravel("z", rest)
         return nx * ny * product(self.sizes[a] for a in rest)
 
+    def _sweep_prologue(self, pid: str, parts: Size) -> Size:
+        self.lines.add(f"part = {pid}")
+        self._unravel("part", self.parallel)
+        self.lines.add("r = tl.arange(0, RBLOCK)[None, :]")
+        self._reduced_vars()
+        return parts
+
     def _unravel(self, var: str, atoms: Sequence[str]) -> None:
         """Define the atoms as the digits of ``var``."""
         inner: Size = 1
@@ -242,6 +266,9 @@ class Renderer:
         return name
 
     def _sections(self) -> None:
+        if self.swept:
+            self._sweep()
+            return
         top = max((level for _, level in self.body.sections), default=0)
         for level in range(top + 1):
             for instr in self.body.sections.get(("row", level), ()):
@@ -266,6 +293,28 @@ class Renderer:
             self._instr(instr)
         self.lines.depth -= 1
         self.defined = outside
+
+    def _sweep(self) -> None:
+        """What is the same for all rows, the loop over them, and the sums over them."""
+        sections = self.body.sections
+        self.outside_sweep = True
+        for instr in sections.get(("once", 0), ()):
+            self._instr(instr)
+        self.outside_sweep = False
+        rows, outside = product(self.sizes[a] for a in self.swept), set(self.defined)
+        self.lines.add(f"for start in tl.range(0, {rows}, XBLOCK, num_stages={self.tile.stages}):")
+        self.lines.depth += 1
+        self.lines.add("x = start + tl.arange(0, XBLOCK)[:, None]")
+        if rows % self.tile.x:
+            self.lines.add(f"xmask = x < {rows}")
+            self.xmask = "xmask"
+        self._unravel("x", self.swept)
+        for instr in sections.get(("row", 0), ()):
+            self._instr(instr)
+        self.lines.depth -= 1
+        self.xmask, self.defined, self.outside_sweep = None, outside, True
+        for instr in sections.get(("after", 0), ()):
+            self._instr(instr)
 
     def _instr(self, instr: Instr) -> None:
         for index in instr.indices:
@@ -347,8 +396,10 @@ class Renderer:
                 continue
             if self.square is not None and atom in self.square:
                 out["x" if atom == self.square[0] else "y"] = True
-            elif atom in self.parallel:
+            elif atom in (self.swept or self.parallel):
                 out["x"] = out["x"] or self.square is None
+            elif atom in self.parallel:
+                continue  # of a sweep: one number for all its tiles
             elif atom not in self.reduced:
                 out["other"] = True
         return out
@@ -356,7 +407,7 @@ class Renderer:
     def _missing(self, index: Index, wide: bool) -> str:
         """Zero terms that give an address the whole tile's shape."""
         across = self._spans(index)
-        out = "" if across["x"] else " + x * 0"
+        out = "" if across["x"] or self.outside_sweep else " + x * 0"
         if self.square is not None and not across["y"]:
             out += " + y * 0"
         if wide and not any(a in self.reduced for a in index.atoms):
@@ -432,6 +483,24 @@ class Renderer:
             add(f"{out} = reductions.row_logsumexp({m}, {s})")
         else:
             add(f"{out} = {REDUCTIONS[op][3]}({'acc' if looped else 'x'}_{out})")
+
+
+    def _sweep_begin(self, instr: Instr) -> None:
+        dtype = "int1" if instr.dtype == "bool" else instr.dtype
+        start = identity(instr.text, instr.dtype)
+        self.lines.add(f"acc_{instr.out} = tl.full([XBLOCK, RBLOCK], {start}, tl.{dtype})")
+
+    def _sweep_step(self, instr: Instr) -> None:
+        x, acc = f"x_{instr.out}", f"acc_{instr.out}"
+        self.lines.add(f"{x} = tl.broadcast_to({instr.cond}, [XBLOCK, RBLOCK])")
+        if self.xmask:
+            start = identity(instr.text, instr.dtype)
+            self.lines.add(f"{x} = tl.where({self.xmask}, {x}, {start})")
+        self.lines.add(f"{acc} = {REDUCTIONS[instr.text][0].format(acc, x)}")
+
+    def _sweep_end(self, instr: Instr) -> None:
+        finish = REDUCTIONS[instr.text][3].replace("row_", "column_")
+        self.lines.add(f"{instr.out} = {finish}(acc_{instr.out})")
 
 
 def _ceil_div(size: Size, block: int) -> Size:

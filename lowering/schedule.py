@@ -68,6 +68,16 @@ def row_tile(rows: Size, reduced: Size, loads: int, looped: bool, multiprocessor
     return Tile(together, length, warps)
 
 
+def sweep_tile(rows: Size, reduced: int, loaded: int) -> Tile:
+    """``rows`` a program walks over, ``reduced`` long each; ``loaded``: bytes a step loads for one
+    element of the tile."""
+    length = power_of_two(reduced)
+    together = min(max(1, 4096 // length), power_of_two(rows))
+    warps = max(1, min(16, together * length // (32 * 16)))
+    stages = MAX_IN_FLIGHT // max(1, together * length * loaded)
+    return Tile(together, length, warps, stages=max(1, min(3, stages)))
+
+
 def columns_together(columns: Size, reduced: Size) -> int:
     """How many columns one program reduces: a whole line of memory of 16-bit floats.
 

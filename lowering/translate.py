@@ -23,9 +23,9 @@ from .ir import (
     SizeArg,
     Value,
     dtype_name,
-    normalize_axes,
     result_dtype,
 )
+from .parts import normalize_axes
 from .view_ops import VIEWS, negative_zero
 from .views import Permute, Reshape
 
@@ -295,11 +295,18 @@ class _Recorder(Builder):
         self.values = values
         self.origin: Node | None = None
 
-    def reduce(self, op: str, x: Value, axes: Sequence[int], dtype: str | None = None) -> Value:
+    def reduce(
+        self,
+        op: str,
+        x: Value,
+        axes: Sequence[int],
+        dtype: str | None = None,
+        beside_rows: bool = False,
+    ) -> Value:
         """A reduction of single elements is none; a kernel could not tell its levels apart."""
         lengths = [x.shape[k] for k in normalize_axes(axes, x.ndim)]
         if not all(type(n) is int and n == 1 for n in lengths):
-            return super().reduce(op, x, axes, dtype)
+            return super().reduce(op, x, axes, dtype, beside_rows)
         dtype = dtype or x.dtype
         if op in ("argmax", "argmin"):
             return self.full(x.shape, 0, dtype)

@@ -379,3 +379,44 @@ def test_mask_of_truth_values() -> None:
         return torch.where(m & (x > 0), x, x * 0.1) + m
 
     fused(fn, rand(7, 33), bools(7, 33), kernels=1)
+
+
+# rows and columns in one pass ---------------------------------------------------------------------
+
+
+def layer_norm_gradients(x: Tensor, dy: Tensor, w: Tensor, m: Tensor, r: Tensor) -> Any:
+    shape = list(x.shape[-1:])
+    return torch.ops.aten.native_layer_norm_backward(dy, x, shape, m, r, w, w, [True] * 3)
+
+
+def saved(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, rstd) of each row, as layer norm saves them."""
+    var, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    return mean, torch.rsqrt(var + 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(256, 33), (4, 96, 40), (96, 130), (16, 16, 64)])
+def test_norm_gradients_in_one_pass(shape: tuple[int, ...]) -> None:
+    """dx needs whole rows, dw and db whole columns: one kernel reads the data, one adds up parts."""
+    x, dy, w = rand(*shape), rand(*shape), rand(shape[-1])
+    report = fused(layer_norm_gradients, x, dy, w, *saved(x), kernels=2)
+    assert "tl.range" in report.sources[0].text
+
+
+def test_what_follows_the_norm_gradient_is_added_up_too() -> None:
+    """A residual's gradient joins, and the bias gradient of the layer below."""
+
+    def fn(x: Tensor, dy: Tensor, w: Tensor, m: Tensor, r: Tensor, res: Tensor) -> Any:
+        dx, dw, db = layer_norm_gradients(x, dy, w, m, r)
+        dx = dx + res
+        return dx, dw, db, dx.sum(0)
+
+    x = rand(256, 48)
+    fused(fn, x, rand(256, 48), rand(48), *saved(x), rand(256, 48), kernels=2)
+
+
+def test_few_rows_are_not_swept() -> None:
+    """Each program would have one row to walk over."""
+    x = rand(7, 33)
+    report = fused(layer_norm_gradients, x, rand(7, 33), rand(33), *saved(x), kernels=2)
+    assert not any("tl.range" in s.text for s in report.sources)
