@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from .flow import base_of, find_escapes, find_readers, is_widening, order_edges
@@ -10,6 +11,7 @@ from .frames import align, atoms_of, frame_for
 from .group import Group
 from .indexing import contiguous_strides, is_static, product
 from .ir import BITS, Value, is_dense
+from .schedule import COLUMNS
 from .sweep import is_column, on_chip, why_not_sweep
 from .translate import Program
 from .views import Frame
@@ -276,8 +278,9 @@ class Fuser:
                 and group.column
                 and v not in self.column_feeds
                 and (sibling or not on_chip(group))
+                and not self._busy_with_columns(group, group.reduced)
             ):
-                return "a column reduction does not also store its full-size operands"
+                return "its columns would leave most of the GPU idle, which stores the operands too"
             if not full and sibling:
                 return "row values only share a kernel with their own reduction"
         return None
@@ -296,8 +299,12 @@ class Fuser:
             same = set(atoms) == set(group.reduced)
             return None if same else self._why_not_sweep(group, v, frame)
         column = is_column(v)
-        if column and any(self._stored_beside(m, group, v) for m in group.members):
-            return "a column reduction does not also store its full-size operands"
+        if (
+            column
+            and not self._busy_with_columns(group, atoms)
+            and any(self._stored_beside(m, group, v) for m in group.members)
+        ):
+            return "its columns would leave most of the GPU idle, which stores the operands too"
         if not column and is_static(*(group.sizes[a] for a in group.domain)):
             rows = product(group.sizes[a] for a in group.domain if a not in set(atoms))
             work = product(group.sizes[a] for a in group.domain)
@@ -308,6 +315,13 @@ class Fuser:
             ):
                 return "few long rows: storing the operands would leave most of the GPU idle"
         return None
+
+    def _busy_with_columns(self, group: Group, reduced: Sequence[str]) -> bool:
+        """Whether programs that reduce ``reduced``, a tile of columns each, keep the GPU busy."""
+        sizes = [group.sizes[a] for a in group.domain if a not in set(reduced)]
+        if not self.multiprocessors or not is_static(*sizes):
+            return False
+        return product(sizes) >= 2 * self.multiprocessors * COLUMNS
 
     def _stored_beside(self, m: Value, group: Group, v: Value) -> bool:
         if m in self.escapes:

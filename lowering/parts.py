@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .indexing import Size, is_static, product
+from .schedule import COLUMNS
 
 if TYPE_CHECKING:
     from .ir import Value
@@ -15,7 +16,7 @@ MAX_SWEPT_ROW = 8192
 #: elements for each multiprocessor below which such a kernel gains nothing
 LEAST_SWEPT = 512
 #: how many values back a reduction looks for one over rows
-FAR = 24
+FAR = 64
 
 def normalize_axes(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
     return tuple(sorted({a % ndim for a in axes})) if ndim else ()
@@ -37,7 +38,13 @@ def parts_wanted(x: Value, axes: Sequence[int], multiprocessors: int) -> int:
     kept = product(x.shape) // max(1, reduced)
     column = contiguous_axis(x) not in axes
     if column:
-        programs, least, enough = -(-kept // 64), 32, 4 * multiprocessors
+        # what a kernel stores as well wants more programs than what it only adds up
+        made = x
+        while made.kind == "view":
+            made = made.args[0]
+        stored = made.kind in ("pointwise", "cast") and made.node is not None
+        programs, least = -(-kept // COLUMNS), 32
+        enough = (8 if stored else 4) * multiprocessors
         busy = programs >= 2 * multiprocessors or reduced < 512
     else:
         programs, least, enough = kept, 2048, 4 * multiprocessors

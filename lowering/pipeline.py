@@ -197,6 +197,8 @@ def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
     if member.kind not in ("pointwise", "cast", "concat", "reduce"):
         return False
     (node,) = nodes
+    if any(_is_part(base_of(a), fuser) for a in member.inputs):
+        return False
     op = op_of(node.target)
     if node.target is operator.getitem or (op is not None and op.kind == "composite"):
         return False
@@ -210,6 +212,12 @@ def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
     program.aten[node] = "alone: nothing to fuse it with"
     del fuser.home[member]
     return True
+
+
+def _is_part(v: Value, fuser: Fuser) -> bool:
+    """Whether v is a first step of a node's reduction that another kernel takes along."""
+    home = fuser.home.get(v)
+    return v.node is None and home is not None and len(home.members) > 1
 
 
 def _give_up(
