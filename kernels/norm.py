@@ -61,9 +61,9 @@ def layer_norm_backward(
         along = b.mul(xhat, b.mean(b.mul(g, xhat), axes))
         dx = b.mul(b.sub(b.sub(g, b.mean(g, axes), 1), along, 1), wide(b, rstd))
     if mask[1] and weight is not None:
-        dw = b.squeeze(b.sum(b.mul(wide(b, dy), normalized()), outer, beside_rows=True), outer)
+        dw = b.squeeze(b.sum(b.mul(wide(b, dy), normalized()), outer), outer)
     if mask[2] and (bias is not None or weight is not None):
-        db = b.squeeze(b.sum(wide(b, dy), outer, beside_rows=True), outer)
+        db = b.squeeze(b.sum(wide(b, dy), outer), outer)
     return dx, dw, db
 
 
@@ -115,7 +115,7 @@ def rms_norm_backward(
         dx = _rms_dx(b, g, wide(b, x), wide(b, rstd), axes)
     if mask[1] and weight is not None:
         xhat = b.mul(wide(b, x), wide(b, rstd))
-        dw = b.squeeze(b.sum(b.mul(wide(b, dy), xhat), outer, beside_rows=True), outer)
+        dw = b.squeeze(b.sum(b.mul(wide(b, dy), xhat), outer), outer)
     return dx, dw
 
 
@@ -166,7 +166,7 @@ def gems_rms_norm_backward(
     xhat = b.mul(wide(b, x), wide(b, rstd))
     if weight_after_cast:
         xhat = wide(b, b.cast(xhat, x.dtype))
-    return dx, b.squeeze(b.sum(b.mul(wide(b, dy), xhat), outer, beside_rows=True), outer) if outer else b.mul(
+    return dx, b.squeeze(b.sum(b.mul(wide(b, dy), xhat), outer), outer) if outer else b.mul(
         wide(b, dy), xhat
     )
 
@@ -285,7 +285,7 @@ def batch_moments(b: Any, x: Any) -> tuple[Any, Any, Any]:
     """
     axes = [a for a in range(x.ndim) if a != 1]
     count = b.count(x, axes)
-    parts = b.parts_wanted(x, axes)
+    parts = b.even_parts(x, axes)
     if parts == 1:
         return (*moments(b, x, axes, 0), count)
     cut, inner, outer = b.split(x, axes, parts)

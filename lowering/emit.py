@@ -44,7 +44,7 @@ class Emitter:
         self.results: dict[Value, str] = {}  # reduction -> register of its result
         self.names: dict[Any, str] = {}  # buffer or size expression -> kernel parameter
         self.wide_atoms = set(group.reduced)
-        self.swept = set(group.swept)
+        self.walked = set(group.parallel) if group.sweeps else set()  # a program's rows
         self.counter = 0
 
     # driver --------------------------------------------------------------------------------
@@ -53,13 +53,13 @@ class Emitter:
         top = max((self.level(m) for m in self.group.members), default=0)
         for level in range(top + 1):
             for m in self.group.members:
-                if m.kind == "reduce" and self.level(m) == level:
+                if m.reduces and self.level(m) == level:
                     self._finish_reduction(m)
             for out in self.group.outputs:
                 if self.level(out) == level and not self._is_wide(out):
                     self._store(out, level)
             for m in self.group.members:
-                if m.kind == "reduce" and self.level(m) == level + 1:
+                if m.reduces and self.level(m) == level + 1:
                     self._accumulate(m, level)
             for out in self.group.outputs:
                 if self.level(out) == level and self._is_wide(out):
@@ -74,7 +74,7 @@ class Emitter:
             elif v not in self.members and v not in self.inlined:
                 known = 0
             else:
-                known = max((self.level(a) for a in v.inputs), default=0) + (v.kind == "reduce")
+                known = max((self.level(a) for a in v.inputs), default=0) + v.reduces
             self.levels[v] = known
         return known
 
@@ -152,7 +152,7 @@ class Emitter:
             return self.results[v]
         wide = any(self._varies(c) for c in coords) or cond in self.body.wide
         section = self._section(wide, level if wide else self.level(v))
-        if self.swept and cond is None and self._is_fixed(v, coords):
+        if self.walked and cond is None and self._is_fixed(v, coords):
             section = ("once", 0)
         key = (v, tuple(coords), cond, section)
         register = self.memo.get(key)
@@ -164,18 +164,15 @@ class Emitter:
         return register
 
     def _over_rows(self, v: Value) -> bool:
-        """Whether v adds up the rows that the program sweeps over."""
-        if not self.swept or v.kind != "reduce":
-            return False
-        frame = self.group.frame(v.args[0])
-        return frame is not None and {a for k in v.params for a in frame[k]} == self.swept
+        """Whether v adds up the rows that a program walks over."""
+        return v.kind == "partial" and self.group.sweeps
 
     def _is_fixed(self, v: Value, coords: Sequence[Index]) -> bool:
         """Whether v is memory that all rows of the sweep read at the same place."""
         return (
             v not in self.members
             and v not in self.inlined
-            and all(a in self.group.sizes and a not in self.swept for c in coords for a in c.atoms)
+            and all(a in self.group.sizes and a not in self.walked for c in coords for a in c.atoms)
         )
 
     def _section(self, wide: bool, level: int) -> tuple[str, int]:
@@ -194,7 +191,7 @@ class Emitter:
         if v not in self.members and v not in self.inlined:
             return self._load(v, coords, cond, section)
         method = getattr(self, f"_{v.kind}", None)
-        if method is None or v.kind == "reduce":
+        if method is None or v.reduces:
             raise EmitError(f"{v!r} cannot be evaluated here")
         return method(v, coords, cond, level, section)
 

@@ -6,17 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .indexing import Size, product, quotient
+from .indexing import Size, is_static, product, quotient
 from .ir import Value
 from .views import Frame, take_inner
+
+#: the atom that counts shares
+SHARE = "share"
 
 
 class Group:
     """Values that become one kernel.
 
     The kernel's loop variables are *atoms*, ``sizes`` long. ``domain`` is all of them, outermost
-    first; ``reduced`` those that are reduced (none in a pointwise group); ``swept`` those others
-    that each program walks over, adding up columns (see ``sweep``). ``frames`` says for each value which atoms make up the coordinate along each axis. An atom can be split in two at any
+    first; ``reduced`` those that are reduced (none in a pointwise group). ``frames`` says for each
+    value which atoms make up the coordinate along each axis. An atom can be split in two at any
     time (``parts``), which is how reshapes meet.
     """
 
@@ -28,8 +31,8 @@ class Group:
         self.parts: dict[str, tuple[str, str]] = {}
         self._domain: tuple[str, ...] = ()
         self._reduced: tuple[str, ...] = ()
-        self._swept: tuple[str, ...] = ()
         self.column = False  # the reduced atoms are not the contiguous ones
+        self.shares = 0  # of the rows, where columns are reduced in two steps
         self.outputs: list[Value] = []
         self.first = self.last = 0  # places of its first and last member in the program
 
@@ -71,10 +74,6 @@ class Group:
         return self.resolve(self._reduced)
 
     @property
-    def swept(self) -> tuple[str, ...]:
-        return self.resolve(self._swept)
-
-    @property
     def parallel(self) -> tuple[str, ...]:
         reduced = set(self.reduced)
         return tuple(a for a in self.domain if a not in reduced)
@@ -82,8 +81,22 @@ class Group:
     def set_reduced(self, atoms: Sequence[str]) -> None:
         self._reduced = tuple(atoms)
 
-    def set_swept(self, atoms: Sequence[str]) -> None:
-        self._swept = tuple(atoms)
+    @property
+    def reduced_length(self) -> Size:
+        """How many elements one program reduces to one."""
+        length = product(self.sizes[a] for a in self.reduced)
+        if self.column and self.shares:
+            return -(-length // self.shares) if is_static(length) else length
+        return length
+
+    def share(self, shares: int) -> None:
+        """Reduce the rows in so many shares side by side, each by programs of its own."""
+        self.sizes[SHARE] = self.shares = shares
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether each program works on whole rows, one after the other, and reduces columns."""
+        return bool(self.shares) and not self.column
 
     # frames --------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from .body import Body, Instr
+from .group import SHARE
 from .indexing import Index, Size, is_static, product, simplify
 from .ir import BITS, SIXTEEN_BIT, Value
 from .schedule import Tile, column_tile, pointwise_tile, row_tile, sweep_tile, transpose_tile
@@ -24,13 +25,10 @@ class Renderer:
         self.sizes: dict[str, Size] = {a: self.group.size(a) for a in self.group.domain}
         self.merged: dict[str, str | None] = {}  # atom -> atom it became, None when it vanished
         self.lines = Lines()
-        swept = set(self.group.swept)
-        order = self._order(self.group.parallel)
-        self.parallel = [a for a in order if a not in swept]
-        self.swept = [a for a in order if a in swept]  # each program walks over these
+        self.shares, self.sweeps = self.group.shares, self.group.sweeps
+        self.parallel = self._order(self.group.parallel)
         self.reduced = list(self.group.reduced)
         self._collapse(self.parallel)
-        self._collapse(self.swept)
         self._collapse(self.reduced)
         self.rank = 2 if self.reduced or self.group.reduced or self._is_reduction() else 1
         self.wide64 = self._needs_int64()
@@ -38,7 +36,7 @@ class Renderer:
         self.tile = self._choose_tile()
 
     def _is_reduction(self) -> bool:
-        return any(m.kind == "reduce" for m in self.group.members)
+        return any(m.reduces for m in self.group.members)
 
     # loop order --------------------------------------------------------------------------------
 
@@ -90,16 +88,16 @@ class Renderer:
                 return transpose_tile(x, y)
             return pointwise_tile(rows, self.multiprocessors)
         if self.group.column:
+            reduced = self.group.reduced_length
             return column_tile(rows, reduced, self.body.looped, self._loaded_bytes())
-        if self.swept:
-            rows = product(self.sizes[a] for a in self.swept)
-            return sweep_tile(rows, reduced, self._loaded_bytes())
+        if self.sweeps:
+            return sweep_tile(reduced, self._loaded_bytes())
         loads = len({i.text for i in self._instrs() if i.kind == "load"})
         return row_tile(rows, reduced, loads, self.body.looped, self.multiprocessors)
 
     def _loaded_bytes(self) -> int:
         """What a step of a loop loads for one element of the tile, at the most."""
-        loop = "row" if self.swept else "loop"
+        loop = "row" if self.sweeps else "loop"
         steps = [s for (kind, _), s in self.body.sections.items() if kind == loop]
         reduced = set(self.reduced)
         loads = [
@@ -145,7 +143,7 @@ class Renderer:
                     top = top + abs(c) * (self.group.size(atom) - 1)
                 if not is_static(top) or top > LIMIT_32:
                     return True
-        total = product(self.sizes[a] for a in (*self.parallel, *self.swept, *self.reduced))
+        total = product(self.sizes[a] for a in (*self.parallel, *self.reduced))
         return not is_static(total) or total > LIMIT_32
 
     def _param(self, name: str) -> object:
@@ -198,18 +196,34 @@ class Renderer:
         self.outside_sweep = False  # where there is no row, and no x
         if self.square is not None:
             return self._square_prologue(pid)
-        if self.swept:
+        if self.sweeps:
             return self._sweep_prologue(pid, rows)
         column = "[:, None]" if self.rank == 2 else ""
+        blocks = -(-rows // x) if is_static(rows) else _ceil_div(rows, x)
+        if self.shares:
+            add(f"{SHARE} = {pid} // {self.body_size(blocks)}")
+            pid = f"{pid} % {self.body_size(blocks)}"
         add(f"x = {pid} * XBLOCK + tl.arange(0, XBLOCK){column}")
         if not (is_static(rows) and rows % x == 0):
             add(f"xmask = x < {self.body_size(rows)}")
             self.xmask = "xmask"
         self._unravel("x", self.parallel)
+        if self.shares:
+            self._share_bounds(product(self.sizes[a] for a in self.reduced))
         if self.rank == 2 and not self.body.looped:
-            add("r = tl.arange(0, RBLOCK)[None, :]")
+            first = "first + " if self.shares else ""
+            add(f"r = {first}tl.arange(0, RBLOCK)[None, :]")
             self._reduced_vars()
-        return -(-rows // x) if is_static(rows) else _ceil_div(rows, x)
+        return simplify(blocks * max(1, self.shares))
+
+    def _share_bounds(self, rows: Size) -> None:
+        """Define where the program's share of the rows begins and ends."""
+        if is_static(rows):
+            share = str(-(-rows // self.shares))
+        else:
+            share = f"(({self.body_size(rows)} + {self.shares - 1}) // {self.shares})"
+        self.lines.add(f"first = {SHARE} * {share}")
+        self.lines.add(f"end = tl.minimum(first + {share}, {self.body_size(rows)})")
 
     def _square_prologue(self, pid: str) -> Size:
         assert self.square is not None  # who calls this has looked
@@ -231,12 +245,12 @@ class Renderer:
             self._unravel("z", rest)
         return nx * ny * product(self.sizes[a] for a in rest)
 
-    def _sweep_prologue(self, pid: str, parts: Size) -> Size:
-        self.lines.add(f"part = {pid}")
-        self._unravel("part", self.parallel)
+    def _sweep_prologue(self, pid: str, rows: Size) -> Size:
+        self.lines.add(f"{SHARE} = {pid}")
+        self._share_bounds(rows)
         self.lines.add("r = tl.arange(0, RBLOCK)[None, :]")
         self._reduced_vars()
-        return parts
+        return self.shares
 
     def _unravel(self, var: str, atoms: Sequence[str]) -> None:
         """Define the atoms as the digits of ``var``."""
@@ -250,7 +264,10 @@ class Renderer:
 
     def _reduced_vars(self) -> None:
         length = product(self.sizes[a] for a in self.reduced)
-        if not (is_static(length) and length % self.tile.r == 0):
+        if self.shares and not self.sweeps:
+            self.lines.add("rmask = r < end")
+            self.rmask = "rmask"
+        elif not (is_static(length) and length % self.tile.r == 0):
             self.lines.add(f"rmask = r < {self.body_size(length)}")
             self.rmask = "rmask"
         self._unravel("r", self.reduced)
@@ -266,7 +283,7 @@ class Renderer:
         return name
 
     def _sections(self) -> None:
-        if self.swept:
+        if self.sweeps:
             self._sweep()
             return
         top = max((level for _, level in self.body.sections), default=0)
@@ -280,7 +297,8 @@ class Renderer:
     def _loop(self, steps: list[Instr]) -> None:
         length = product(self.sizes[a] for a in self.reduced)
         outside = set(self.defined)
-        starts = f"range(0, {self.body_size(length)}, RBLOCK)"
+        bounds = "first, end" if self.shares else f"0, {self.body_size(length)}"
+        starts = f"range({bounds}, RBLOCK)"
         if self.tile.stages > 1:
             starts = f"tl.{starts[:-1]}, num_stages={self.tile.stages})"
         self.lines.add(f"for start in {starts}:")
@@ -301,14 +319,15 @@ class Renderer:
         for instr in sections.get(("once", 0), ()):
             self._instr(instr)
         self.outside_sweep = False
-        rows, outside = product(self.sizes[a] for a in self.swept), set(self.defined)
-        self.lines.add(f"for start in tl.range(0, {rows}, XBLOCK, num_stages={self.tile.stages}):")
+        outside = set(self.defined)
+        stages = self.tile.stages
+        self.lines.add(f"for start in tl.range(first, end, XBLOCK, num_stages={stages}):")
         self.lines.depth += 1
         self.lines.add("x = start + tl.arange(0, XBLOCK)[:, None]")
-        if rows % self.tile.x:
-            self.lines.add(f"xmask = x < {rows}")
+        if self.tile.x > 1:
+            self.lines.add("xmask = x < end")
             self.xmask = "xmask"
-        self._unravel("x", self.swept)
+        self._unravel("x", self.parallel)
         for instr in sections.get(("row", 0), ()):
             self._instr(instr)
         self.lines.depth -= 1
@@ -396,10 +415,10 @@ class Renderer:
                 continue
             if self.square is not None and atom in self.square:
                 out["x" if atom == self.square[0] else "y"] = True
-            elif atom in (self.swept or self.parallel):
-                out["x"] = out["x"] or self.square is None
             elif atom in self.parallel:
-                continue  # of a sweep: one number for all its tiles
+                out["x"] = out["x"] or self.square is None
+            elif atom == SHARE:
+                continue  # one number for all of a program
             elif atom not in self.reduced:
                 out["other"] = True
         return out
@@ -483,7 +502,6 @@ class Renderer:
             add(f"{out} = reductions.row_logsumexp({m}, {s})")
         else:
             add(f"{out} = {REDUCTIONS[op][3]}({'acc' if looped else 'x'}_{out})")
-
 
     def _sweep_begin(self, instr: Instr) -> None:
         dtype = "int1" if instr.dtype == "bool" else instr.dtype

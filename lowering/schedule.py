@@ -15,7 +15,7 @@ COLUMNS = 64
 #: bytes of shared memory for loads in flight: what a gfx942 has, a fourth of an H200's
 MAX_IN_FLIGHT = 2**16
 #: elements of an operand that take longer to ask for than to carry
-SMALL_OPERAND = 2**20
+SMALL_OPERAND = 2**21
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,10 @@ def row_tile(rows: Size, reduced: Size, loads: int, looped: bool, multiprocessor
     return Tile(together, length, warps)
 
 
-def sweep_tile(rows: Size, reduced: int, loaded: int) -> Tile:
-    """``rows`` a program walks over, ``reduced`` long each; ``loaded``: bytes a step loads for one
-    element of the tile."""
+def sweep_tile(reduced: int, loaded: int) -> Tile:
+    """``reduced``: the length of a row; ``loaded``: bytes a step loads for one element."""
     length = power_of_two(reduced)
-    together = min(max(1, 4096 // length), power_of_two(rows))
+    together = max(1, 4096 // length)
     warps = max(1, min(16, together * length // (32 * 16)))
     stages = MAX_IN_FLIGHT // max(1, together * length * loaded)
     return Tile(together, length, warps, stages=max(1, min(3, stages)))
