@@ -223,6 +223,8 @@ class Fuser:
     def _stored_beside(self, m: Value, group: Group, v: Value) -> bool:
         if m in self.escapes:
             return True
+        if m in self.column_feeds:
+            return False  # its readers will join v
         return any(
             r is not v and self._reads_elsewhere(r, group) for r, _ in self.readers.get(m, [])
         )
