@@ -107,6 +107,14 @@ def row_logsumexp(m, s):
 
 
 @triton.jit
+def row_logsum(m, s):
+    """log(sum(s * exp(m - max(m)))) of each row; NaN where the maximum is infinite."""
+    top = row_amax(m)
+    total = mathlib.log(tl.sum(s * mathlib.exp(m - top), 1, keep_dims=True))
+    return tl.where(tl.abs(top) == float("inf"), float("nan"), total)
+
+
+@triton.jit
 def running_logsumexp(m, s, x):
     """One more operand for each lane: (larger maximum, sum rescaled to it)."""
     top = larger(m, x)

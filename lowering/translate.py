@@ -303,6 +303,8 @@ class _Recorder(Builder):
         dtype = dtype or x.dtype
         if op in ("argmax", "argmin"):
             return self.full(x.shape, 0, dtype)
+        if op == "logsum":
+            return self.call("sub", x, x, 1)  # 0, or NaN where x is infinite
         return self.cast(self.cast(x, "bool") if op in ("any", "all") else x, dtype)
 
 
