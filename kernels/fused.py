@@ -12,8 +12,9 @@ _LIBRARY: Any = None
 
 
 def register_torch_ops() -> None:
-    """Register ``gems::rms_norm`` and its backward with torch, once.
+    """Register ``gems::rms_norm``, its backward and ``gems::log_softmax_stats`` with torch, once.
 
+    rms_norm
     Formula: h = float32(x); n = h * rsqrt(mean(h^2, -1) + eps)
              y = weight * dtype(n) if weight_after_cast (Llama), else dtype(n * weight) (Gemma)
     Shapes:  x [..., N], weight [N] or None -> y [..., N], rstd [..., 1]
@@ -44,6 +45,9 @@ def register_torch_ops() -> None:
     torch.library.register_autograd(
         "gems::rms_norm", _rms_norm_autograd, setup_context=_rms_norm_context, lib=library
     )
+    library.define("log_softmax_stats(Tensor x, int dim) -> (Tensor top, Tensor logsum)", tags=tags)
+    library.impl("log_softmax_stats", _log_softmax_stats, "CompositeExplicitAutograd")
+    torch.library.register_fake("gems::log_softmax_stats", _log_softmax_stats_fake, lib=library)
     from .dropout import define
 
     define(library)
@@ -132,3 +136,19 @@ def _rms_norm_autograd(ctx: Any, dy: Any, drstd: Any) -> tuple[Any, ...]:
     backward = torch.ops.gems.rms_norm_backward.default
     dx, dw = backward(dy, x, rstd, weight, ctx.weight_after_cast)
     return dx, None if weight is None else dw, None, None
+
+
+def _log_softmax_stats(x: Any, dim: int) -> tuple[Any, Any]:
+    """(max(x), log(sum(exp(x - max(x))))) over ``dim``, which stays, in float32 or float64."""
+    h = _wide(x)
+    top = h.amax(dim, keepdim=True)
+    return top.contiguous(), (h - top).exp().sum(dim, keepdim=True).log().contiguous()
+
+
+def _log_softmax_stats_fake(x: Any, dim: int) -> tuple[Any, Any]:
+    import torch
+
+    shape = list(x.shape)
+    shape[dim] = 1
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=wide)

@@ -1,7 +1,8 @@
 """Layer, RMS, group and batch norm with their backwards. Statistics in float32.
 
-The backward's weight and bias gradients are written from the operands anew (not from values of the
-dx part), because they reduce across rows: another kernel, which reads the operands once more.
+The backward's weight and bias gradients reduce across rows. They are written from the operands anew
+(not from values of the dx part), so that they can run in a kernel of their own where that of dx,
+which works on whole rows, cannot take them in.
 """
 
 from __future__ import annotations
@@ -284,7 +285,7 @@ def batch_moments(b: Any, x: Any) -> tuple[Any, Any, Any]:
     """
     axes = [a for a in range(x.ndim) if a != 1]
     count = b.count(x, axes)
-    parts = b.parts_wanted(x, axes)
+    parts = b.even_parts(x, axes)
     if parts == 1:
         return (*moments(b, x, axes, 0), count)
     cut, inner, outer = b.split(x, axes, parts)

@@ -1,4 +1,7 @@
-"""Device functions that finish a reduction: tiles are [X, R]; R is reduced and stays as size 1."""
+"""Device functions that finish a reduction of a tile [X, R].
+
+``row_*`` reduce R, ``column_*`` X; the dim stays, of size 1.
+"""
 
 import triton
 import triton.language as tl
@@ -66,11 +69,49 @@ def row_all(x):
 
 
 @triton.jit
+def column_sum(x):
+    return tl.sum(x, 0, keep_dims=True)
+
+
+@triton.jit
+def column_prod(x):
+    return tl.reduce(x, 0, _times, keep_dims=True)
+
+
+@triton.jit
+def column_amax(x):
+    return tl.trans(row_amax(tl.trans(x)))
+
+
+@triton.jit
+def column_amin(x):
+    return tl.trans(row_amin(tl.trans(x)))
+
+
+@triton.jit
+def column_any(x):
+    return tl.max(x.to(tl.int32), 0, keep_dims=True) != 0
+
+
+@triton.jit
+def column_all(x):
+    return tl.min(x.to(tl.int32), 0, keep_dims=True) != 0
+
+
+@triton.jit
 def row_logsumexp(m, s):
     """log(sum(s * exp(m))) of each row, for running maxima m and sums s."""
     top = row_amax(m)
     base = tl.where(tl.abs(top) == float("inf"), 0.0, top)
     return base + mathlib.log(tl.sum(s * mathlib.exp(m - base), 1, keep_dims=True))
+
+
+@triton.jit
+def row_logsum(m, s):
+    """log(sum(s * exp(m - max(m)))) of each row; NaN where the maximum is infinite."""
+    top = row_amax(m)
+    total = mathlib.log(tl.sum(s * mathlib.exp(m - top), 1, keep_dims=True))
+    return tl.where(tl.abs(top) == float("inf"), float("nan"), total)
 
 
 @triton.jit

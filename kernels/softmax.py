@@ -22,11 +22,34 @@ def softmax(b: Any, x: Any, dim: int, half_to_float: bool) -> Any:
     return b.div(e, b.sum(e, [dim]))
 
 
+@composite(
+    "gems.log_softmax_stats.default",
+    samples=[call(T(4, 33), -1), call(T(3, 5, 7), 1)],
+)
+def log_softmax_stats(b: Any, x: Any, dim: int) -> Any:
+    """(max(x), log(sum(exp(x - max(x))))), both from one read of x."""
+    x = wide(b, x)
+    return b.amax(x, [dim]), b.reduce("logsum", x, [dim])
+
+
+def decompose_log_softmax(x: Any, dim: int, half_to_float: bool) -> Any:
+    """The decomposition of ``aten._log_softmax``: backward recomputes the result from x and two
+    numbers a row, which are saved in place of a float32 tensor of x's size."""
+    import torch
+
+    size = x.shape[dim] if x.ndim else 0
+    if not x.is_floating_point() or (type(size) is int and size == 0):
+        return NotImplemented
+    top, logsum = torch.ops.gems.log_softmax_stats.default(x, dim)
+    y = (x.to(top.dtype) - top) - logsum
+    return (y if half_to_float else y.to(x.dtype)).contiguous()
+
+
 @composite("aten._log_softmax.default", samples=_SAMPLES, declines=_no_dims)
 def log_softmax(b: Any, x: Any, dim: int, half_to_float: bool) -> Any:
-    """x - logsumexp(x)."""
-    x = wide(b, x)
-    return b.sub(x, b.reduce("logsumexp", x, [dim]), 1)
+    """(x - max(x)) - log(sum(exp(x - max(x))))."""
+    top, logsum = log_softmax_stats(b, x, dim)
+    return b.sub(b.sub(wide(b, x), top, 1), logsum, 1)
 
 
 @composite(

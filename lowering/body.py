@@ -11,7 +11,8 @@ from .indexing import Index, Size
 
 @dataclass
 class Instr:
-    """kind: load | line | store | begin | step | end (of an accumulator).
+    """kind: load | line | store | begin | step | end (of an accumulator), sweep_begin ... (of one
+    over the rows of a sweep).
 
     ``text`` is a template: ``{i0}`` is the first of ``indices``, rendered.
     """
@@ -27,7 +28,10 @@ class Instr:
 
 @dataclass
 class Body:
-    """The instructions of one kernel, by section: ("row", level), ("loop", level)."""
+    """The instructions of one kernel, by section: ("row", level), ("loop", level).
+
+    In a sweep over rows: ("once", 0), ("row", 0) for each row, ("after", 0).
+    """
 
     group: Group
     looped: bool

@@ -14,6 +14,7 @@ from ..kernels import load_ops
 from ..kernels.dropout import native_dropout
 from ..kernels.fused import register_torch_ops
 from ..kernels.op import OPS
+from ..kernels.softmax import decompose_log_softmax
 
 #: packets that run best whole, as ATen
 KEEP = {
@@ -124,7 +125,11 @@ def decompositions(own_rng: bool = True) -> dict[Any, Callable[..., Any]]:
 
     load_ops()
     register_torch_ops()
-    own = {torch.ops.aten.native_dropout.default: native_dropout} if own_rng else {}
+    own: dict[Any, Callable[..., Any]] = {
+        torch.ops.aten._log_softmax.default: decompose_log_softmax
+    }
+    if own_rng:
+        own[torch.ops.aten.native_dropout.default] = native_dropout
     return own | {
         op: rule
         for op, rule in select_decomp_table().items()

@@ -6,7 +6,8 @@ still ``Index`` objects; ``render`` chooses loop order and tiles and writes the 
 
 A reduction group runs in *levels*: values of level 0 need no reduction of this kernel, a reduction
 of level-k operands has level k + 1. A row that fits on chip is one straight run; a longer one is
-one loop over the row for each level.
+one loop over the row for each level. A group that sweeps over rows is one loop over whole rows,
+between what is the same for all of them and the sums over them.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Emitter:
         self.results: dict[Value, str] = {}  # reduction -> register of its result
         self.names: dict[Any, str] = {}  # buffer or size expression -> kernel parameter
         self.wide_atoms = set(group.reduced)
+        self.walked = set(group.parallel) if group.sweeps else set()  # a program's rows
         self.counter = 0
 
     # driver --------------------------------------------------------------------------------
@@ -51,13 +53,13 @@ class Emitter:
         top = max((self.level(m) for m in self.group.members), default=0)
         for level in range(top + 1):
             for m in self.group.members:
-                if m.kind == "reduce" and self.level(m) == level:
+                if m.reduces and self.level(m) == level:
                     self._finish_reduction(m)
             for out in self.group.outputs:
                 if self.level(out) == level and not self._is_wide(out):
                     self._store(out, level)
             for m in self.group.members:
-                if m.kind == "reduce" and self.level(m) == level + 1:
+                if m.reduces and self.level(m) == level + 1:
                     self._accumulate(m, level)
             for out in self.group.outputs:
                 if self.level(out) == level and self._is_wide(out):
@@ -72,7 +74,7 @@ class Emitter:
             elif v not in self.members and v not in self.inlined:
                 known = 0
             else:
-                known = max((self.level(a) for a in v.inputs), default=0) + (v.kind == "reduce")
+                known = max((self.level(a) for a in v.inputs), default=0) + v.reduces
             self.levels[v] = known
         return known
 
@@ -145,11 +147,13 @@ class Emitter:
             coords = v.params.pull(coords, self)
             v = v.args[0]
         if v in self.results:
-            if any(self._varies(c) for c in coords):
+            if not self._over_rows(v) and any(self._varies(c) for c in coords):
                 raise EmitError(f"{v!r} is read along the dims it reduces")
             return self.results[v]
         wide = any(self._varies(c) for c in coords) or cond in self.body.wide
         section = self._section(wide, level if wide else self.level(v))
+        if self.walked and cond is None and self._is_fixed(v, coords):
+            section = ("once", 0)
         key = (v, tuple(coords), cond, section)
         register = self.memo.get(key)
         if register is None:
@@ -158,6 +162,18 @@ class Emitter:
                 self.body.wide.add(register)
             self.memo[key] = register
         return register
+
+    def _over_rows(self, v: Value) -> bool:
+        """Whether v adds up the rows that a program walks over."""
+        return v.kind == "partial" and self.group.sweeps
+
+    def _is_fixed(self, v: Value, coords: Sequence[Index]) -> bool:
+        """Whether v is memory that all rows of the sweep read at the same place."""
+        return (
+            v not in self.members
+            and v not in self.inlined
+            and all(a in self.group.sizes and a not in self.walked for c in coords for a in c.atoms)
+        )
 
     def _section(self, wide: bool, level: int) -> tuple[str, int]:
         if not self.body.looped:
@@ -175,7 +191,7 @@ class Emitter:
         if v not in self.members and v not in self.inlined:
             return self._load(v, coords, cond, section)
         method = getattr(self, f"_{v.kind}", None)
-        if method is None or v.kind == "reduce":
+        if method is None or v.reduces:
             raise EmitError(f"{v!r} cannot be evaluated here")
         return method(v, coords, cond, level, section)
 
@@ -426,6 +442,9 @@ class Emitter:
             place = place.scale(x.shape[k]) + coords[k]
         self._known(place)
         name = self.reductions.setdefault(r, f"r{len(self.reductions)}")
+        if self._over_rows(r):
+            self._sweep(r, name, register, hold)
+            return
         for kind in ("begin", "step", "end"):
             where = ("row", level) if kind == "begin" else ("loop", level)
             if not self.body.looped:
@@ -436,9 +455,18 @@ class Emitter:
                 Instr(kind, name, r.op, (place,), cond=register, dtype=hold)
             )
 
+    def _sweep(self, r: Value, name: str, register: str, hold: str) -> None:
+        """Accumulate a reduction over the rows of the sweep."""
+        for kind, section in (("begin", "once"), ("step", "row"), ("end", "after")):
+            self.body.sections.setdefault((section, 0), []).append(
+                Instr(f"sweep_{kind}", name, r.op or "", cond=register, dtype=hold)
+            )
+
     def _finish_reduction(self, r: Value) -> None:
         level = self.level(r)
         section = ("row", level) if self.body.looped else ("row", 0)
+        if self._over_rows(r):
+            section = ("after", 0)
         have = "int64" if r.op in ("argmax", "argmin") else accumulator_dtype(r)
         name = self.reductions[r]
         text = self.rounded(name, r.dtype, have, r)
@@ -450,7 +478,7 @@ class Emitter:
         coords = self.coords(out)
         wide = self._is_wide(out)
         register = self.eval(out, coords, None, level)
-        section = self._section(wide, level)
+        section = ("after", 0) if self._over_rows(out) else self._section(wide, level)
         name = self.buffer_name(out, "out")
         self.body.sections.setdefault(section, []).append(
             Instr(

@@ -31,10 +31,10 @@ def find_readers(program: Program) -> dict[Value, list[tuple[Value, bool]]]:
         if not v.computes:
             continue
         for k, a in enumerate(v.inputs):
-            shape = v.args[0].shape if v.kind == "reduce" else v.shape
+            shape = v.args[0].shape if v.reduces else v.shape
             aligned = v.kind != "concat" and not (v.kind == "gather" and k == 0)
             same = aligned and product(a.shape) == product(shape) and _only_bijections(a)
-            if v.kind in ("reduce",) and not _only_bijections(a):
+            if v.reduces and not _only_bijections(a):
                 same = False
             readers[base_of(a)].append((v, same))
     return readers

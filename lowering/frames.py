@@ -12,7 +12,7 @@ from .views import Frame
 
 def frame_for(group: Group, v: Value) -> Frame | None:
     """How the group's atoms run over v (over its operand, for a reduction), or None."""
-    shape = v.args[0].shape if v.kind == "reduce" else v.shape
+    shape = v.args[0].shape if v.reduces else v.shape
     if v.kind == "concat":
         return None
     frame: list[Any] = [None] * len(shape)

@@ -3,46 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
-from .flow import base_of, find_escapes, find_readers, is_widening, order_edges
+from .flow import base_of, find_escapes, find_readers, order_edges
 from .frames import align, atoms_of, frame_for
-from .group import Group
+from .group import SHARE, Group
 from .indexing import contiguous_strides, is_static, product
-from .ir import BITS, Value, contiguous_axis, is_dense
-from .schedule import needs_loop
+from .inline import Inliner
+from .ir import Value, is_dense
+from .parts import sweep_parts
+from .schedule import COLUMNS
+from .sweep import is_column, on_chip, set_shares, why_not_sweep
 from .translate import Program
 from .views import Frame
 
 MAX_MEMBERS = 96
 MAX_POINTERS = 40
-#: a value recomputed by its readers may cost this much in all (one unit is an add)
-INLINE_BUDGET = 24
 #: values further apart than this do not share a kernel only because they read the same data
 SIBLING_DISTANCE = 24
-HEAVY = {
-    "exp",
-    "log",
-    "pow",
-    "sin",
-    "cos",
-    "tan",
-    "tanh",
-    "erf",
-    "gelu",
-    "gelu_backward",
-    "silu",
-    "sigmoid",
-    "softplus",
-    "mish",
-    "log1p",
-    "expm1",
-    "div",
-    "rsqrt",
-    "sqrt",
-    "lgamma",
-}
-CONSTANT = ("full", "iota")
 #: one program does this many elements as fast as a whole GPU would
 SMALL = 16384
 
@@ -61,95 +40,10 @@ class Fuser:
         self.readers = find_readers(program)
         self.escapes = find_escapes(program, graph)
         self.waits, self.written = order_edges(program, graph)
-        self.inlined: set[Value] = set()
-        self.column_feeds = self._find_column_feeds()
         self.twins: dict[Any, Group] = {}
         self.twin_frames: dict[Any, Frame] = {}
-        self._choose_inlined()
-
-    # which values are recomputed by their readers instead of stored -----------------------------
-
-    def _choose_inlined(self) -> None:
-        """Constants, widening casts, and cheap chains that are read in part, or in two kernels.
-
-        What such a chain costs is paid once for each of its readers that is no part of it.
-        """
-        torn = self._read_by_rows_and_columns()
-        worth = self._read_elsewhere()
-        uses: dict[Value, int] = {}
-        for v in reversed(self.program.values):
-            if v in worth:
-                uses[v] = sum(uses[r] if same else 1 for r, same in self.readers[v])
-        cost: dict[Value, int] = {}
-        for v in self.program.values:
-            if v.kind in CONSTANT:
-                self.inlined.add(v)
-                cost[v] = 0
-            elif is_widening(v) and self._may_move(v):
-                self.inlined.add(v)  # loading the narrow value costs less than storing the wide
-                cost[v] = cost.get(base_of(v.args[0]), 0)
-            elif v in torn:
-                self.inlined.add(v)
-                cost[v] = 2
-            elif v in worth:
-                own = 4 if v.op in HEAVY else 2 if v.kind == "gather" else 1
-                inputs = [base_of(a) for a in v.inputs]
-                cost[v] = own + sum(cost[a] for a in inputs if a in self.inlined)
-                if cost[v] * uses[v] <= INLINE_BUDGET and all(
-                    a in self.inlined or a.kind == "buffer" for a in inputs
-                ):
-                    self.inlined.add(v)
-
-    def _read_by_rows_and_columns(self) -> set[Value]:
-        """Cheap values that column reductions read, and other kernels too (a ReLU's gradient).
-
-        Loading its operands twice moves no more bytes than storing it and loading that twice.
-        """
-        out: set[Value] = set()
-        for v in self.program.values:
-            if v.kind != "pointwise" or v.op in HEAVY or not self._may_move(v):
-                continue
-            readers = self.readers.get(v, ())
-            reduced = [r.kind == "reduce" or r in self.column_feeds for r, _ in readers]
-            if not any(reduced) or all(reduced) or not all(same for _, same in readers):
-                continue
-            operands = {base_of(a) for a in v.inputs}
-            read = sum(BITS[a.dtype] for a in operands if product(a.shape) == product(v.shape))
-            if all(a.kind == "buffer" for a in operands) and read <= 2 * BITS[v.dtype]:
-                out.add(v)
-        return out
-
-    def _may_move(self, v: Value) -> bool:
-        """Whether v may be computed where it is read: only there, with no write in between."""
-        return (
-            v not in self.escapes
-            and v not in self.waits
-            and not any(base_of(a) in self.written for a in v.inputs)
-        )
-
-    def _read_elsewhere(self) -> set[Value]:
-        """Values that no reader takes element for element, but for readers that are such too."""
-        out: set[Value] = set()
-        for v in reversed(self.program.values):
-            readers = self.readers.get(v)
-            if (
-                v.kind in ("pointwise", "cast", "concat", "gather")
-                and readers
-                and (self._may_move(v) and all(not same or r in out for r, same in readers))
-            ):
-                out.add(v)
-        return out
-
-    def _find_column_feeds(self) -> set[Value]:
-        """Values that only column reductions need: worth a kernel with those, not a store."""
-        feeds: set[Value] = set()
-        for v in reversed(self.program.values):
-            readers = self.readers.get(v)
-            if not (v.computes and v.kind != "reduce" and v not in self.escapes and readers):
-                continue
-            if all(r in feeds or (r.kind == "reduce" and is_column(r)) for r, _ in readers):
-                feeds.add(v)
-        return feeds
+        inliner = Inliner(program, self.readers, self.escapes, self.waits, self.written)
+        self.column_feeds, self.inlined = inliner.column_feeds, inliner.run()
 
     # grouping -------------------------------------------------------------------------------
 
@@ -202,7 +96,7 @@ class Fuser:
                 if a.kind != "view" and not (a.kind == "cast" and a in self.inlined):
                     break
                 a = a.args[0]
-        if v.kind == "reduce":
+        if v.reduces:
             twin = self.twins.get(self._twin_key(v))
             if twin is not None and twin.members:
                 siblings[twin] = None
@@ -224,7 +118,7 @@ class Fuser:
                 continue
             if joined is None:
                 frame = frame_for(group, v)
-                if frame is None and v.kind == "reduce":
+                if frame is None and v.reduces:
                     frame = self.twin_frames.get((group, self._twin_key(v)))
                 why = self.why_not(group, v, frame, sibling=group not in producers)
                 if why is None:
@@ -257,26 +151,34 @@ class Fuser:
             return f"the group has {MAX_MEMBERS} members already"
         if frame is None:
             return "their shapes do not line up without recomputing the producer"
-        if v in self.column_feeds and not self._only_feeds(group):
+        if (
+            v in self.column_feeds
+            and not self._only_feeds(group)
+            and self._why_not_sweep(group, v, frame)
+        ):
             return "only a column reduction needs it, which computes it in its own kernel"
         if self._makes_cycle(group, v):
             return "the kernel would wait for its own result"
         if pointers(group, v) > MAX_POINTERS:
             return f"the kernel would take more than {MAX_POINTERS} tensors"
-        if v.kind == "reduce":
+        if v.reduces:
             return self._why_not_reduce(group, v, frame)
-        full = set(atoms_of(frame)) == set(group.domain)
+        full = set(group.resolve(atoms_of(frame))) == set(group.domain)
         if group.reduced:
             if (
                 full
                 and group.column
                 and v not in self.column_feeds
                 and (sibling or not on_chip(group))
+                and not self._busy_with_columns(group, group.reduced)
             ):
-                return "a column reduction does not also store its full-size operands"
+                return "its columns would leave most of the GPU idle, which stores the operands too"
             if not full and sibling:
                 return "row values only share a kernel with their own reduction"
         return None
+
+    def _why_not_sweep(self, group: Group, v: Value, frame: Frame) -> str | None:
+        return why_not_sweep(group, v, frame, self.readers)
 
     def _only_feeds(self, group: Group) -> bool:
         return group.column or all(m in self.column_feeds for m in group.members)
@@ -286,12 +188,19 @@ class Fuser:
         if set(atoms_of(frame)) != set(group.domain):
             return "it reduces what the group holds once a row"
         if group.reduced:
-            if set(atoms) != set(group.reduced):
-                return "it reduces other dims than the group does"
+            if set(group.resolve(atoms)) != set(group.reduced):
+                return self._why_not_sweep(group, v, frame)
+            if (v.kind == "partial") != bool(group.column and group.shares):
+                return "one of them reduces its rows in shares, the other at once"
             return None
         column = is_column(v)
-        if column and any(self._stored_beside(m, group, v) for m in group.members):
-            return "a column reduction does not also store its full-size operands"
+        shares = v.shape[0] if v.kind == "partial" else 1
+        if (
+            column
+            and not self._busy_with_columns(group, atoms, shares)
+            and any(self._stored_beside(m, group, v) for m in group.members)
+        ):
+            return "its columns would leave most of the GPU idle, which stores the operands too"
         if not column and is_static(*(group.sizes[a] for a in group.domain)):
             rows = product(group.sizes[a] for a in group.domain if a not in set(atoms))
             work = product(group.sizes[a] for a in group.domain)
@@ -303,9 +212,19 @@ class Fuser:
                 return "few long rows: storing the operands would leave most of the GPU idle"
         return None
 
+    def _busy_with_columns(self, group: Group, reduced: Sequence[str], shares: int = 1) -> bool:
+        """Whether programs that reduce ``reduced``, a tile of columns each, keep the GPU busy."""
+        sizes = [group.sizes[a] for a in group.domain if a not in set(reduced)]
+        if not self.multiprocessors or not is_static(*sizes):
+            return False
+        programs = product(sizes) // COLUMNS * max(1, group.shares or shares)
+        return programs >= 2 * self.multiprocessors
+
     def _stored_beside(self, m: Value, group: Group, v: Value) -> bool:
         if m in self.escapes:
             return True
+        if m in self.column_feeds:
+            return False  # its readers will join v
         return any(
             r is not v and self._reads_elsewhere(r, group) for r, _ in self.readers.get(m, [])
         )
@@ -329,20 +248,23 @@ class Fuser:
         group = Group(len(self.groups))
         self.groups.append(group)
         group.first = self.place[v]
-        frame = group.open(v.args[0].shape if v.kind == "reduce" else v.shape)
+        frame = group.open(v.args[0].shape if v.reduces else v.shape)
         self._join(group, v, frame)
 
     def _join(self, group: Group, v: Value, frame: Frame) -> None:
-        if v.kind == "reduce":
+        if v.reduces:
             if not group.reduced:
                 group.set_reduced([a for k in v.params for a in frame[k]])
                 group.column = is_column(v)
+            if v.kind == "partial":
+                self._share(group, v)
             self._frame_operand(group, v.args[0], frame)
             key = self._twin_key(v)
             if key is not None:
                 self.twins[key] = group
                 self.twin_frames[(group, key)] = frame
-            group.frames[v] = tuple(() if k in v.params else f for k, f in enumerate(frame))
+            kept = tuple(() if k in v.params else f for k, f in enumerate(frame))
+            group.frames[v] = kept if v.kind == "reduce" else ((SHARE,), *kept)
         else:
             group.frames[v] = frame
             if v.kind not in ("gather", "concat"):
@@ -353,6 +275,15 @@ class Fuser:
         group.last = max(group.last, self.place[v])
         self.home[v] = group
         self._grow(group, self.upstream[v])
+
+    def _share(self, group: Group, v: Value) -> None:
+        """Agree on the shares of rows that the group's programs reduce."""
+        if not group.shares:
+            length = product(group.sizes[a] for a in group.reduced)
+            wanted = v.shape[0] if group.column else sweep_parts(length, self.multiprocessors)
+            rows = product(group.sizes[a] for a in group.parallel)
+            group.share(min(wanted, rows) if is_static(rows) and not group.column else wanted)
+        set_shares(v, group.shares)
 
     def _frame_operand(self, group: Group, a: Value, frame: Frame) -> None:
         """Note how the group runs over an operand, and over what it is a view of."""
@@ -396,7 +327,7 @@ class Fuser:
         if len(one.members) + len(two.members) > MAX_MEMBERS:
             return f"together they have more than {MAX_MEMBERS} members"
         frame = frame_for(two, v)
-        own = one.frame(v.args[0] if v.kind == "reduce" else v)
+        own = one.frame(v.args[0] if v.reduces else v)
         if frame is None or own is None:
             return "their shapes do not line up"
         if one.reduced and set(atoms_of(own)) != set(one.domain):
@@ -411,6 +342,9 @@ class Fuser:
             return "their shapes do not line up"
         if two.reduced and one.reduced and {mapping[a] for a in two.reduced} != set(one.reduced):
             return "they reduce different dims"
+        both = two.reduced and one.reduced and two.shares != one.shares
+        if both and (one.column or (one.shares and two.shares)):
+            return "one of them reduces its rows in shares, the other at once"
         self._absorb(one, two, mapping)
         return None
 
@@ -418,12 +352,14 @@ class Fuser:
         if two.reduced and not one.reduced:
             one.set_reduced([mapping[a] for a in two.reduced])
             one.column = two.column
+        if two.shares:
+            one.share(two.shares)
         for value in list(two.frames):
             frame = two.frame(value)
             if value in one.frames or frame is None:
                 continue
             one.frames[value] = tuple(
-                None if axis is None else tuple(mapping[a] for a in axis) for axis in frame
+                None if axis is None else tuple(mapping.get(a, a) for a in axis) for axis in frame
             )
             if two in self.near.get(value, ()):
                 self.near[value].remove(two)
@@ -465,18 +401,6 @@ class Fuser:
                 if self._closure(s) & bit:
                     return True
         return False
-
-
-def on_chip(group: Group) -> bool:
-    """Whether one program holds all that it reduces, so that the data is read once."""
-    rows = product(group.sizes[a] for a in group.parallel)
-    return not needs_loop(rows, product(group.sizes[a] for a in group.reduced), group.column)
-
-
-def is_column(v: Value) -> bool:
-    """Whether the reduction runs across memory: its operand's contiguous axis is kept."""
-    axis = contiguous_axis(v.args[0])
-    return axis is not None and axis not in v.params
 
 
 def pointers(group: Group, v: Value) -> int:

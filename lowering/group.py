@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .indexing import Size, product, quotient
+from .indexing import Size, is_static, product, quotient
 from .ir import Value
 from .views import Frame, take_inner
+
+#: the atom that counts shares
+SHARE = "share"
 
 
 class Group:
@@ -29,6 +32,7 @@ class Group:
         self._domain: tuple[str, ...] = ()
         self._reduced: tuple[str, ...] = ()
         self.column = False  # the reduced atoms are not the contiguous ones
+        self.shares = 0  # of the rows, where columns are reduced in two steps
         self.outputs: list[Value] = []
         self.first = self.last = 0  # places of its first and last member in the program
 
@@ -76,6 +80,23 @@ class Group:
 
     def set_reduced(self, atoms: Sequence[str]) -> None:
         self._reduced = tuple(atoms)
+
+    @property
+    def reduced_length(self) -> Size:
+        """How many elements one program reduces to one."""
+        length = product(self.sizes[a] for a in self.reduced)
+        if self.column and self.shares:
+            return -(-length // self.shares) if is_static(length) else length
+        return length
+
+    def share(self, shares: int) -> None:
+        """Reduce the rows in so many shares side by side, each by programs of its own."""
+        self.sizes[SHARE] = self.shares = shares
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether each program works on whole rows, one after the other, and reduces columns."""
+        return bool(self.shares) and not self.column
 
     # frames --------------------------------------------------------------------------------
 

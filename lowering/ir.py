@@ -13,6 +13,14 @@ from typing import Any
 
 from ..kernels.op import BODIES
 from .indexing import Size, contiguous_strides, is_static, product, simplify
+from .parts import (
+    SPLITTABLE,
+    contiguous_axis,
+    count_of,
+    normalize_axes,
+    parts_of,
+    parts_wanted,
+)
 from .views import Expand, Flip, Permute, Reshape, Slice, View
 
 BITS = {
@@ -53,6 +61,7 @@ class Value:
     pointwise  name in BODIES        Values and literals, the body's parameters
     cast       -                     (Value,)
     reduce     name in REDUCTIONS    (Value,), axes in ``params``; the reduced axes stay, of size 1
+    partial    name in REDUCTIONS    the same of shares of the rows, side by side on a first axis
     view       -                     (Value,), the View in ``params``
     concat     -                     Values, the axis in ``params``
     gather     -                     (base, index, ...): see Builder.gather
@@ -91,6 +100,10 @@ class Value:
     @property
     def inputs(self) -> tuple[Value, ...]:
         return tuple(a for a in self.args if isinstance(a, Value))
+
+    @property
+    def reduces(self) -> bool:
+        return self.kind in ("reduce", "partial")
 
     @property
     def computes(self) -> bool:
@@ -163,26 +176,29 @@ class Builder:
         """
         axes = normalize_axes(axes, x.ndim)
         parts = parts_wanted(x, axes, self.multiprocessors) if op in SPLITTABLE else 1
-        if parts > 1:
+        if parts == 1:
+            return self._reduce(op, x, axes, dtype)
+        hold = dtype or x.dtype
+        wider = {"sum": "int64", "prod": "int64"}.get(op, hold)
+        wide = "float32" if hold in SIXTEEN_BIT else (hold if hold in FLOATING else wider)
+        if contiguous_axis(x) not in axes:
+            whole = self._reduce(op, self._partial(op, x, axes, parts, wide), (0,), hold)
+        else:
             split, inner, outer = self.split(x, axes, parts)
-            hold = dtype or x.dtype
-            wider = {"sum": "int64", "prod": "int64"}.get(op, hold)
-            part = self._reduce(
-                op,
-                split,
-                inner,
-                "float32" if hold in SIXTEEN_BIT else (hold if hold in FLOATING else wider),
-            )
-            whole = self._reduce(op, part, outer, hold)
-            return self.reshape(whole, [1 if k in axes else s for k, s in enumerate(x.shape)])
-        return self._reduce(op, x, axes, dtype)
+            whole = self._reduce(op, self._reduce(op, split, inner, wide), outer, hold)
+        return self.reshape(whole, [1 if k in axes else s for k, s in enumerate(x.shape)])
+
+    def _partial(self, op: str, x: Value, axes: Sequence[int], shares: int, dtype: str) -> Value:
+        whole = self._reduce_shape(x, axes)
+        strides = (product(whole[0]), *whole[1]) if whole[1] else None
+        return Value("partial", op, (x,), (shares, *whole[0]), dtype, params=axes, strides=strides)
 
     def split(
         self, x: Value, axes: Sequence[int], parts: int
     ) -> tuple[Value, tuple[int, ...], tuple[int, ...]]:
         """(x with one reduced axis cut in two, axes within a part, axes across parts).
 
-        ``parts`` is what ``parts_wanted`` or ``parts_of`` said: a product of leading reduced axes
+        ``parts`` is what ``even_parts`` or ``parts_of`` said: a product of leading reduced axes
         and a divisor of the next.
         """
         outer: list[int] = []
@@ -202,9 +218,15 @@ class Builder:
         raise ValueError("nothing is left inside a part")
 
     def _reduce(self, op: str, x: Value, axes: Sequence[int], dtype: str | None = None) -> Value:
-        shape = tuple(1 if k in axes else s for k, s in enumerate(x.shape))
-        strides = _kept_innermost(x, axes, shape)
+        shape, strides = self._reduce_shape(x, axes)
         return Value("reduce", op, (x,), shape, dtype or x.dtype, params=axes, strides=strides)
+
+    @staticmethod
+    def _reduce_shape(
+        x: Value, axes: Sequence[int]
+    ) -> tuple[tuple[Size, ...], tuple[Size, ...] | None]:
+        shape = tuple(1 if k in axes else s for k, s in enumerate(x.shape))
+        return shape, _kept_innermost(x, shape)
 
     def sum(self, x: Value, axes: Sequence[int]) -> Value:
         return self.reduce("sum", x, axes)
@@ -219,8 +241,13 @@ class Builder:
     def count(self, x: Value, axes: Sequence[int]) -> Size:
         return count_of(x, axes)
 
-    def parts_wanted(self, x: Value, axes: Sequence[int]) -> int:
-        return parts_wanted(x, normalize_axes(axes, x.ndim), self.multiprocessors)
+    def even_parts(self, x: Value, axes: Sequence[int]) -> int:
+        """In how many parts of one size a reduction should run: what ``split`` takes."""
+        axes = normalize_axes(axes, x.ndim)
+        wanted = parts_wanted(x, axes, self.multiprocessors)
+        if wanted == 1 or not is_static(*x.shape):
+            return 1
+        return parts_of(x, axes, wanted, count_of(x, axes) // 32)
 
     def sum_of_parts(self, x: Value, axes: Sequence[int]) -> Value:
         """The sum of few parts, in one step."""
@@ -291,58 +318,7 @@ class Builder:
         return Value("gather", None, args, shape, base.dtype, params=(axes, tuple(places), wrap))
 
 
-SPLITTABLE = {"sum", "amax", "amin", "prod", "any", "all"}
-
-
-def parts_wanted(x: Value, axes: Sequence[int], multiprocessors: int) -> int:
-    """In how many parts a reduction should run to keep the GPU busy; 1 where it does anyway."""
-    if not multiprocessors or not axes or not is_static(*x.shape):
-        return 1
-    reduced = count_of(x, axes)
-    kept = product(x.shape) // max(1, reduced)
-    column = contiguous_axis(x) not in axes
-    if column:
-        programs, least, enough = -(-kept // 64), 32, 4 * multiprocessors
-        busy = programs >= 2 * multiprocessors or reduced < 512
-    else:
-        programs, least, enough = kept, 2048, 4 * multiprocessors
-        busy = programs >= 2 * multiprocessors or reduced < 16384
-    if busy:
-        return 1
-    return parts_of(x, axes, -(-enough // programs), reduced // least)
-
-
-def parts_of(x: Value, axes: Sequence[int], wanted: int, most: int) -> int:
-    """The number of parts nearest to ``wanted``, at most ``most``, that cuts the axes evenly."""
-    lead, best = 1, 1
-    for axis in axes:
-        size = x.shape[axis]
-        for d in range(1, size + 1):
-            if size % d == 0 and lead * d <= most and lead * d < count_of(x, axes):
-                if abs(lead * d - wanted) < abs(best - wanted):
-                    best = lead * d
-                if lead * d >= wanted:
-                    break
-        lead *= size
-        if lead >= wanted:
-            break
-    return best
-
-
-def contiguous_axis(x: Value) -> int | None:
-    """The axis along which neighbours in memory lie."""
-    best, axis = None, None
-    for k, (size, stride) in enumerate(zip(x.shape, x.strides, strict=True)):
-        if type(size) is int and size == 1:
-            continue
-        if type(stride) is int and stride > 0 and (best is None or stride < best):
-            best, axis = stride, k
-    return axis
-
-
-def _kept_innermost(
-    x: Value, axes: Sequence[int], shape: Sequence[Size]
-) -> tuple[Size, ...] | None:
+def _kept_innermost(x: Value, shape: Sequence[Size]) -> tuple[Size, ...] | None:
     """A layout for a reduction's result that keeps x's order of axes: strides, or None."""
     if not is_static(*x.strides, *shape):
         return None
@@ -363,15 +339,6 @@ def broadcast_shapes(shapes: Sequence[Sequence[Size]]) -> tuple[Size, ...]:
             if type(out[place]) is int and out[place] == 1:
                 out[place] = size
     return tuple(out)
-
-
-def normalize_axes(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
-    return tuple(sorted({a % ndim for a in axes})) if ndim else ()
-
-
-def count_of(x: Value, axes: Sequence[int]) -> Size:
-    """How many elements are reduced."""
-    return product(x.shape[a] for a in normalize_axes(axes, x.ndim))
 
 
 _ORDER = [

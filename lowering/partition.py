@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+
+from ..kernels import load_ops
+from ..kernels.op import OPS
+from . import private
 
 
 def partition(joint: GraphModule, inputs: Sequence[Any], **how: Any) -> tuple[Any, Any]:
@@ -22,7 +27,22 @@ def partition(joint: GraphModule, inputs: Sequence[Any], **how: Any) -> tuple[An
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             node.meta.setdefault("ac_graph_id", 0)
     how.setdefault("compiler", "inductor")
-    return min_cut_rematerialization_partition(joint, inputs, **how)
+    with private.known_to_partitioner(*_declared()):
+        return min_cut_rematerialization_partition(joint, inputs, **how)
+
+
+@functools.cache
+def _declared() -> tuple[frozenset[Any], frozenset[Any], frozenset[Any]]:
+    """(ops that cost nothing to recompute inside a kernel, all that kernels take in, views)."""
+    load_ops()
+    found: dict[str, set[Any]] = {"pointwise": set(), "reduction": set(), "composite": set()}
+    for name, op in OPS.items():
+        space, packet, _ = name.split(".")
+        target = getattr(getattr(torch.ops, space), packet, None)
+        if target is not None:
+            found[op.kind].add(target)
+    views = frozenset({torch.ops.aten.transpose, torch.ops.aten.detach})
+    return frozenset(found["pointwise"]), frozenset().union(*found.values()), views
 
 
 def share_seeds(gm: GraphModule) -> int:

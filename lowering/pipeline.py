@@ -18,7 +18,7 @@ from .emit import emit
 from .flow import base_of, find_escapes
 from .fuse import Fuser
 from .group import Group, Plan
-from .indexing import product
+from .indexing import is_static, product
 from .ir import Value
 from .load import CompileError, Loading
 from .options import Options
@@ -33,6 +33,9 @@ from .translate import Program, Translator, op_of
 log = logging.getLogger("gems_compile.lowering")
 
 PASSES = (share_seeds, *ATEN_PASSES)  # first: one random seed a run
+
+#: elements of a lone column reduction from which on it is ours
+MUCH = 2**21
 
 Observer = Callable[[str, Any], None]
 
@@ -175,9 +178,8 @@ def source_for(
 ) -> Source:
     """One kernel's text."""
     rows = product(group.sizes[a] for a in group.parallel)
-    reduced = product(group.sizes[a] for a in group.reduced)
-    is_reduction = any(m.kind == "reduce" for m in group.members)
-    looped = is_reduction and needs_loop(rows, reduced, group.column)
+    is_reduction = any(m.reduces for m in group.members)
+    looped = is_reduction and needs_loop(rows, group.reduced_length, group.column)
     body = emit(group, inlined, options.exact, looped)
     name = kernel_name(group.members)
     source = Renderer(body, name, options.target.multiprocessors).run()
@@ -197,6 +199,8 @@ def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
     if member.kind not in ("pointwise", "cast", "concat", "reduce"):
         return False
     (node,) = nodes
+    if any(_is_worth_it(base_of(a), fuser) for a in member.inputs):
+        return False
     op = op_of(node.target)
     if node.target is operator.getitem or (op is not None and op.kind == "composite"):
         return False
@@ -210,6 +214,16 @@ def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
     program.aten[node] = "alone: nothing to fuse it with"
     del fuser.home[member]
     return True
+
+
+def _is_worth_it(v: Value, fuser: Fuser) -> bool:
+    """Whether v is the first step of a reduction that ATen would not run as fast: one that another
+    kernel takes along, or one over the columns of much data (1.3 to 2.7 times as fast, H200)."""
+    home = fuser.home.get(v)
+    if v.node is not None or home is None:
+        return False
+    size = product(v.args[0].shape) if v.kind == "partial" else 0
+    return len(home.members) > 1 or not is_static(size) or size >= MUCH
 
 
 def _give_up(

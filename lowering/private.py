@@ -5,9 +5,11 @@ Checked on torch 2.11.0 (CUDA) and 2.13.0 (CPU). Every use degrades to something
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,34 @@ import torch
 from .source import Source
 
 log = logging.getLogger("gems_compile.lowering.private")
+
+
+@contextlib.contextmanager
+def known_to_partitioner(
+    recomputable: Collection[Any], fusible: Collection[Any], views: Collection[Any]
+) -> Iterator[None]:
+    """The min-cut partitioner counts these ops (overload packets) among those that cost little to
+    recompute, those that fuse with their neighbours, and those that compute nothing."""
+    from torch._functorch import partitioners
+
+    try:
+        known = partitioners.get_default_op_list
+        types = known()
+        wider = dataclasses.replace(
+            types,
+            recomputable_ops=types.recomputable_ops | recomputable | views,
+            fusible_ops=types.fusible_ops | recomputable | fusible | views,
+            view_ops=types.view_ops | views,
+        )
+    except (AttributeError, TypeError) as e:
+        log.info("the partitioner's lists are not as they were: %s", e)
+        yield
+        return
+    partitioners.get_default_op_list = lambda: wider
+    try:
+        yield
+    finally:
+        partitioners.get_default_op_list = known
 
 
 def static_launcher(

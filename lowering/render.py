@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from .accumulators import Accumulators
 from .body import Body, Instr
+from .group import SHARE
 from .indexing import Index, Size, is_static, product, simplify
 from .ir import BITS, SIXTEEN_BIT, Value
-from .schedule import Tile, column_tile, pointwise_tile, row_tile, transpose_tile
+from .schedule import Tile, column_tile, pointwise_tile, row_tile, sweep_tile, transpose_tile
 from .source import POINTER, Lines, Source
-from .spelling import REDUCTIONS, identity
 
 HEADER = "import triton\nimport triton.language as tl\n"
 LIMIT_32 = 2**31 - 1
 
 
-class Renderer:
+class Renderer(Accumulators):
     def __init__(self, body: Body, name: str, multiprocessors: int) -> None:
         self.body, self.name = body, name
         self.group = body.group
@@ -24,6 +25,7 @@ class Renderer:
         self.sizes: dict[str, Size] = {a: self.group.size(a) for a in self.group.domain}
         self.merged: dict[str, str | None] = {}  # atom -> atom it became, None when it vanished
         self.lines = Lines()
+        self.shares, self.sweeps = self.group.shares, self.group.sweeps
         self.parallel = self._order(self.group.parallel)
         self.reduced = list(self.group.reduced)
         self._collapse(self.parallel)
@@ -34,7 +36,7 @@ class Renderer:
         self.tile = self._choose_tile()
 
     def _is_reduction(self) -> bool:
-        return any(m.kind == "reduce" for m in self.group.members)
+        return any(m.reduces for m in self.group.members)
 
     # loop order --------------------------------------------------------------------------------
 
@@ -86,15 +88,25 @@ class Renderer:
                 return transpose_tile(x, y)
             return pointwise_tile(rows, self.multiprocessors)
         if self.group.column:
+            reduced = self.group.reduced_length
             return column_tile(rows, reduced, self.body.looped, self._loaded_bytes())
+        if self.sweeps:
+            return sweep_tile(reduced, self._loaded_bytes())
         loads = len({i.text for i in self._instrs() if i.kind == "load"})
         return row_tile(rows, reduced, loads, self.body.looped, self.multiprocessors)
 
     def _loaded_bytes(self) -> int:
         """What a step of a loop loads for one element of the tile, at the most."""
-        steps = [s for (kind, _), s in self.body.sections.items() if kind == "loop"]
+        loop = "row" if self.sweeps else "loop"
+        steps = [s for (kind, _), s in self.body.sections.items() if kind == loop]
+        reduced = set(self.reduced)
         loads = [
-            {(i.text, i.indices): BITS[i.dtype] // 8 for i in s if i.kind == "load"} for s in steps
+            {
+                (i.text, i.indices): BITS[i.dtype] // 8
+                for i in s
+                if i.kind == "load" and reduced.intersection(i.indices[0].atoms)
+            }
+            for s in steps
         ]
         return max((sum(sizes.values()) for sizes in loads), default=0)
 
@@ -181,18 +193,37 @@ class Renderer:
         self.ymask: str | None = None
         self.rmask: str | None = None
         self.defined: set[str] = set()
+        self.outside_sweep = False  # where there is no row, and no x
         if self.square is not None:
             return self._square_prologue(pid)
+        if self.sweeps:
+            return self._sweep_prologue(pid, rows)
         column = "[:, None]" if self.rank == 2 else ""
+        blocks = -(-rows // x) if is_static(rows) else _ceil_div(rows, x)
+        if self.shares:
+            add(f"{SHARE} = {pid} // {self.body_size(blocks)}")
+            pid = f"{pid} % {self.body_size(blocks)}"
         add(f"x = {pid} * XBLOCK + tl.arange(0, XBLOCK){column}")
         if not (is_static(rows) and rows % x == 0):
             add(f"xmask = x < {self.body_size(rows)}")
             self.xmask = "xmask"
         self._unravel("x", self.parallel)
+        if self.shares:
+            self._share_bounds(product(self.sizes[a] for a in self.reduced))
         if self.rank == 2 and not self.body.looped:
-            add("r = tl.arange(0, RBLOCK)[None, :]")
+            first = "first + " if self.shares else ""
+            add(f"r = {first}tl.arange(0, RBLOCK)[None, :]")
             self._reduced_vars()
-        return -(-rows // x) if is_static(rows) else _ceil_div(rows, x)
+        return simplify(blocks * max(1, self.shares))
+
+    def _share_bounds(self, rows: Size) -> None:
+        """Define where the program's share of the rows begins and ends."""
+        if is_static(rows):
+            share = str(-(-rows // self.shares))
+        else:
+            share = f"(({self.body_size(rows)} + {self.shares - 1}) // {self.shares})"
+        self.lines.add(f"first = {SHARE} * {share}")
+        self.lines.add(f"end = tl.minimum(first + {share}, {self.body_size(rows)})")
 
     def _square_prologue(self, pid: str) -> Size:
         assert self.square is not None  # who calls this has looked
@@ -214,6 +245,13 @@ class Renderer:
             self._unravel("z", rest)
         return nx * ny * product(self.sizes[a] for a in rest)
 
+    def _sweep_prologue(self, pid: str, rows: Size) -> Size:
+        self.lines.add(f"{SHARE} = {pid}")
+        self._share_bounds(rows)
+        self.lines.add("r = tl.arange(0, RBLOCK)[None, :]")
+        self._reduced_vars()
+        return self.shares
+
     def _unravel(self, var: str, atoms: Sequence[str]) -> None:
         """Define the atoms as the digits of ``var``."""
         inner: Size = 1
@@ -226,7 +264,10 @@ class Renderer:
 
     def _reduced_vars(self) -> None:
         length = product(self.sizes[a] for a in self.reduced)
-        if not (is_static(length) and length % self.tile.r == 0):
+        if self.shares and not self.sweeps:
+            self.lines.add("rmask = r < end")
+            self.rmask = "rmask"
+        elif not (is_static(length) and length % self.tile.r == 0):
             self.lines.add(f"rmask = r < {self.body_size(length)}")
             self.rmask = "rmask"
         self._unravel("r", self.reduced)
@@ -242,6 +283,9 @@ class Renderer:
         return name
 
     def _sections(self) -> None:
+        if self.sweeps:
+            self._sweep()
+            return
         top = max((level for _, level in self.body.sections), default=0)
         for level in range(top + 1):
             for instr in self.body.sections.get(("row", level), ()):
@@ -253,7 +297,8 @@ class Renderer:
     def _loop(self, steps: list[Instr]) -> None:
         length = product(self.sizes[a] for a in self.reduced)
         outside = set(self.defined)
-        starts = f"range(0, {self.body_size(length)}, RBLOCK)"
+        bounds = "first, end" if self.shares else f"0, {self.body_size(length)}"
+        starts = f"range({bounds}, RBLOCK)"
         if self.tile.stages > 1:
             starts = f"tl.{starts[:-1]}, num_stages={self.tile.stages})"
         self.lines.add(f"for start in {starts}:")
@@ -266,6 +311,29 @@ class Renderer:
             self._instr(instr)
         self.lines.depth -= 1
         self.defined = outside
+
+    def _sweep(self) -> None:
+        """What is the same for all rows, the loop over them, and the sums over them."""
+        sections = self.body.sections
+        self.outside_sweep = True
+        for instr in sections.get(("once", 0), ()):
+            self._instr(instr)
+        self.outside_sweep = False
+        outside = set(self.defined)
+        stages = self.tile.stages
+        self.lines.add(f"for start in tl.range(first, end, XBLOCK, num_stages={stages}):")
+        self.lines.depth += 1
+        self.lines.add("x = start + tl.arange(0, XBLOCK)[:, None]")
+        if self.tile.x > 1:
+            self.lines.add("xmask = x < end")
+            self.xmask = "xmask"
+        self._unravel("x", self.parallel)
+        for instr in sections.get(("row", 0), ()):
+            self._instr(instr)
+        self.lines.depth -= 1
+        self.xmask, self.defined, self.outside_sweep = None, outside, True
+        for instr in sections.get(("after", 0), ()):
+            self._instr(instr)
 
     def _instr(self, instr: Instr) -> None:
         for index in instr.indices:
@@ -349,6 +417,8 @@ class Renderer:
                 out["x" if atom == self.square[0] else "y"] = True
             elif atom in self.parallel:
                 out["x"] = out["x"] or self.square is None
+            elif atom == SHARE:
+                continue  # one number for all of a program
             elif atom not in self.reduced:
                 out["other"] = True
         return out
@@ -356,7 +426,7 @@ class Renderer:
     def _missing(self, index: Index, wide: bool) -> str:
         """Zero terms that give an address the whole tile's shape."""
         across = self._spans(index)
-        out = "" if across["x"] else " + x * 0"
+        out = "" if across["x"] or self.outside_sweep else " + x * 0"
         if self.square is not None and not across["y"]:
             out += " + y * 0"
         if wide and not any(a in self.reduced for a in index.atoms):
@@ -369,69 +439,6 @@ class Renderer:
         masks = [m for m in (self.xmask, self.ymask, self.rmask if wide else None) if m]
         mask = f", mask={' & '.join(masks)}" if masks else ""
         self.lines.add(f"tl.store({instr.text} + ({pointer}), {instr.out}{mask})")
-
-    def _begin(self, instr: Instr) -> None:
-        if not self.body.looped:
-            return
-        shape, op = "[XBLOCK, RBLOCK]", instr.text
-        dtype = "int1" if instr.dtype == "bool" else instr.dtype
-        start = identity(op, instr.dtype)
-        self.lines.add(f"acc_{instr.out} = tl.full({shape}, {start}, tl.{dtype})")
-        if op in ("argmax", "argmin"):
-            self.lines.add(f"at_{instr.out} = tl.full({shape}, {2**62}, tl.int64)")
-        if op == "logsumexp":
-            self.lines.add(f"sum_{instr.out} = tl.full({shape}, 0, tl.{dtype})")
-
-    def _step(self, instr: Instr) -> None:
-        add, out, op = self.lines.add, instr.out, instr.text
-        x, acc = f"x_{out}", f"acc_{out}"
-        add(f"{x} = tl.broadcast_to({instr.cond}, [XBLOCK, RBLOCK])")
-        if op in ("argmax", "argmin"):
-            self._argbest_step(instr)
-            return
-        ident = identity(op, instr.dtype)
-        if self.rmask:
-            if instr.dtype == "bool":
-                add(
-                    f"{x} = {x} & {self.rmask}"
-                    if op == "any"
-                    else f"{x} = {x} | ({self.rmask} == 0)"
-                )
-            else:
-                add(f"{x} = tl.where({self.rmask}, {x}, {ident})")
-        if not self.body.looped:
-            return
-        if op == "logsumexp":
-            add(f"{acc}, sum_{out} = reductions.running_logsumexp({acc}, sum_{out}, {x})")
-        else:
-            add(f"{acc} = {REDUCTIONS[op][0].format(acc, x)}")
-
-    def _argbest_step(self, instr: Instr) -> None:
-        add, out = self.lines.add, instr.out
-        x, at, largest = f"x_{out}", f"at_{out}", instr.text == "argmax"
-        place = f"tl.broadcast_to({self._coordinate(instr.indices[0])}, [XBLOCK, RBLOCK])"
-        add(f"place_{out} = ({place}).to(tl.int64)")
-        if self.rmask:
-            add(f"place_{out} = tl.where({self.rmask}, place_{out}, {2**62})")
-        if self.body.looped:
-            better = f"reductions.beats({x}, acc_{out}, {largest}) | ({at} == {2**62})"
-            add(f"better_{out} = ({better}) & (place_{out} < {2**62})")
-            add(f"acc_{out} = tl.where(better_{out}, {x}, acc_{out})")
-            add(f"{at} = tl.where(better_{out}, place_{out}, {at})")
-
-    def _end(self, instr: Instr) -> None:
-        add, out, op = self.lines.add, instr.out, instr.text
-        looped = self.body.looped
-        if op in ("argmax", "argmin"):
-            x, at = (f"acc_{out}", f"at_{out}") if looped else (f"x_{out}", f"place_{out}")
-            add(f"{out} = reductions.row_argbest({x}, {at}, {op == 'argmax'})")
-        elif op == "logsumexp":
-            m, s = (f"acc_{out}", f"sum_{out}") if looped else (f"x_{out}", f"x_{out} * 0 + 1")
-            if not looped:
-                s = f"tl.full([XBLOCK, RBLOCK], 1, tl.{instr.dtype})"
-            add(f"{out} = reductions.row_logsumexp({m}, {s})")
-        else:
-            add(f"{out} = {REDUCTIONS[op][3]}({'acc' if looped else 'x'}_{out})")
 
 
 def _ceil_div(size: Size, block: int) -> Size:

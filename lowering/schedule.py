@@ -10,10 +10,12 @@ from .indexing import Size, is_static
 MAX_PERSISTENT = 16384
 #: elements of a column reduction held in registers by one program
 MAX_COLUMN_TILE = 8192
+#: columns that one program reduces: a whole line of memory of 16-bit floats
+COLUMNS = 64
 #: bytes of shared memory for loads in flight: what a gfx942 has, a fourth of an H200's
 MAX_IN_FLIGHT = 2**16
 #: elements of an operand that take longer to ask for than to carry
-SMALL_OPERAND = 2**20
+SMALL_OPERAND = 2**21
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,24 @@ def row_tile(rows: Size, reduced: Size, loads: int, looped: bool, multiprocessor
     return Tile(together, length, warps)
 
 
+def sweep_tile(reduced: int, loaded: int) -> Tile:
+    """``reduced``: the length of a row; ``loaded``: bytes a step loads for one element."""
+    length = power_of_two(reduced)
+    together = max(1, 4096 // length)
+    warps = max(1, min(16, together * length // (32 * 16)))
+    stages = MAX_IN_FLIGHT // max(1, together * length * loaded)
+    return Tile(together, length, warps, stages=max(1, min(3, stages)))
+
+
 def columns_together(columns: Size, reduced: Size) -> int:
-    """How many columns one program reduces: a whole line of memory of 16-bit floats.
+    """How many columns one program reduces.
 
     Of a small operand (parts of a split reduction, say) fewer, for more programs share its latency.
     """
     if not is_static(columns):
-        return 64
+        return COLUMNS
     few = is_static(reduced) and columns * reduced <= SMALL_OPERAND
-    return min(16 if few else 64, power_of_two(columns))
+    return min(16 if few else COLUMNS, power_of_two(columns))
 
 
 def column_tile(columns: Size, reduced: Size, looped: bool, loaded: int) -> Tile:

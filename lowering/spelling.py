@@ -25,6 +25,9 @@ REDUCTIONS = {
 }
 
 
+#: reductions that carry a running maximum and a sum rescaled to it
+ONLINE = ("logsumexp", "logsum")
+
 _LIMITS = {
     "int64": (-(2**63), 2**63 - 1),
     "int32": (-(2**31), 2**31 - 1),
@@ -56,7 +59,7 @@ def accumulator_dtype(r: Value) -> str:
     x = r.args[0]
     if r.op in ("any", "all"):
         return "bool"
-    if r.op in ("sum", "prod", "logsumexp"):
+    if r.op in ("sum", "prod", *ONLINE):
         return computing_dtype(result_dtype_of_pair(x.dtype, r.dtype))
     return computing_dtype(x.dtype)
 
@@ -71,7 +74,7 @@ def identity(op: str, dtype: str) -> str:
     """The identity of a reduction, as kernel text."""
     if op in ("argmax", "argmin"):
         op = "amax" if op == "argmax" else "amin"
-    if op == "logsumexp":
+    if op in ONLINE:
         return 'float("-inf")'
     _, for_float, for_int, _ = REDUCTIONS[op]
     if dtype in FLOATING:

@@ -23,9 +23,9 @@ from .ir import (
     SizeArg,
     Value,
     dtype_name,
-    normalize_axes,
     result_dtype,
 )
+from .parts import normalize_axes
 from .view_ops import VIEWS, negative_zero
 from .views import Permute, Reshape
 
@@ -303,6 +303,8 @@ class _Recorder(Builder):
         dtype = dtype or x.dtype
         if op in ("argmax", "argmin"):
             return self.full(x.shape, 0, dtype)
+        if op == "logsum":
+            return self.call("sub", x, x, 1)  # 0, or NaN where x is infinite
         return self.cast(self.cast(x, "bool") if op in ("any", "all") else x, dtype)
 
 
@@ -327,6 +329,7 @@ for _name in (
     "iota",
     "random",
     "_reduce",
+    "_partial",
     "view",
     "concat",
     "gather",

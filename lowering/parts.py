@@ -1,0 +1,92 @@
+"""In how many parts a reduction runs, so that a GPU is busy with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .indexing import Size, is_static, product
+from .schedule import COLUMNS
+
+if TYPE_CHECKING:
+    from .ir import Value
+
+#: the longest row of a kernel that walks over rows and reduces their columns beside
+MAX_SWEPT_ROW = 8192
+
+
+def normalize_axes(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
+    return tuple(sorted({a % ndim for a in axes})) if ndim else ()
+
+
+def count_of(x: Value, axes: Sequence[int]) -> Size:
+    """How many elements are reduced."""
+    return product(x.shape[a] for a in normalize_axes(axes, x.ndim))
+
+
+SPLITTABLE = {"sum", "amax", "amin", "prod", "any", "all"}
+
+
+def parts_wanted(x: Value, axes: Sequence[int], multiprocessors: int) -> int:
+    """In how many parts a reduction should run to keep the GPU busy; 1 where it does anyway."""
+    if not multiprocessors or not axes:
+        return 1
+    kept = product(s for k, s in enumerate(x.shape) if k not in axes)
+    reduced = count_of(x, axes)
+    if contiguous_axis(x) not in axes:
+        return column_parts(kept, reduced, _is_stored(x), multiprocessors)
+    if not is_static(*x.shape) or kept >= 2 * multiprocessors or reduced < 16384:
+        return 1
+    return parts_of(x, axes, -(-4 * multiprocessors // kept), reduced // 2048)
+
+
+def column_parts(columns: Size, reduced: Size, stored: bool, multiprocessors: int) -> int:
+    """Shares of the rows, which need not be of one size. What a kernel stores as well
+    (``stored``) wants more programs than what it only adds up."""
+    if not is_static(columns) or (is_static(reduced) and reduced < 512):
+        return 1
+    programs = -(-columns // COLUMNS)
+    if programs >= 2 * multiprocessors:
+        return 1
+    wanted = -(-(8 if stored else 4) * multiprocessors // programs)
+    return min(wanted, reduced // 32) if is_static(reduced) else wanted
+
+
+def sweep_parts(length: int, multiprocessors: int) -> int:
+    """Shares of the rows, ``length`` long, for programs that walk over whole rows: two on each
+    multiprocessor, or one where a row takes more registers than two have room for."""
+    return multiprocessors * (2 if length <= MAX_SWEPT_ROW // 2 else 1)
+
+
+def _is_stored(x: Value) -> bool:
+    while x.kind == "view":
+        x = x.args[0]
+    return x.kind in ("pointwise", "cast") and x.node is not None
+
+
+def parts_of(x: Value, axes: Sequence[int], wanted: int, most: int) -> int:
+    """The number of parts nearest to ``wanted``, at most ``most``, that cuts the axes evenly."""
+    lead, best = 1, 1
+    for axis in axes:
+        size = x.shape[axis]
+        for d in range(1, size + 1):
+            if size % d == 0 and lead * d <= most and lead * d < count_of(x, axes):
+                if abs(lead * d - wanted) < abs(best - wanted):
+                    best = lead * d
+                if lead * d >= wanted:
+                    break
+        lead *= size
+        if lead >= wanted:
+            break
+    return best
+
+
+def contiguous_axis(x: Value) -> int | None:
+    """The axis along which neighbours in memory lie."""
+    best, axis = None, None
+    for k, (size, stride) in enumerate(zip(x.shape, x.strides, strict=True)):
+        if type(size) is int and size == 1:
+            continue
+        if type(stride) is int and stride > 0 and (best is None or stride < best):
+            best, axis = stride, k
+    return axis

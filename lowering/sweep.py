@@ -1,0 +1,90 @@
+"""Row kernels that reduce columns too: each program walks over some rows and adds up as it goes.
+
+So one read of the data serves a norm's dx, which needs whole rows, and its weight and bias
+gradients, which need whole columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .flow import base_of
+from .frames import atoms_of
+from .group import Group
+from .indexing import is_static, product
+from .ir import Value
+from .parts import MAX_SWEPT_ROW, contiguous_axis
+from .schedule import needs_loop
+from .views import Frame
+
+Readers = Mapping[Value, Sequence[tuple[Value, bool]]]
+
+
+def on_chip(group: Group) -> bool:
+    """Whether one program holds all that it reduces, so that the data is read once."""
+    rows = product(group.sizes[a] for a in group.parallel)
+    return not needs_loop(rows, group.reduced_length, group.column)
+
+
+def is_column(v: Value) -> bool:
+    """Whether the reduction runs across memory: its operand's contiguous axis is kept."""
+    axis = contiguous_axis(v.args[0])
+    return axis is not None and axis not in v.params
+
+
+def why_not_sweep(group: Group, v: Value, frame: Frame, readers: Readers) -> str | None:
+    """Why the group's programs cannot reduce v (or what v is for) over rows, or None."""
+    other = "it reduces other dims than the group does"
+    if not group.reduced or group.column or not on_chip(group):
+        return other
+    found = _reduction_of(group, v, frame, readers)
+    if found is None:
+        return other
+    reduction, atoms = found
+    if reduction.kind != "partial" or set(atoms) != set(group.parallel):
+        return other
+    length = product(group.sizes[a] for a in group.reduced)
+    if not is_static(length) or length > MAX_SWEPT_ROW:
+        return f"its rows are longer than {MAX_SWEPT_ROW}"
+    return None
+
+
+def _reduction_of(
+    group: Group, v: Value, frame: Frame, readers: Readers
+) -> tuple[Value, list[str]] | None:
+    """(the column reduction that v is or feeds, the atoms it reduces)."""
+    known: Frame | None = frame
+    while not v.reduces:
+        reader = next((r for r, _ in readers.get(v, ())), None)
+        operand = next((a for a in reader.inputs if base_of(a) is v), None) if reader else None
+        if reader is None or operand is None or known is None:
+            return None
+        if not reader.reduces and reader.shape != operand.shape:
+            return None
+        known = _carried(group, v, operand, known)
+        v = reader
+    if known is None or set(group.resolve(atoms_of(known))) != set(group.domain):
+        return None
+    return v, list(group.resolve([a for k in v.params for a in known[k]]))
+
+
+def _carried(group: Group, base: Value, view: Value, frame: Frame) -> Frame | None:
+    """The frame of a view, given its base's."""
+    chain: list[Any] = []
+    while view is not base:
+        chain.append(view.params)
+        view = view.args[0]
+    known: Frame | None = frame
+    for params in reversed(chain):
+        if known is None:
+            return None
+        known = params.carry(known, group)
+    return known
+
+
+def set_shares(v: Value, shares: int) -> None:
+    """Reduce v's rows in so many shares: as many as the kernel it joins."""
+    kept = product(v.shape[1:])
+    v.shape = (shares, *v.shape[1:])
+    v.strides = (kept, *v.strides[1:])
