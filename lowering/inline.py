@@ -95,7 +95,7 @@ class Inliner:
                 inputs = [base_of(a) for a in v.inputs]
                 cost[v] = own + sum(cost[a] for a in inputs if a in inlined)
                 if cost[v] * uses[v] <= INLINE_BUDGET and all(
-                    a in inlined or a.kind == "buffer" for a in inputs
+                    a in inlined or a.kind == "buffer" or a.reduces for a in inputs
                 ):
                     inlined.add(v)
         return inlined

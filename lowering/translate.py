@@ -25,6 +25,7 @@ from .ir import (
     dtype_name,
     result_dtype,
 )
+from .one_hot import sum_of_one_hot
 from .parts import normalize_axes
 from .view_ops import VIEWS, negative_zero
 from .views import Permute, Reshape
@@ -297,8 +298,11 @@ class _Recorder(Builder):
 
     def reduce(self, op: str, x: Value, axes: Sequence[int], dtype: str | None = None) -> Value:
         """A reduction of single elements is none; a kernel could not tell its levels apart."""
-        lengths = [x.shape[k] for k in normalize_axes(axes, x.ndim)]
-        if not all(type(n) is int and n == 1 for n in lengths):
+        axes = normalize_axes(axes, x.ndim)
+        if not all(type(x.shape[k]) is int and x.shape[k] == 1 for k in axes):
+            known = sum_of_one_hot(self, x, axes) if op == "sum" else None
+            if known is not None:
+                return self.cast(known, dtype or x.dtype)
             return super().reduce(op, x, axes, dtype)
         dtype = dtype or x.dtype
         if op in ("argmax", "argmin"):

@@ -1,5 +1,6 @@
 """What a user of `torch.compile(fn, backend="gems")` may rely on: modes, hooks, results, calls."""
 
+import gc
 from collections import namedtuple
 from dataclasses import dataclass
 
@@ -367,3 +368,18 @@ def test_bad_variable_warns_once(monkeypatch, caplog):
     heard = [r.getMessage() for r in caplog.records if "GEMS_NUMERICS" in r.getMessage()]
     assert len(heard) == 1
     assert "eager" in heard[0] and "fast" in heard[0]
+
+
+def test_garbage_collection_is_as_it_was() -> None:
+    """It pauses while a graph compiles, also when the compile fails."""
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            torch._dynamo.reset()
+            compile_(lambda x: (x * 2).relu())(rand(8))
+            assert gc.isenabled() is enabled
+            with pytest.raises(Exception, match="numerics"):
+                compile_(lambda x: (x * 3).relu(), options={"numerics": "wrong"})(rand(8))
+            assert gc.isenabled() is enabled
+        finally:
+            gc.enable()

@@ -455,3 +455,46 @@ def test_shares_of_a_symbolic_number_of_rows() -> None:
         x = rand(rows, 64)
         torch._dynamo.mark_static(x, 1)
         assert torch.equal(run(x), fn(x))
+
+
+# cross entropy ------------------------------------------------------------------------------------
+
+
+def test_log_softmax_is_not_stored_for_the_loss() -> None:
+    """Two numbers a row are; one kernel reads the logits, one the logits at the targets."""
+
+    def fn(x: Tensor, target: Tensor) -> Tensor:
+        return F.nll_loss(torch.log_softmax(x, 1), target, ignore_index=3)
+
+    report = fused(fn, rand(7, 33), ints(7, high=33), kernels=2)
+    outputs = [what for s in report.sources for _, role, what in s.params if role == "out"]
+    assert max(len(v.shape) and v.shape[-1] for v in outputs) == 1
+
+
+def test_cross_entropy_backward_reads_once() -> None:
+    """The sum of a gradient that is zero but at the target needs no pass over the row."""
+
+    def fn(x: Tensor, target: Tensor, top: Tensor, logsum: Tensor) -> Tensor:
+        logp = (x - top) - logsum
+        one, count = torch.ones((), device=x.device), torch.tensor(5.0, device=x.device)
+        g = torch.ops.aten.nll_loss_backward(one, logp, target, None, 1, 3, count)
+        return torch.ops.aten._log_softmax_backward_data(g, logp, 1, torch.float32)
+
+    x, target = rand(7, 33), ints(7, high=33)
+    target[2] = 3  # ignored
+    report = fused(fn, x, target, *torch.ops.gems.log_softmax_stats(x, 1), kernels=1)
+    assert "sum" not in report.sources[0].text.partition("\n    x =")[2]
+
+
+def test_backward_of_log_softmax_saves_rows() -> None:
+    """What backward reads again is x and two numbers a row."""
+    gems_compile.reports().clear()
+    launches(lambda x: torch.log_softmax(x, -1) * 2, rand(8, 33, grad=True))
+    (forward,) = [r for r in gems_compile.reports() if r.kind == "forward"]
+    big = [
+        what
+        for s in forward.sources
+        for _, role, what in s.params
+        if role == "out" and what.shape == (8, 33)
+    ]
+    assert len(big) == 1, "log_softmax(x) * 2 alone is stored at full size"
