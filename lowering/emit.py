@@ -62,6 +62,8 @@ class Emitter:
             for out in self.group.outputs:
                 if self.level(out) == level and self._is_wide(out):
                     self._store(out, level)
+        for copy, memory in self.group.stores.items():
+            self._store_in_place(copy, memory)
         return self.body
 
     def level(self, v: Value) -> int:
@@ -445,6 +447,26 @@ class Emitter:
         if r.dtype == "bool" and have != "bool":
             text = f"({name} != 0)"
         self.results[r] = self.line(section, text, comment=line_of(r)) if text != name else name
+
+    def _store_in_place(self, copy: Value, memory: Value) -> None:
+        """Write an input, behind everything that reads it."""
+        loads = [
+            i
+            for steps in self.body.sections.values()
+            for i in steps
+            if i.kind == "load" and i.text == self.names.get(memory)
+        ]
+        level, coords = self.level(copy), self.coords(copy)
+        self.eval(copy, coords, None, level)
+        place = self.address(memory, coords)
+        if any(i.indices[0] != place or i.cond is not None for i in loads):
+            raise EmitError(f"the old value of {memory!r} is read at another place")
+        self.names[copy] = self.buffer_name(memory, "in")
+        if loads and any(m.kind == "reduce" for m in self.group.members):
+            # threads hold copies of a row's values: none may store before all have loaded
+            section = self._section(self._is_wide(copy), level)
+            self.body.sections.setdefault(section, []).append(Instr("barrier", "", ""))
+        self._store(copy, level)
 
     def _store(self, out: Value, level: int) -> None:
         coords = self.coords(out)

@@ -30,6 +30,7 @@ class Group:
         self._reduced: tuple[str, ...] = ()
         self.column = False  # the reduced atoms are not the contiguous ones
         self.outputs: list[Value] = []
+        self.stores: dict[Value, Value] = {}  # copy into an input -> that input
         self.first = self.last = 0  # places of its first and last member in the program
 
     # atoms ---------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from .passes import PASSES as ATEN_PASSES
 from .render import Renderer, kernel_name
 from .schedule import needs_loop
 from .source import Source
+from .stores import store_copies
 from .translate import Program, Translator, op_of
 
 log = logging.getLogger("gems_compile.lowering")
@@ -101,6 +102,7 @@ def _attempt(
     clock.lap(report, "translate")
     fuser = Fuser(program, gm.graph, options.target.multiprocessors)
     groups = fuser.run()
+    store_copies(gm.graph, program, fuser)
     if not options.alone:
         groups = [g for g in groups if not _leave_alone(g, program, fuser)]
     clock.lap(report, "fuse")

@@ -370,6 +370,9 @@ class Renderer:
         mask = f", mask={' & '.join(masks)}" if masks else ""
         self.lines.add(f"tl.store({instr.text} + ({pointer}), {instr.out}{mask})")
 
+    def _barrier(self, instr: Instr) -> None:
+        self.lines.add("tl.debug_barrier()")
+
     def _begin(self, instr: Instr) -> None:
         if not self.body.looped:
             return
@@ -447,6 +450,6 @@ def kernel_name(group_members: Sequence[Value]) -> str:
         node = m.node
         word = getattr(getattr(node, "target", None), "_opname", None) or m.op or m.kind
         word = re.sub(r"\W", "_", str(word)).strip("_")
-        if word not in words and word not in ("view", "to_copy", "cast", "clone"):
+        if word not in words and word not in ("view", "to_copy", "cast", "clone", "copy"):
             words.append(word)
     return "fused_" + ("_".join(words)[:56].strip("_") or "copy")
