@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 WHAT = {
     "aten": "The graph as AOTAutograd made it.",
+    "take_foreach_apart": "After taking multi-tensor ops apart, a node a tensor.",
     "inline_functionalized_ops": "After inlining custom ops that mutate their arguments.",
     "drop_no_ops": "After dropping views, copies and casts that change nothing.",
     "drop_duplicates": "After merging equal calls.",

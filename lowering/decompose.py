@@ -58,6 +58,7 @@ KEEP = {
     "addcmul",
     "addcdiv",
     "lerp",
+    "_foreach_lerp",
     "clamp",
     "clamp_min",
     "clamp_max",

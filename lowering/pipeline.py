@@ -16,6 +16,7 @@ from ..kernels import load_ops
 from . import executor
 from .emit import emit
 from .flow import base_of, find_escapes
+from .foreach import take_foreach_apart
 from .fuse import Fuser
 from .group import Group, Plan
 from .indexing import product
@@ -72,13 +73,15 @@ def compile_graph(
     load_ops()
     report, clock = Report(label), _Clock()
     observe("aten", gm)
+    device = kernel_device(gm, options)
+    if take_foreach_apart(gm, device):
+        observe("take_foreach_apart", gm)
     for run in PASSES:
         run(gm)
         observe(run.__name__, gm)
     gm.graph.lint()
     report.nodes = sum(n.op == "call_function" for n in gm.graph.nodes)
     clock.lap(report, "passes")
-    device = kernel_device(gm, options)
     deny: dict[Node, str] = {}
     while True:
         failed = _attempt(gm, device, deny, options, report, observe, clock)
