@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +20,11 @@ from .flow import base_of, find_escapes
 from .foreach import take_foreach_apart
 from .fuse import Fuser
 from .group import Group, Plan
+from .horizontal import Combined, Part, combine, combined_source, find_parts, likeness
 from .indexing import product
 from .ir import Value
 from .load import CompileError, Loading
 from .options import Options
-from .order import schedule
 from .partition import share_seeds
 from .passes import PASSES as ATEN_PASSES
 from .render import Renderer, kernel_name
@@ -83,18 +84,20 @@ def compile_graph(
     report.nodes = sum(n.op == "call_function" for n in gm.graph.nodes)
     clock.lap(report, "passes")
     deny: dict[Node, str] = {}
+    apart: set[Node] = set()
     while True:
-        failed = _attempt(gm, device, deny, options, report, observe, clock)
+        failed = _attempt(gm, device, deny, apart, options, report, observe, clock)
         if isinstance(failed, executor.Writer):
             return _finish(failed, report, options, label, observe, clock), report
         group, error = failed
-        _give_up(group, error, deny, options, report)
+        _give_up(group, error, deny, apart, options, report)
 
 
 def _attempt(
     gm: GraphModule,
     device: torch.device,
     deny: dict[Node, str],
+    apart: set[Node],
     options: Options,
     report: Report,
     observe: Observer,
@@ -106,11 +109,28 @@ def _attempt(
     fuser = Fuser(program, gm.graph, options.target.multiprocessors)
     groups = fuser.run()
     store_copies(gm.graph, program, fuser)
-    if not options.alone:
-        groups = [g for g in groups if not _leave_alone(g, program, fuser)]
+    groups = _without_lone(groups, program, fuser, options)
     clock.lap(report, "fuse")
+    sources: dict[Group, Source] = {}
+    for group in groups:
+        try:
+            sources[group] = source_for(group, fuser.inlined, options, fuser.written)
+        except Exception as e:
+            return group, e
+    parts = find_parts(groups, sources, apart, options.target.multiprocessors)
+    loading = {g: Loading(sources[g], options, device.index) for g in groups if g not in parts}
+    steps = _launches(gm, program, fuser, groups, parts, options)
+    for step in steps:
+        if isinstance(step, Combined):
+            sources[step] = combined_source(
+                [parts[g] for g in step.parts], options.target.multiprocessors
+            )
+        if isinstance(step, Group) and step not in loading:
+            loading[step] = Loading(sources[step], options, device.index)
+    groups = [step for step in steps if isinstance(step, Group)]
+    sources = {group: sources[group] for group in groups}
     plan = Plan(
-        schedule(gm, program, groups, fuser.home, fuser.reads),
+        steps,
         groups,
         dict(program.aten),
         fuser.unfused,
@@ -120,24 +140,15 @@ def _attempt(
     )
     report.plan = plan
     observe("fuse", plan)
-    sources: dict[Group, Source] = {}
-    loading: dict[Group, Loading] = {}
-    for group in groups:
-        try:
-            sources[group] = source_for(group, fuser.inlined, options, fuser.written)
-        except Exception as e:
-            return group, e
-        index = device.index if device.type != "cpu" else None
-        loading[group] = Loading(sources[group], options, index)
     observe("emit", list(sources.values()))
     clock.lap(report, "emit")
     writer = executor.Writer(gm, program, plan, device, sources)
     report.wrapper = writer.write()
     clock.lap(report, "wrapper")
     writer.launchers = {}
-    for group, kernel in loading.items():
+    for group in groups:
         try:
-            writer.launchers[group] = kernel.result()
+            writer.launchers[group] = loading[group].result()
         except CompileError as e:
             return group, e
     clock.lap(report, "triton")
@@ -190,7 +201,36 @@ def source_for(
     source.meta["unaligned"] = [
         n for n, role, what in source.params if role == "in" and (what in written)
     ]
+    source.body = body
     return source
+
+
+def _launches(
+    gm: GraphModule,
+    program: Program,
+    fuser: Fuser,
+    groups: list[Group],
+    parts: dict[Group, Part],
+    options: Options,
+) -> list[Any]:
+    """What runs, in order: kernels alike together, and plain ATen calls among the rest as such."""
+    steps = combine(gm, program, fuser, groups, parts)
+    left = {
+        s for s in steps if s in parts and not options.alone and _leave_alone(s, program, fuser)
+    }
+    if not left:
+        return steps
+    return combine(gm, program, fuser, [g for g in groups if g not in left], parts)
+
+
+def _without_lone(
+    groups: list[Group], program: Program, fuser: Fuser, options: Options
+) -> list[Group]:
+    """The groups, less those that ATen runs as fast and of whose kind there is but one."""
+    if options.alone:
+        return groups
+    kinds = Counter(map(likeness, groups))
+    return [g for g in groups if kinds[likeness(g)] > 1 or not _leave_alone(g, program, fuser)]
 
 
 def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
@@ -218,12 +258,24 @@ def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
 
 
 def _give_up(
-    group: Group, error: Exception, deny: dict[Node, str], options: Options, report: Report
+    group: Group,
+    error: Exception,
+    deny: dict[Node, str],
+    apart: set[Node],
+    options: Options,
+    report: Report,
 ) -> None:
-    """Let ATen run a group's nodes, once and with a warning; strict mode raises."""
+    """Let ATen run a group's nodes, once and with a warning; strict mode raises.
+
+    Kernels that fail together run each by itself first.
+    """
     if options.strict:
         raise error
     nodes = group.nodes
+    if isinstance(group, Combined):
+        apart.update(nodes)
+        log.warning("%d kernels in one launch failed, and run apart: %s", len(group.parts), error)
+        return
     names = ", ".join(n.name for n in nodes[:6]) + (" ..." if len(nodes) > 6 else "")
     why = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
     fresh = [n for n in nodes if n not in deny]
