@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .flow import has_effect
 from .graph import nodes_in, value_of
 from .translate import op_of, unsupported_tensor
 
@@ -61,6 +62,8 @@ def take_foreach_apart(gm: fx.GraphModule, device: torch.device) -> int:
         if fits:
             _take_apart(node, op, fits)
             taken += 1
+    if taken:
+        _chain_by_chain(gm.graph)
     return taken
 
 
@@ -126,3 +129,38 @@ def _take_apart(node: fx.Node, op: Any, fits: Sequence[int]) -> None:
     for place, k in enumerate(rest):
         for user in users[k]:
             user.args = (node, place)
+
+
+def _chain_by_chain(graph: fx.Graph) -> None:
+    """Reorder what was taken apart, each tensor's chain in one piece, as the fuser goes through it.
+
+    Between two calls with an effect the order is free.
+    """
+    run: list[fx.Node] = []
+    for node in list(graph.nodes):
+        if node.op == "call_function" and not has_effect(node):
+            run.append(node)
+        elif node.op == "output" or (node.op == "call_function" and run):
+            _sort_run(run, node)
+            run = []
+
+
+def _sort_run(run: Sequence[fx.Node], end: fx.Node) -> None:
+    """Move each node to right before the first that needs it; ``end`` follows the run."""
+    inside, done = set(run), set[fx.Node]()
+    wanted, after = list[fx.Node](), end
+    while after.op != "root":  # what later calls take, in their order
+        wanted += [n for n in after.all_input_nodes if n in inside]
+        after = after.next
+    for root in [*wanted, *run]:
+        stack = [root]
+        while stack:
+            node = stack[-1]
+            needs = [n for n in node.all_input_nodes if n in inside and n not in done]
+            if node in done or not needs:
+                stack.pop()
+                if node not in done:
+                    done.add(node)
+                    end.prepend(node)
+            else:
+                stack += reversed(needs)

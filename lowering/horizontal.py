@@ -8,9 +8,10 @@ line a pointer, not by a body a part.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,7 +153,7 @@ class _Combiner:
         self.barrier = -1  # the latest call with an effect
 
     def run(self, steps: Sequence[Any]) -> list[list[Any]]:
-        for step in steps:
+        for step in self._by_level(steps):
             place = self._place_in_earlier(step)
             if place is None:
                 place = len(self.launches)
@@ -165,12 +166,26 @@ class _Combiner:
                 self.barrier = place
         return self.launches
 
+    def _by_level(self, steps: Sequence[Any]) -> Iterator[Any]:
+        """Stretches of small parts in the order of what they wait for, so that launches fill up."""
+        for small, stretch in itertools.groupby(steps, self._is_small):
+            if not small:
+                yield from stretch
+                continue
+            level: dict[Any, int] = {}
+            for step in stretch:
+                level[step] = 1 + max((level.get(n, -1) for n in self.needs(step)), default=-1)
+            yield from sorted(level, key=level.__getitem__)
+
+    def _is_small(self, step: Any) -> bool:
+        return step in self.parts and _allocates(step) <= MOST_BYTES
+
     def _place_in_earlier(self, step: Any) -> int | None:
         part = self.parts.get(step)
         place = None if part is None else self.open.get(part.key)
         if place is None or place <= self.barrier or self._after(step) >= place:
             return None
-        if place < len(self.launches) - 1 and _allocates(step) > MOST_BYTES:
+        if place < len(self.launches) - 1 and not self._is_small(step):
             return None
         together = [self.parts[g].source for g in (*self.launches[place], step)]
         return place if len(_arguments(together)) <= MOST_ARGUMENTS else None
