@@ -211,6 +211,9 @@ def _call_lines(place: int, call: Call) -> list[str]:
     if call.kind == "kernel":
         head = f"{place:4} kernel {call.name}_{call.detail} {types}"
         more = [f"fuses {' '.join(call.ops)}"]
+        if call.parts:
+            numbers = ", ".join(map(str, call.parts))
+            more.append(f"{len(call.parts)} parts of {numbers} elements, in one launch")
     else:
         head = f"{place:4} aten   {call.name} {types}"
         more = [f"because {call.detail}"]

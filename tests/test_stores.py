@@ -163,10 +163,6 @@ def flipped(x, y):
     x.add_(x.flip(0))
 
 
-def transposed_sum(x, y):
-    x.add_((x.t() * y).exp())
-
-
 def first_row_added(x, y):
     x.add_(x[0] * y)
 
@@ -202,7 +198,6 @@ def joined(x, y):
 
 NOT_STORED = [
     flipped,
-    transposed_sum,
     first_row_added,
     new_value_read_elsewhere,
     old_value_needs_the_new,
@@ -270,6 +265,10 @@ def both_written_from_the_other(x, y):
     return a * b
 
 
+def transposed_sum(x, y):
+    x.copy_(x.t() * y)
+
+
 def swapped(x, y):
     old = x * 1.5
     x.copy_(y * 2)
@@ -283,6 +282,7 @@ ORDER = [
     view_of_the_new_value,
     written_twice,
     both_written_from_the_other,
+    transposed_sum,
     swapped,
 ]
 
