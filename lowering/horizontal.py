@@ -29,7 +29,8 @@ from .schedule import pointwise_tile
 from .source import Lines, Source
 from .translate import Program
 
-#: torch's static launcher takes 120 arguments; the kernels' scratch memory is two of them
+#: each part costs every program a select for each of its pointers; and torch's launcher allocates
+#: above 121 arguments, of which two are Triton's scratch memory (CUDA itself ends at 512)
 MOST_ARGUMENTS = 118
 #: a group that allocates more than this runs where it stood, or the memory is held for longer
 MOST_BYTES = 2**20
