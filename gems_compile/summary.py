@@ -341,7 +341,7 @@ def _launch(group: Group, source: Source, origins: Origins) -> Call:
     reads = tuple(_typed(v.dtype, v.shape) for _, role, v in source.params if role == "in")
     outputs = [v for _, role, v in source.params if role == "out"]
     writes = tuple(_typed(v.dtype, v.shape) for v in (*outputs, *group.stores.values()))
-    parts = group.parts if isinstance(group, Combined) else ()
+    parts = group.groups if isinstance(group, Combined) else ()
     nodes = _nodes_of(group, origins)
     return Call(
         "kernel",

@@ -62,8 +62,7 @@ class Emitter:
             for out in self.group.outputs:
                 if self.level(out) == level and self._is_wide(out):
                     self._store(out, level)
-        for copy, memory in self.group.stores.items():
-            self._store_in_place(copy, memory)
+        self._store_in_place()
         return self.body
 
     def level(self, v: Value) -> int:
@@ -448,25 +447,23 @@ class Emitter:
             text = f"({name} != 0)"
         self.results[r] = self.line(section, text, comment=line_of(r)) if text != name else name
 
-    def _store_in_place(self, copy: Value, memory: Value) -> None:
-        """Write an input, behind everything that reads it."""
-        loads = [
-            i
-            for steps in self.body.sections.values()
-            for i in steps
-            if i.kind == "load" and i.text == self.names.get(memory)
-        ]
-        level, coords = self.level(copy), self.coords(copy)
-        self.eval(copy, coords, None, level)
-        place = self.address(memory, coords)
-        if any(i.indices[0] != place or i.cond is not None for i in loads):
-            raise EmitError(f"the old value of {memory!r} is read at another place")
-        self.names[copy] = self.buffer_name(memory, "in")
-        if loads and any(m.kind == "reduce" for m in self.group.members):
-            # threads hold copies of a row's values: none may store before all have loaded
-            section = self._section(self._is_wide(copy), level)
-            self.body.sections.setdefault(section, []).append(Instr("barrier", "", ""))
-        self._store(copy, level)
+    def _store_in_place(self) -> None:
+        """Write inputs, when all is computed: behind everything that reads them."""
+        stores = self.group.stores
+        for copy in stores:
+            self.eval(copy, self.coords(copy), None, self.level(copy))
+        instrs = [i for steps in self.body.sections.values() for i in steps if i.kind == "load"]
+        for copy, memory in stores.items():
+            loads = [i for i in instrs if i.text == self.names.get(memory)]
+            place = self.address(memory, self.coords(copy))
+            if any(i.indices[0] != place or i.cond is not None for i in loads):
+                raise EmitError(f"the old value of {memory!r} is read at another place")
+            self.names[copy] = self.buffer_name(memory, "in")
+            if loads and any(m.kind == "reduce" for m in self.group.members):
+                # threads hold copies of a row's values: none may store before all have loaded
+                section = self._section(self._is_wide(copy), self.level(copy))
+                self.body.sections.setdefault(section, []).append(Instr("barrier", "", ""))
+            self._store(copy, self.level(copy))
 
     def _store(self, out: Value, level: int) -> None:
         coords = self.coords(out)

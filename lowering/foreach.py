@@ -88,14 +88,14 @@ def _parts_only(node: fx.Node) -> bool:
 
 def _fits(node: fx.Node, k: int, device: torch.device) -> bool:
     """Whether a kernel takes tensor ``k`` of every list, and what all tensors share."""
-    operands = map(value_of, nodes_in(_arguments(node, lambda items: items[k])))
+    operands = map(value_of, nodes_in(_arguments(node, operator.itemgetter(k))))
     return all(
         isinstance(t, torch.Tensor) and t.device == device and unsupported_tensor(t) is None
         for t in (value_of(node)[k], *operands)
     )
 
 
-def _arguments(node: fx.Node, pick: Callable[[Sequence[Any]], Any]) -> Any:
+def _arguments(node: fx.Node, pick: Callable[[Any], Any]) -> Any:
     """(args, kwargs) with ``pick(items)`` for every list."""
 
     def picked(argument: Any) -> Any:
@@ -112,7 +112,7 @@ def _take_apart(node: fx.Node, op: Any, fits: Sequence[int]) -> None:
         users.setdefault(place, []).append(user)
     with graph.inserting_before(node):
         for k in fits:
-            args, kwargs = _arguments(node, lambda items, k=k: items[k])
+            args, kwargs = _arguments(node, operator.itemgetter(k))
             if op in (aten.addcmul.default, aten.addcdiv.default) and len(args) > 3:
                 args, kwargs = args[:3], {"value": args[3]}
             part = graph.call_function(op, args, kwargs)

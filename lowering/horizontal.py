@@ -22,7 +22,7 @@ from .flow import has_effect
 from .fuse import Fuser
 from .group import Group
 from .indexing import Index, is_static, product
-from .ir import BITS
+from .ir import BITS, Value
 from .order import needs_of, schedule
 from .render import HEADER, Renderer
 from .schedule import pointwise_tile
@@ -49,14 +49,14 @@ class Part:
 class Combined(Group):
     """Groups that are one launch."""
 
-    def __init__(self, parts: Sequence[Group]) -> None:
-        super().__init__(parts[0].number)
-        self.parts = tuple(parts)
-        self.members = [m for g in parts for m in g.members]
-        self.outputs = [o for g in parts for o in g.outputs]
-        for group in parts:
+    def __init__(self, groups: Sequence[Group]) -> None:
+        super().__init__(groups[0].number)
+        self.groups = tuple(groups)
+        self.members = [m for g in groups for m in g.members]
+        self.outputs = [o for g in groups for o in g.outputs]
+        for group in groups:
             self.stores.update(group.stores)
-        self.first, self.last = min(g.first for g in parts), max(g.last for g in parts)
+        self.first, self.last = min(g.first for g in groups), max(g.last for g in groups)
 
 
 class _Shared(Renderer):
@@ -149,7 +149,7 @@ class _Combiner:
     def __init__(self, parts: dict[Group, Part], needs: Callable[[Any], Iterable[Any]]) -> None:
         self.parts, self.needs = parts, needs
         self.launches: list[list[Any]] = []
-        self.place: dict[Any, int] = {}  # step, or what it reads -> index into launches
+        self.place: dict[Any, int] = {}  # step -> index into launches
         self.open: dict[Any, int] = {}  # key -> the latest launch of that kind
         self.barrier = -1  # the latest call with an effect
 
@@ -175,7 +175,7 @@ class _Combiner:
                 continue
             level: dict[Any, int] = {}
             for step in stretch:
-                level[step] = 1 + max((level.get(n, -1) for n in self.needs(step)), default=-1)
+                level[step] = 1 + max((level.get(n, -1) for n in self._waits(step)), default=-1)
             yield from sorted(level, key=level.__getitem__)
 
     def _is_small(self, step: Any) -> bool:
@@ -192,15 +192,20 @@ class _Combiner:
         return place if len(_arguments(together)) <= MOST_ARGUMENTS else None
 
     def _after(self, step: Any) -> int:
-        """The last launch that something the step needs is in."""
-        return max((self._ready(n) for n in self.needs(step) if n is not step), default=-1)
+        """The last launch that something the step waits for is in."""
+        return max((self.place.get(n, -1) for n in self._waits(step)), default=-1)
 
-    def _ready(self, thing: Any) -> int:
-        known = self.place.get(thing)
-        if known is None:
-            self.place[thing] = -1  # an input; or in a circle of a value and its own group
-            known = self.place[thing] = self._after(thing)
-        return known
+    def _waits(self, step: Any) -> set[Any]:
+        """The steps that a step waits for by itself, seen through Values that nobody stores."""
+        found: set[Any] = set()
+        stack = list(self.needs(step))
+        while stack:
+            thing = stack.pop()
+            if thing is not step and thing not in found:
+                found.add(thing)
+                if isinstance(thing, Value):
+                    stack.extend(self.needs(thing))
+        return found
 
 
 def _allocates(group: Group) -> int:

@@ -123,7 +123,7 @@ def _attempt(
     for step in steps:
         if isinstance(step, Combined):
             sources[step] = combined_source(
-                [parts[g] for g in step.parts], options.target.multiprocessors
+                [parts[g] for g in step.groups], options.target.multiprocessors
             )
         if isinstance(step, Group) and step not in loading:
             loading[step] = Loading(sources[step], options, device.index)
@@ -274,7 +274,7 @@ def _give_up(
     nodes = group.nodes
     if isinstance(group, Combined):
         apart.update(nodes)
-        log.warning("%d kernels in one launch failed, and run apart: %s", len(group.parts), error)
+        log.warning("%d kernels in one launch failed, and run apart: %s", len(group.groups), error)
         return
     names = ", ".join(n.name for n in nodes[:6]) + (" ..." if len(nodes) > 6 else "")
     why = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"

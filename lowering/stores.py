@@ -9,6 +9,7 @@ the value unless somebody else reads it. That is wrong as soon as the old value 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 from torch import fx
 
@@ -47,8 +48,9 @@ def store_copies(graph: fx.Graph, program: Program, fuser: Fuser) -> int:
 
 def why_not_store(node: fx.Node, program: Program, fuser: Fuser) -> str | None:
     """Why the kernel that computes the new value cannot store it in the input, or None."""
-    into, new = (program.of.get(n) for n in node.args[:2])
-    copy = program.of[node]
+    args: Any = node.args
+    into, new, copy = (program.of.get(n) for n in (*args[:2], node))
+    assert isinstance(into, Value) and isinstance(copy, Value)  # why_not_alone has looked
     if not isinstance(new, Value) or (group := fuser.home.get(base_of(new))) is None:
         return "no kernel computes what is copied"
     frame = _carried(new, base_of(new), group.frame(base_of(new)), group)
@@ -151,8 +153,8 @@ def _waits(copy: Value, fuser: Fuser) -> Iterator[Value]:
 
 def _store(node: fx.Node, program: Program, fuser: Fuser) -> Group:
     """Make the copy a member of the kernel that computes what is copied."""
-    into, new = (program.of[n] for n in node.args[:2])
-    copy: Value = program.of[node]
+    args: Any = node.args
+    into, new, copy = (program.of[n] for n in (*args[:2], node))
     group = fuser.home[base_of(new)]
     frame = _carried(new, base_of(new), group.frame(base_of(new)), group)
     assert frame is not None  # why_not_store has looked

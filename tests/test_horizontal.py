@@ -302,6 +302,6 @@ def test_combined_holds_its_parts() -> None:
     torch.compile(chains, backend=backend)(rand(64), rand(32))
     (group,) = backend.reports[0].plan.groups
     assert isinstance(group, Combined)
-    assert [len(p.nodes) for p in group.parts] == [3, 3]
+    assert [len(p.nodes) for p in group.groups] == [3, 3]
     assert len(group.nodes) == 6 and len(group.outputs) == 2
     assert DEVICE in ("cpu", "cuda")

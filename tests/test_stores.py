@@ -107,6 +107,19 @@ def test_stored(fn) -> None:
     assert launches(fn, rand(6, 6), rand(6, 6)) == 1
 
 
+def test_all_is_loaded_before_anything_is_stored() -> None:
+    """One kernel writes x, whose old value only the new y needs, and y likewise."""
+
+    def fn(x, y, z):
+        a, b = y * 2 + z, x * 3 + z
+        x.copy_(a)
+        y.copy_(b)
+
+    for size in (5, 5000):
+        check(fn, rand(size), rand(size), rand(size))
+    assert launches(fn, rand(5), rand(5), rand(5)) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int32, torch.float64])
 def test_the_write_narrows(dtype) -> None:
     """The new value is computed in another dtype than the input's."""
