@@ -79,10 +79,6 @@ def through_a_reshape(x, y):
     x.view(-1).mul_(y.view(-1)).add_(1)
 
 
-def copied_as_it_is(x, y):
-    x.copy_(y)
-
-
 def minus_own_mean(x, y):
     x.sub_(x.mean(-1, keepdim=True)).add_(y)
 
@@ -96,7 +92,6 @@ STORED = [
     old_value_read_in_place,
     old_value_kept,
     through_a_reshape,
-    copied_as_it_is,
     minus_own_mean,
 ]
 
@@ -111,7 +106,8 @@ def test_all_is_loaded_before_anything_is_stored() -> None:
     """One kernel writes x, whose old value only the new y needs, and y likewise."""
 
     def fn(x, y, z):
-        a, b = y * 2 + z, x * 3 + z
+        a = y * 2 + z
+        b = x * 3 + a
         x.copy_(a)
         y.copy_(b)
 
@@ -201,6 +197,10 @@ def written_in_parts(x, y):
     x[:1].copy_(y[:1] * 3)
 
 
+def copied_as_it_is(x, y):
+    x.copy_(y)
+
+
 def gathered(x, y):
     x.copy_(x[torch.arange(5, -1, -1, device=x.device)] * y)
 
@@ -214,6 +214,7 @@ NOT_STORED = [
     first_row_added,
     new_value_read_elsewhere,
     old_value_needs_the_new,
+    copied_as_it_is,
     gathered,
     joined,
 ]
