@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from .graph import Storage, nodes_in
@@ -79,7 +80,7 @@ def order_edges(program: Program, graph: Any) -> tuple[dict[Value, list[Value]],
     read_by: dict[Value, list[Value]] = defaultdict(list)
     written_by: dict[Value, Value] = {}
     last_effect: Value | None = None
-    storage = Storage(graph)
+    copies = copies_alone(program, graph)
     for node in graph.nodes:
         if node.op in ("output", "placeholder", "get_attr"):
             continue
@@ -97,7 +98,7 @@ def order_edges(program: Program, graph: Any) -> tuple[dict[Value, list[Value]],
         if node in program.aten and has_effect(node):
             me = own[0] if own else None
             if me is not None:
-                if not (is_copy(node) and why_not_alone(node, program, storage) is None):
+                if copies.get(node, "no copy") is not None:
                     if last_effect is not None:
                         waits[me].append(last_effect)
                     last_effect = me
@@ -107,12 +108,14 @@ def order_edges(program: Program, graph: Any) -> tuple[dict[Value, list[Value]],
     return waits, set(written_by)
 
 
-def is_copy(node: Node) -> bool:
-    return str(node.target) == "aten.copy_.default"
+def copies_alone(program: Program, graph: Any) -> dict[Node, str | None]:
+    """Each ``copy_`` -> why it is not the only write of an input that all readers name, or None."""
+    copies = [n for n in graph.nodes if n.target is torch.ops.aten.copy_.default]
+    storage = Storage(graph) if copies else None
+    return {n: _why_not_alone(n, program, storage) for n in copies if storage is not None}
 
 
-def why_not_alone(node: Node, program: Program, storage: Storage) -> str | None:
-    """Why a ``copy_`` is not the only write of an input that all its readers name, or None."""
+def _why_not_alone(node: Node, program: Program, storage: Storage) -> str | None:
     into: Any = node.args[0]
     memory = program.of.get(into)
     if into.op != "placeholder" or not isinstance(memory, Value) or memory.op == "opaque":
@@ -149,8 +152,6 @@ def has_effect(node: Node) -> bool:
     schema = getattr(target, "_schema", None)
     if schema is None:
         return node.op == "call_function" and not _is_plain_function(node)
-    import torch
-
     return schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
 
 

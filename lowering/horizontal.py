@@ -76,9 +76,14 @@ class _Shared(Renderer):
         return " ".join("x" if word in self.parallel else word for word in words)
 
 
-def likeness(group: Group) -> Any:
-    """What is equal for groups whose kernels are equal; cheap, and true of others too."""
-    return tuple((m.kind, m.op, m.dtype) for m in group.members), len(group.outputs)
+def may_share(groups: Sequence[Group]) -> set[Group]:
+    """Groups of which there is another of the same pointwise ops; cheap, and true of too many."""
+    kinds: dict[Any, list[Group]] = {}
+    for group in groups:
+        if all(m.kind in ("pointwise", "cast", "full") for m in group.members):
+            kind = tuple((m.op, m.dtype) for m in group.members), len(group.outputs)
+            kinds.setdefault(kind, []).append(group)
+    return {g for alike in kinds.values() if len(alike) > 1 for g in alike}
 
 
 def find_parts(
@@ -88,10 +93,10 @@ def find_parts(
     multiprocessors: int,
 ) -> dict[Group, Part]:
     """The groups that may share a launch; those with a node in ``apart`` may not."""
-    kinds = Counter(map(likeness, groups))
     parts: dict[Group, Part] = {}
+    likely = may_share(groups)
     for group in groups:
-        if kinds[likeness(group)] > 1 and apart.isdisjoint(group.nodes):
+        if group in likely and apart.isdisjoint(group.nodes):
             part = _part_of(sources[group], multiprocessors)
             if part is not None:
                 parts[group] = part
@@ -103,8 +108,7 @@ def _part_of(source: Source, multiprocessors: int) -> Part | None:
     """The kernel as a part of a launch; None for one that is no loop over contiguous memory."""
     body: Body = source.body
     group = body.group
-    is_loop = not (body.derived or any(m.kind == "reduce" for m in group.members))
-    if not is_loop or not is_static(*(group.sizes[a] for a in group.domain)):
+    if body.derived or not is_static(*(group.sizes[a] for a in group.domain)):
         return None
     if any(role == "size" for _, role, _ in source.params):
         return None

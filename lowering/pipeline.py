@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import operator
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,7 @@ from .flow import base_of, find_escapes
 from .foreach import take_foreach_apart
 from .fuse import Fuser
 from .group import Group, Plan
-from .horizontal import Combined, Part, combine, combined_source, find_parts, likeness
+from .horizontal import Combined, Part, combine, combined_source, find_parts, may_share
 from .indexing import product
 from .ir import Value
 from .load import CompileError, Loading
@@ -109,7 +108,7 @@ def _attempt(
     fuser = Fuser(program, gm.graph, options.target.multiprocessors)
     groups = fuser.run()
     store_copies(gm.graph, program, fuser)
-    groups = _without_lone(groups, program, fuser, options)
+    groups = _without_lone(groups, program, fuser, options, may_share(groups))
     clock.lap(report, "fuse")
     sources: dict[Group, Source] = {}
     for group in groups:
@@ -118,6 +117,7 @@ def _attempt(
         except Exception as e:
             return group, e
     parts = find_parts(groups, sources, apart, options.target.multiprocessors)
+    groups = _without_lone(groups, program, fuser, options, parts)
     loading = {g: Loading(sources[g], options, device.index) for g in groups if g not in parts}
     steps = _launches(gm, program, fuser, groups, parts, options)
     for step in steps:
@@ -224,13 +224,12 @@ def _launches(
 
 
 def _without_lone(
-    groups: list[Group], program: Program, fuser: Fuser, options: Options
+    groups: list[Group], program: Program, fuser: Fuser, options: Options, share: Collection[Group]
 ) -> list[Group]:
-    """The groups, less those that ATen runs as fast and of whose kind there is but one."""
+    """The groups, less those that ATen runs as fast and that do not ``share`` a launch."""
     if options.alone:
         return groups
-    kinds = Counter(map(likeness, groups))
-    return [g for g in groups if kinds[likeness(g)] > 1 or not _leave_alone(g, program, fuser)]
+    return [g for g in groups if g in share or not _leave_alone(g, program, fuser)]
 
 
 def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:

@@ -13,10 +13,9 @@ from typing import Any
 
 from torch import fx
 
-from .flow import base_of, find_escapes, is_copy, why_not_alone
+from .flow import base_of, copies_alone, find_escapes
 from .frames import atoms_of
 from .fuse import Fuser, on_chip
-from .graph import Storage
 from .group import Group
 from .indexing import is_static
 from .ir import Value, is_dense
@@ -29,12 +28,11 @@ def store_copies(graph: fx.Graph, program: Program, fuser: Fuser) -> int:
 
     Leaves the reason in ``program.aten`` where it is not.
     """
-    storage = Storage(graph)
     changed: dict[Group, None] = {}
-    for node in graph.nodes:
-        if not is_copy(node) or node not in program.aten:
+    for node, shared in copies_alone(program, graph).items():
+        if node not in program.aten:
             continue
-        why = why_not_alone(node, program, storage) or why_not_store(node, program, fuser)
+        why = shared or why_not_store(node, program, fuser)
         if why is None:
             changed[_store(node, program, fuser)] = None
         else:
@@ -50,7 +48,7 @@ def why_not_store(node: fx.Node, program: Program, fuser: Fuser) -> str | None:
     """Why the kernel that computes the new value cannot store it in the input, or None."""
     args: Any = node.args
     into, new, copy = (program.of.get(n) for n in (*args[:2], node))
-    assert isinstance(into, Value) and isinstance(copy, Value)  # why_not_alone has looked
+    assert isinstance(into, Value) and isinstance(copy, Value)  # see copies_alone
     if not isinstance(new, Value) or (group := fuser.home.get(base_of(new))) is None:
         return "no kernel computes what is copied"
     frame = _carried(new, base_of(new), group.frame(base_of(new)), group)

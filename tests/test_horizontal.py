@@ -186,6 +186,13 @@ def test_single_calls_alike_are_no_aten_calls() -> None:
     assert backend.reports[0].launches == 0
 
 
+def test_single_reductions_alike_stay_aten_calls() -> None:
+    backend = Gems()
+    torch.compile(lambda x, y: (x.sum(0), y.sum(0)), backend=backend)(rand(8, 4), rand(6, 4))
+    (report,) = backend.reports
+    assert (report.launches, report.aten_calls) == (0, 2)
+
+
 # what is told of it, and what happens when it fails -----------------------------------------------
 
 
