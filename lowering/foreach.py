@@ -7,6 +7,7 @@ becomes one kernel, and equal kernels one launch (``horizontal``).
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,11 +55,21 @@ def take_foreach_apart(gm: fx.GraphModule, device: torch.device) -> int:
     ATen's is better than many calls.
     """
     taken = 0
+
+    @functools.cache
+    def fits_kernel(node: fx.Node) -> bool:
+        return _fits(value_of(node), device)
+
     for node in list(gm.graph.nodes):
         op = _single(node.target)
         if op is None or not _parts_only(node):
             continue
-        fits = [k for k in range(len(value_of(node))) if _fits(node, k, device)]
+        fits = [
+            k
+            for k, made in enumerate(value_of(node))
+            if _fits(made, device)
+            and all(map(fits_kernel, nodes_in(_arguments(node, operator.itemgetter(k)))))
+        ]
         if fits:
             _take_apart(node, op, fits)
             taken += 1
@@ -86,12 +97,12 @@ def _parts_only(node: fx.Node) -> bool:
     )
 
 
-def _fits(node: fx.Node, k: int, device: torch.device) -> bool:
-    """Whether a kernel takes tensor ``k`` of every list, and what all tensors share."""
-    operands = map(value_of, nodes_in(_arguments(node, operator.itemgetter(k))))
-    return all(
-        isinstance(t, torch.Tensor) and t.device == device and unsupported_tensor(t) is None
-        for t in (value_of(node)[k], *operands)
+def _fits(value: Any, device: torch.device) -> bool:
+    """Whether a kernel takes what a node holds."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.device == device
+        and unsupported_tensor(value) is None
     )
 
 

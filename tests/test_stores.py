@@ -12,6 +12,7 @@ from helpers import DEVICE, check, gems_only, ints, rand
 
 import gems_compile
 from gems_compile.backend import Gems
+from gems_compile.lowering.load import Pool
 
 pytestmark = gems_only
 
@@ -355,6 +356,40 @@ def test_no_memory_is_allocated_for_what_is_stored() -> None:
     torch.compile(scale, backend=backend)(rand(6, 6), rand(6, 6))
     (report,) = backend.reports
     assert "empty(" not in report.wrapper
+
+
+def running_mean(x, y):
+    """A statistic of rows, and what a whole row needs of the old one."""
+    out = y - x
+    x.mul_(0.9).add_(y.mean(1, keepdim=True) * 0.1)
+    return out
+
+
+@pytest.mark.parametrize("columns", [6, 300, 20000])
+def test_row_statistics(columns) -> None:
+    check(running_mean, rand(5, 1), rand(5, columns), rtol=1e-4, atol=1e-4)
+    assert copies(running_mean, rand(5, 1), rand(5, 6)) == []
+
+
+@pytest.mark.parametrize(
+    "target", [["cuda", 90, 32], ["hip", "gfx942", 64]], ids=["sm_90", "gfx942"]
+)
+def test_kernels_compile_for_targets(target, tmp_path) -> None:
+    """Among them those that wait for all threads' loads before they store."""
+    backend = Gems()
+    torch.compile(minus_own_mean, backend=backend)(rand(6, 6), rand(6, 6))
+    torch.compile(running_mean, backend=backend)(rand(6, 1), rand(6, 300))
+    sources = [s for r in backend.reports for s in r.sources]
+    assert any("debug_barrier" in s.text for s in sources)
+    pool = Pool(1)
+    try:
+        for k, source in enumerate(sources):
+            path = tmp_path / f"kernel_{k}.py"
+            path.write_text(source.text)
+            job = {"path": str(path), "meta": source.meta, "target": target}
+            assert pool.submit(job).get(timeout=300) is None
+    finally:
+        pool.close()
 
 
 def test_dynamic_sizes() -> None:
