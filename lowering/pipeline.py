@@ -118,16 +118,18 @@ def _attempt(
             return group, e
     parts = find_parts(groups, sources, apart, options.target.multiprocessors)
     groups = _without_lone(groups, program, fuser, options, parts)
-    loading = {g: Loading(sources[g], options, device.index) for g in groups if g not in parts}
     steps = _launches(gm, program, fuser, groups, parts, options)
-    for step in steps:
-        if isinstance(step, Combined):
-            sources[step] = combined_source(
-                [parts[g] for g in step.groups], options.target.multiprocessors
-            )
-        if isinstance(step, Group) and step not in loading:
-            loading[step] = Loading(sources[step], options, device.index)
     groups = [step for step in steps if isinstance(step, Group)]
+    loading: dict[Group, Loading] = {}
+    for group in groups:
+        try:
+            if isinstance(group, Combined):
+                together = [parts[g] for g in group.groups]
+                sources[group] = combined_source(together, options.target.multiprocessors)
+        except Exception as e:
+            return group, e
+        index = device.index if device.type != "cpu" else None
+        loading[group] = Loading(sources[group], options, index)
     sources = {group: sources[group] for group in groups}
     plan = Plan(
         steps,

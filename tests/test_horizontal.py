@@ -229,6 +229,19 @@ def test_a_launch_that_fails_runs_apart(monkeypatch, caplog) -> None:
     assert "run apart" in caplog.text
 
 
+def test_a_launch_that_cannot_be_written_runs_apart(monkeypatch) -> None:
+    monkeypatch.setenv("GEMS_STRICT", "0")
+
+    def fails(*_):
+        raise ValueError("no words")
+
+    monkeypatch.setattr(pipeline, "combined_source", fails)
+    backend = Gems()
+    xs = [rand(64), rand(32)]
+    torch.testing.assert_close(torch.compile(chains, backend=backend)(*xs), chains(*xs))
+    assert backend.reports[0].launches == 2
+
+
 def test_a_launch_that_fails_is_an_error_in_strict_mode(monkeypatch) -> None:
     monkeypatch.setenv("GEMS_STRICT", "1")
 
