@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 WHAT = {
     "aten": "The graph as AOTAutograd made it.",
+    "take_foreach_apart": "After taking multi-tensor ops apart, a node a tensor.",
     "inline_functionalized_ops": "After inlining custom ops that mutate their arguments.",
     "drop_no_ops": "After dropping views, copies and casts that change nothing.",
     "drop_duplicates": "After merging equal calls.",
@@ -210,6 +211,9 @@ def _call_lines(place: int, call: Call) -> list[str]:
     if call.kind == "kernel":
         head = f"{place:4} kernel {call.name}_{call.detail} {types}"
         more = [f"fuses {' '.join(call.ops)}"]
+        if call.parts:
+            numbers = ", ".join(map(str, call.parts))
+            more.append(f"{len(call.parts)} parts of {numbers} elements, in one launch")
     else:
         head = f"{place:4} aten   {call.name} {types}"
         more = [f"because {call.detail}"]

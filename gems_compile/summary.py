@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from .lowering.graph import module_path, source_line
 from .lowering.group import Group, Plan
+from .lowering.horizontal import Combined
 from .lowering.ir import Value
 from .lowering.pipeline import Report
 from .lowering.render import kernel_name
@@ -88,6 +89,7 @@ class Call:
     ops: tuple[str, ...]
     lines: tuple[str, ...]
     modules: tuple[str, ...]
+    parts: tuple[int, ...] = ()  # elements of each, for kernels alike that are one launch
 
 
 @dataclass(frozen=True)
@@ -337,7 +339,9 @@ def _calls(plan: Plan, source_of: dict[Group, Source], origins: Origins) -> Iter
 
 def _launch(group: Group, source: Source, origins: Origins) -> Call:
     reads = tuple(_typed(v.dtype, v.shape) for _, role, v in source.params if role == "in")
-    writes = tuple(_typed(v.dtype, v.shape) for _, role, v in source.params if role == "out")
+    outputs = [v for _, role, v in source.params if role == "out"]
+    writes = tuple(_typed(v.dtype, v.shape) for v in (*outputs, *group.stores.values()))
+    parts = group.groups if isinstance(group, Combined) else ()
     nodes = _nodes_of(group, origins)
     return Call(
         "kernel",
@@ -348,6 +352,7 @@ def _launch(group: Group, source: Source, origins: Origins) -> Call:
         _distinct(map(op_name, nodes)),
         _distinct(map(source_line, nodes)),
         _distinct(map(module_path, nodes)),
+        tuple(part.numel(part.domain) for part in parts),
     )
 
 

@@ -59,6 +59,7 @@ KEEP = {
     "addcmul",
     "addcdiv",
     "lerp",
+    "_foreach_lerp",
     "clamp",
     "clamp_min",
     "clamp_max",

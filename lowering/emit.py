@@ -64,6 +64,7 @@ class Emitter:
             for out in self.group.outputs:
                 if self.level(out) == level and self._is_wide(out):
                     self._store(out, level)
+        self._store_in_place()
         return self.body
 
     def level(self, v: Value) -> int:
@@ -473,6 +474,24 @@ class Emitter:
         if r.dtype == "bool" and have != "bool":
             text = f"({name} != 0)"
         self.results[r] = self.line(section, text, comment=line_of(r)) if text != name else name
+
+    def _store_in_place(self) -> None:
+        """Write inputs, when all is computed: behind everything that reads them."""
+        stores = self.group.stores
+        for copy in stores:
+            self.eval(copy, self.coords(copy), None, self.level(copy))
+        instrs = [i for steps in self.body.sections.values() for i in steps if i.kind == "load"]
+        for copy, memory in stores.items():
+            loads = [i for i in instrs if i.text == self.names.get(memory)]
+            place = self.address(memory, self.coords(copy))
+            if any(i.indices[0] != place or i.cond is not None for i in loads):
+                raise EmitError(f"the old value of {memory!r} is read at another place")
+            self.names[copy] = self.buffer_name(memory, "in")
+            if loads and any(m.reduces for m in self.group.members):
+                # threads hold copies of a row's values: none may store before all have loaded
+                section = self._section(self._is_wide(copy), self.level(copy))
+                self.body.sections.setdefault(section, []).append(Instr("barrier", "", ""))
+            self._store(copy, self.level(copy))
 
     def _store(self, out: Value, level: int) -> None:
         coords = self.coords(out)

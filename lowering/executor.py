@@ -207,7 +207,8 @@ class Writer:
     def _align(self, name: str, value: Value) -> None:
         """Kernels read a copy of an input whose data starts off a 16-byte boundary.
 
-        An input that the graph writes is read where it is, by kernels that assume nothing.
+        What kernels store there goes back at once. An input that ATen writes is read where it is,
+        by kernels that assume nothing.
         """
         if value not in self.plan.written:
             self.aligned[value] = f"x{name[1:]}"
@@ -242,6 +243,8 @@ class Writer:
         for out in group.outputs:
             if out not in self.scratch:
                 self._allocate(out)
+        for copy, memory in group.stores.items():
+            self.names[copy], self.aligned[copy] = self.names[memory], self.aligned[memory]
         kernel = f"k{len(self.kernels)}"
         self.kernels.append((kernel, group))
         self.launches += 1
@@ -256,6 +259,9 @@ class Writer:
             self.add(f"{kernel}({grid}, 1, 1, stream, {args})", source.name)
         else:
             self.add(f"if grid: {kernel}(grid, 1, 1, stream, {args})", source.name)
+        for memory in group.stores.values():
+            own, read = self.use(self.names[memory]), self.use(self.aligned[memory])
+            self.add(f"if {read} is not {own}: {own}.copy_({read})")
 
     def _allocate(self, out: Value) -> None:
         name = self.names[out] = f"b{out.id}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+import torch
 from torch.fx import Node
 
-from .graph import nodes_in
+from .graph import Storage, nodes_in
 from .indexing import product
 from .ir import BITS, Value
 from .translate import Program
@@ -72,35 +73,60 @@ def order_edges(program: Program, graph: Any) -> tuple[dict[Value, list[Value]],
     """(what each ATen result waits for besides its operands, memory that the graph writes).
 
     A node that writes an argument waits for everything that read that memory before; whatever
-    reads the memory afterwards waits for the node.
+    reads the memory afterwards waits for the node. Nodes with an effect keep their order, but for
+    copies into inputs, whose only effect is on memory that has a name.
     """
     waits: dict[Value, list[Value]] = defaultdict(list)
     read_by: dict[Value, list[Value]] = defaultdict(list)
     written_by: dict[Value, Value] = {}
     last_effect: Value | None = None
+    copies = copies_alone(program, graph)
     for node in graph.nodes:
         if node.op in ("output", "placeholder", "get_attr"):
             continue
         own = program.made.get(node) or flatten(program.of.get(node))
         bases = [base_of(v) for s in node.all_input_nodes for v in flatten(program.of.get(s))]
-        if node in program.aten or _is_pick(node, program):
+        whole = node in program.aten or _is_pick(node, program)
+        if whole:
             for v in own:
                 waits[v].extend(bases)
         for v in own:
-            for base in bases:
+            for base in bases if whole else map(base_of, v.inputs):
                 read_by[base].append(v)
                 if base in written_by and v is not written_by[base]:
                     waits[v].append(written_by[base])
         if node in program.aten and has_effect(node):
             me = own[0] if own else None
             if me is not None:
-                if last_effect is not None:
-                    waits[me].append(last_effect)
-                last_effect = me
+                if copies.get(node, "no copy") is not None:
+                    if last_effect is not None:
+                        waits[me].append(last_effect)
+                    last_effect = me
                 for base in _written_bases(node, program):
                     waits[me].extend(r for r in read_by[base] if r is not me)
                     written_by[base] = me
     return waits, set(written_by)
+
+
+def copies_alone(program: Program, graph: Any) -> dict[Node, str | None]:
+    """Each ``copy_`` -> why it is not the only write of an input that all readers name, or None."""
+    copies = [n for n in graph.nodes if n.target is torch.ops.aten.copy_.default]
+    storage = Storage(graph) if copies else None
+    return {n: _why_not_alone(n, program, storage) for n in copies if storage is not None}
+
+
+def _why_not_alone(node: Node, program: Program, storage: Storage) -> str | None:
+    into: Any = node.args[0]
+    memory = program.of.get(into)
+    if into.op != "placeholder" or not isinstance(memory, Value) or memory.op == "opaque":
+        return "it writes a part of an input, or what is no input"
+    if storage.writes.get(into) != [node]:
+        return "the input is written more than once"
+    own = program.of.get(node)
+    for alias in storage.members[into]:
+        if any(base_of(v) not in (memory, own) for v in flatten(program.of.get(alias))):
+            return "ATen makes another tensor of the input's memory"
+    return None
 
 
 def _is_pick(node: Node, program: Program) -> bool:
@@ -126,8 +152,6 @@ def has_effect(node: Node) -> bool:
     schema = getattr(target, "_schema", None)
     if schema is None:
         return node.op == "call_function" and not _is_plain_function(node)
-    import torch
-
     return schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
 
 

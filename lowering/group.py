@@ -34,6 +34,7 @@ class Group:
         self.column = False  # the reduced atoms are not the contiguous ones
         self.shares = 0  # of the rows, where columns are reduced in two steps
         self.outputs: list[Value] = []
+        self.stores: dict[Value, Value] = {}  # copy into an input -> that input
         self.first = self.last = 0  # places of its first and last member in the program
 
     # atoms ---------------------------------------------------------------------------------

@@ -28,6 +28,16 @@ def schedule(
     return _Scheduler(program, groups, home, sources_of).run(gm)
 
 
+def needs_of(
+    program: Program,
+    groups: Sequence[Group],
+    home: dict[Value, Group],
+    sources_of: Callable[[Value], Sequence[Value]],
+) -> Callable[[Any], Iterator[Any]]:
+    """What a group or a node needs: groups, nodes, and Values that nobody stores."""
+    return _Scheduler(program, groups, home, sources_of).needs
+
+
 class _Scheduler:
     """Visits what a thing needs before the thing itself, without recursion."""
 

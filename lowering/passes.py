@@ -126,6 +126,8 @@ def _copy_source(node: fx.Node, storage: Storage) -> fx.Node | None:
             return None
         if not _SCALAR_IDENTITIES[node.target](value_of(source), node.args[1]):
             return None
+    elif node.target is aten.copy.default and isinstance(node.args[1], fx.Node):
+        source = node.args[1]  # what it is copied over does not matter
     elif node.target not in _COPIES:
         return None
     if not same_layout(value_of(node), value_of(source)):

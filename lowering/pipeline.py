@@ -16,18 +16,20 @@ from ..kernels import load_ops
 from . import executor
 from .emit import emit
 from .flow import base_of, find_escapes
+from .foreach import take_foreach_apart
 from .fuse import Fuser
 from .group import Group, Plan
+from .horizontal import Combined, Part, combine, combined_source, find_parts, may_share
 from .indexing import is_static, product
 from .ir import Value
 from .load import CompileError, Loading
 from .options import Options
-from .order import schedule
 from .partition import share_seeds
 from .passes import PASSES as ATEN_PASSES
 from .render import Renderer, kernel_name
 from .schedule import needs_loop
 from .source import Source
+from .stores import store_copies
 from .translate import Program, Translator, op_of
 
 log = logging.getLogger("gems_compile.lowering")
@@ -74,26 +76,30 @@ def compile_graph(
     load_ops()
     report, clock = Report(label), _Clock()
     observe("aten", gm)
+    device = kernel_device(gm, options)
+    if take_foreach_apart(gm, device):
+        observe("take_foreach_apart", gm)
     for run in PASSES:
         run(gm)
         observe(run.__name__, gm)
     gm.graph.lint()
     report.nodes = sum(n.op == "call_function" for n in gm.graph.nodes)
     clock.lap(report, "passes")
-    device = kernel_device(gm, options)
     deny: dict[Node, str] = {}
+    apart: set[Node] = set()
     while True:
-        failed = _attempt(gm, device, deny, options, report, observe, clock)
+        failed = _attempt(gm, device, deny, apart, options, report, observe, clock)
         if isinstance(failed, executor.Writer):
             return _finish(failed, report, options, label, observe, clock), report
         group, error = failed
-        _give_up(group, error, deny, options, report)
+        _give_up(group, error, deny, apart, options, report)
 
 
 def _attempt(
     gm: GraphModule,
     device: torch.device,
     deny: dict[Node, str],
+    apart: set[Node],
     options: Options,
     report: Report,
     observe: Observer,
@@ -104,11 +110,32 @@ def _attempt(
     clock.lap(report, "translate")
     fuser = Fuser(program, gm.graph, options.target.multiprocessors)
     groups = fuser.run()
-    if not options.alone:
-        groups = [g for g in groups if not _leave_alone(g, program, fuser)]
+    store_copies(gm.graph, program, fuser)
+    groups = _without_lone(groups, program, fuser, options, may_share(groups))
     clock.lap(report, "fuse")
+    sources: dict[Group, Source] = {}
+    for group in groups:
+        try:
+            sources[group] = source_for(group, fuser.inlined, options, fuser.written)
+        except Exception as e:
+            return group, e
+    parts = find_parts(groups, sources, apart, options.target.multiprocessors)
+    groups = _without_lone(groups, program, fuser, options, parts)
+    steps = _launches(gm, program, fuser, groups, parts, options)
+    groups = [step for step in steps if isinstance(step, Group)]
+    loading: dict[Group, Loading] = {}
+    for group in groups:
+        try:
+            if isinstance(group, Combined):
+                together = [parts[g] for g in group.groups]
+                sources[group] = combined_source(together, options.target.multiprocessors)
+        except Exception as e:
+            return group, e
+        index = device.index if device.type != "cpu" else None
+        loading[group] = Loading(sources[group], options, index)
+    sources = {group: sources[group] for group in groups}
     plan = Plan(
-        schedule(gm, program, groups, fuser.home, fuser.reads),
+        steps,
         groups,
         dict(program.aten),
         fuser.unfused,
@@ -118,24 +145,15 @@ def _attempt(
     )
     report.plan = plan
     observe("fuse", plan)
-    sources: dict[Group, Source] = {}
-    loading: dict[Group, Loading] = {}
-    for group in groups:
-        try:
-            sources[group] = source_for(group, fuser.inlined, options, fuser.written)
-        except Exception as e:
-            return group, e
-        index = device.index if device.type != "cpu" else None
-        loading[group] = Loading(sources[group], options, index)
     observe("emit", list(sources.values()))
     clock.lap(report, "emit")
     writer = executor.Writer(gm, program, plan, device, sources)
     report.wrapper = writer.write()
     clock.lap(report, "wrapper")
     writer.launchers = {}
-    for group, kernel in loading.items():
+    for group in groups:
         try:
-            writer.launchers[group] = kernel.result()
+            writer.launchers[group] = loading[group].result()
         except CompileError as e:
             return group, e
     clock.lap(report, "triton")
@@ -187,7 +205,35 @@ def source_for(
     source.meta["unaligned"] = [
         n for n, role, what in source.params if role == "in" and (what in written)
     ]
+    source.body = body
     return source
+
+
+def _launches(
+    gm: GraphModule,
+    program: Program,
+    fuser: Fuser,
+    groups: list[Group],
+    parts: dict[Group, Part],
+    options: Options,
+) -> list[Any]:
+    """What runs, in order: kernels alike together, and plain ATen calls among the rest as such."""
+    steps = combine(gm, program, fuser, groups, parts)
+    left = {
+        s for s in steps if s in parts and not options.alone and _leave_alone(s, program, fuser)
+    }
+    if not left:
+        return steps
+    return combine(gm, program, fuser, [g for g in groups if g not in left], parts)
+
+
+def _without_lone(
+    groups: list[Group], program: Program, fuser: Fuser, options: Options, share: Collection[Group]
+) -> list[Group]:
+    """The groups, less those that ATen runs as fast and that do not ``share`` a launch."""
+    if options.alone:
+        return groups
+    return [g for g in groups if g in share or not _leave_alone(g, program, fuser)]
 
 
 def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
@@ -227,12 +273,24 @@ def _is_worth_it(v: Value, fuser: Fuser) -> bool:
 
 
 def _give_up(
-    group: Group, error: Exception, deny: dict[Node, str], options: Options, report: Report
+    group: Group,
+    error: Exception,
+    deny: dict[Node, str],
+    apart: set[Node],
+    options: Options,
+    report: Report,
 ) -> None:
-    """Let ATen run a group's nodes, once and with a warning; strict mode raises."""
+    """Let ATen run a group's nodes, once and with a warning; strict mode raises.
+
+    Kernels that fail together run each by itself first.
+    """
     if options.strict:
         raise error
     nodes = group.nodes
+    if isinstance(group, Combined):
+        apart.update(nodes)
+        log.warning("%d kernels in one launch failed, and run apart: %s", len(group.groups), error)
+        return
     names = ", ".join(n.name for n in nodes[:6]) + (" ..." if len(nodes) > 6 else "")
     why = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
     fresh = [n for n in nodes if n not in deny]

@@ -34,6 +34,7 @@ class Renderer(Accumulators):
         self.wide64 = self._needs_int64()
         self.square: tuple[str, str] | None = None  # (x atom, y atom) of a 2-D pointwise tile
         self.tile = self._choose_tile()
+        self.outside_sweep = False  # where there is no row, and no x
 
     def _is_reduction(self) -> bool:
         return any(m.reduces for m in self.group.members)
@@ -193,7 +194,6 @@ class Renderer(Accumulators):
         self.ymask: str | None = None
         self.rmask: str | None = None
         self.defined: set[str] = set()
-        self.outside_sweep = False  # where there is no row, and no x
         if self.square is not None:
             return self._square_prologue(pid)
         if self.sweeps:
@@ -440,6 +440,9 @@ class Renderer(Accumulators):
         mask = f", mask={' & '.join(masks)}" if masks else ""
         self.lines.add(f"tl.store({instr.text} + ({pointer}), {instr.out}{mask})")
 
+    def _barrier(self, instr: Instr) -> None:
+        self.lines.add("tl.debug_barrier()")
+
 
 def _ceil_div(size: Size, block: int) -> Size:
     """ceil(size / block) for a symbolic size, as a sympy floor division."""
@@ -454,6 +457,6 @@ def kernel_name(group_members: Sequence[Value]) -> str:
         node = m.node
         word = getattr(getattr(node, "target", None), "_opname", None) or m.op or m.kind
         word = re.sub(r"\W", "_", str(word)).strip("_")
-        if word not in words and word not in ("view", "to_copy", "cast", "clone"):
+        if word not in words and word not in ("view", "to_copy", "cast", "clone", "copy"):
             words.append(word)
     return "fused_" + ("_".join(words)[:56].strip("_") or "copy")

@@ -37,6 +37,7 @@ class Source:
     params: list[tuple[str, str, Any]]
     grid: Size
     meta: dict[str, Any] = field(default_factory=dict)
+    body: Any = None  # the Body it was rendered from
 
     @property
     def pointer_dtypes(self) -> list[str | None]:

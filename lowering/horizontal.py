@@ -1,0 +1,292 @@
+"""Small independent kernels of equal text in one launch.
+
+The chains of an optimizer step are one kernel a parameter, all alike but for sizes and pointers.
+Launched together they are one kernel: each program finds the *part* it belongs to by its number,
+picks that part's pointers and element count, and runs the one body they share. The text grows by a
+line a pointer, not by a body a part.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from .body import Body
+from .flow import has_effect
+from .fuse import Fuser
+from .group import Group
+from .indexing import Index, is_static, product
+from .ir import BITS, Value
+from .order import needs_of, schedule
+from .render import HEADER, Renderer
+from .schedule import pointwise_tile
+from .source import Lines, Source
+from .translate import Program
+
+#: each part costs every program a select for each of its pointers; and torch's launcher allocates
+#: above 121 arguments, of which two are Triton's scratch memory (CUDA itself ends at 512)
+MOST_ARGUMENTS = 118
+#: a group that allocates more than this runs where it stood, or the memory is held for longer
+MOST_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a kernel needs to share its launch: kernels of equal ``key`` can."""
+
+    renderer: _Shared
+    source: Source
+    numel: int
+    key: Any
+
+
+class Combined(Group):
+    """Groups that are one launch."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        super().__init__(groups[0].number)
+        self.groups = tuple(groups)
+        self.members = [m for g in groups for m in g.members]
+        self.outputs = [o for g in groups for o in g.outputs]
+        for group in groups:
+            self.stores.update(group.stores)
+        self.first, self.last = min(g.first for g in groups), max(g.last for g in groups)
+
+
+class _Shared(Renderer):
+    """A pointwise kernel whose only loop variable is ``x``, without the lines that define it."""
+
+    def lines_of(self, masked: bool) -> Lines:
+        self.lines = Lines()
+        self.lines.depth = 1
+        self.xmask = "xmask" if masked else None
+        self.ymask = self.rmask = None
+        self.defined = set()
+        self._sections()
+        return self.lines
+
+    def index(self, index: Index) -> str:
+        words = super().index(index).split(" ")
+        return " ".join("x" if word in self.parallel else word for word in words)
+
+
+def may_share(groups: Sequence[Group]) -> set[Group]:
+    """Groups of which there is another of the same pointwise ops; cheap, and true of too many."""
+    kinds: dict[Any, list[Group]] = {}
+    for group in groups:
+        if all(m.kind in ("pointwise", "cast", "full") for m in group.members):
+            kind = tuple((m.op, m.dtype) for m in group.members), len(group.outputs)
+            kinds.setdefault(kind, []).append(group)
+    return {g for alike in kinds.values() if len(alike) > 1 for g in alike}
+
+
+def find_parts(
+    groups: Sequence[Group],
+    sources: dict[Group, Source],
+    apart: set[Node],
+    multiprocessors: int,
+) -> dict[Group, Part]:
+    """The groups that may share a launch; those with a node in ``apart`` may not."""
+    parts: dict[Group, Part] = {}
+    likely = may_share(groups)
+    for group in groups:
+        if group in likely and apart.isdisjoint(group.nodes):
+            part = _part_of(sources[group], multiprocessors)
+            if part is not None:
+                parts[group] = part
+    keys = Counter(part.key for part in parts.values())
+    return {group: part for group, part in parts.items() if keys[part.key] > 1}
+
+
+def _part_of(source: Source, multiprocessors: int) -> Part | None:
+    """The kernel as a part of a launch; None for one that is no loop over contiguous memory."""
+    body: Body = source.body
+    group = body.group
+    if body.derived or not is_static(*(group.sizes[a] for a in group.domain)):
+        return None
+    if any(role == "size" for _, role, _ in source.params):
+        return None
+    shared = _Shared(body, source.name, multiprocessors)
+    if shared.square or shared.wide64 or len(shared.parallel) > 1:
+        return None
+    stores = [i.indices[0] for i in shared._instrs() if i.kind == "store"]
+    if any(store.coefficient(a) != 1 for store in stores for a in shared.parallel):
+        return None
+    numel = product(shared.sizes[a] for a in shared.parallel)
+    unaligned = source.meta["unaligned"]
+    pointers = tuple((n, role, what.dtype, n in unaligned) for n, role, what in source.params)
+    wide = 128 // min(BITS[dtype] for _, _, dtype, _ in pointers)  # elements of a 16-byte load
+    key = (*shared.lines_of(masked=True).clean, pointers, numel % wide == 0)
+    return Part(shared, source, numel, key)
+
+
+# which groups share a launch ----------------------------------------------------------------------
+
+
+def combine(
+    gm: GraphModule,
+    program: Program,
+    fuser: Fuser,
+    groups: Sequence[Group],
+    parts: dict[Group, Part],
+) -> list[Any]:
+    """Groups and ATen nodes in order; groups that share a launch as one, where the first stood.
+
+    A group moves up to an earlier launch of its kind, if all that it needs ran before that, no call
+    with an effect lies between, and it holds no large memory for longer.
+    """
+    steps = schedule(gm, program, groups, fuser.home, fuser.reads)
+    if not parts:
+        return steps
+    needs = needs_of(program, groups, fuser.home, fuser.reads)
+    launches = _Combiner(parts, needs).run(steps)
+    return [Combined(launch) if len(launch) > 1 else launch[0] for launch in launches]
+
+
+class _Combiner:
+    def __init__(self, parts: dict[Group, Part], needs: Callable[[Any], Iterable[Any]]) -> None:
+        self.parts, self.needs = parts, needs
+        self.launches: list[list[Any]] = []
+        self.place: dict[Any, int] = {}  # step -> index into launches
+        self.open: dict[Any, int] = {}  # key -> the latest launch of that kind
+        self.barrier = -1  # the latest call with an effect
+
+    def run(self, steps: Sequence[Any]) -> list[list[Any]]:
+        for step in self._by_level(steps):
+            place = self._place_in_earlier(step)
+            if place is None:
+                place = len(self.launches)
+                self.launches.append([])
+            self.launches[place].append(step)
+            self.place[step] = place
+            if step in self.parts:
+                self.open[self.parts[step].key] = place
+            elif isinstance(step, Node) and has_effect(step):
+                self.barrier = place
+        return self.launches
+
+    def _by_level(self, steps: Sequence[Any]) -> Iterator[Any]:
+        """Stretches of small parts in the order of what they wait for, so that launches fill up."""
+        for small, stretch in itertools.groupby(steps, self._is_small):
+            if not small:
+                yield from stretch
+                continue
+            level: dict[Any, int] = {}
+            for step in stretch:
+                level[step] = 1 + max((level.get(n, -1) for n in self._waits(step)), default=-1)
+            yield from sorted(level, key=level.__getitem__)
+
+    def _is_small(self, step: Any) -> bool:
+        return step in self.parts and _allocates(step) <= MOST_BYTES
+
+    def _place_in_earlier(self, step: Any) -> int | None:
+        part = self.parts.get(step)
+        place = None if part is None else self.open.get(part.key)
+        if place is None or place <= self.barrier or self._after(step) >= place:
+            return None
+        if place < len(self.launches) - 1 and not self._is_small(step):
+            return None
+        together = [self.parts[g].source for g in (*self.launches[place], step)]
+        return place if len(_arguments(together)) <= MOST_ARGUMENTS else None
+
+    def _after(self, step: Any) -> int:
+        """The last launch that something the step waits for is in."""
+        return max((self.place.get(n, -1) for n in self._waits(step)), default=-1)
+
+    def _waits(self, step: Any) -> set[Any]:
+        """The steps that a step waits for by itself, seen through Values that nobody stores."""
+        found: set[Any] = set()
+        stack = list(self.needs(step))
+        while stack:
+            thing = stack.pop()
+            if thing is not step and thing not in found:
+                found.add(thing)
+                if isinstance(thing, Value):
+                    stack.extend(self.needs(thing))
+        return found
+
+
+def _allocates(group: Group) -> int:
+    return sum(product(o.shape) * BITS[o.dtype] // 8 for o in group.outputs)
+
+
+def _arguments(sources: Sequence[Source]) -> list[tuple[str, str, Any]]:
+    """The parameters of a launch: one that all parts have in common is passed once."""
+    out: list[tuple[str, str, Any]] = []
+    for same in zip(*(s.params for s in sources), strict=True):
+        name, role, what = same[0]
+        if all(w is what for _, _, w in same):
+            out.append((name, role, what))
+        else:
+            out += [(f"{name}_{k}", role, w) for k, (_, _, w) in enumerate(same)]
+    return out
+
+
+# the text -----------------------------------------------------------------------------------------
+
+
+def combined_source(parts: Sequence[Part], multiprocessors: int) -> Source:
+    """One kernel for all parts."""
+    first = parts[0].source
+    tile = pointwise_tile(sum(p.numel for p in parts), multiprocessors)
+    programs = [-(-p.numel // tile.x) for p in parts]
+    masked = any(p.numel % tile.x for p in parts)
+    params = _arguments([p.source for p in parts])
+    name = f"{first.name}_x{len(parts)}"
+    head = _head(name, [n for n, _, _ in params], parts[0].renderer.body.modules)
+    select = _select(parts, programs, {n for n, _, _ in params}, masked)
+    body = parts[0].renderer.lines_of(masked)
+    unaligned = set(first.meta["unaligned"])
+    meta = {
+        **first.meta,
+        "name": name,
+        "signature": {n: parts[0].renderer._type(role, what) for n, role, what in params},
+        "constants": {"XBLOCK": tile.x},
+        "num_warps": tile.warps,
+        "unaligned": [
+            n for n, _, _ in params if n.rpartition("_")[0] in unaligned or n in unaligned
+        ],
+    }
+    clean, commented = (
+        "\n".join([head, *select, *lines]) + "\n" for lines in (body.clean, body.commented)
+    )
+    return Source(name, clean, commented, params, sum(programs), meta)
+
+
+def _head(name: str, names: Sequence[str], modules: Iterable[str]) -> str:
+    used = ", ".join(sorted(modules))
+    imports = f"\nfrom gems_compile.kernels import {used}\n" if used else ""
+    params = ", ".join([*names, "XBLOCK: tl.constexpr"])
+    return f"{HEADER}{imports}\n\n@triton.jit\ndef {name}({params}):"
+
+
+def _select(
+    parts: Sequence[Part], programs: Sequence[int], common: Container[str], masked: bool
+) -> list[str]:
+    """The lines that say which part a program works on, and where in it."""
+    starts = [sum(programs[:k]) for k in range(len(parts))]
+    choices = {"start": list(map(str, starts)), "numel": [str(p.numel) for p in parts]}
+    for name, _, _ in parts[0].source.params:
+        if name not in common:
+            choices[name] = [f"{name}_{k}" for k in range(len(parts))]
+    if not masked:
+        del choices["numel"]
+    varying = {n: c for n, c in choices.items() if len(set(c)) > 1}
+    lines = ["pid = tl.program_id(0)"]
+    lines += [f"{n} = {c[0]}" for n, c in choices.items()]
+    for k in range(1, len(parts)):
+        lines.append(f"later = pid >= {starts[k]}")
+        lines += [f"{n} = tl.where(later, {c[k]}, {n})" for n, c in varying.items()]
+    shared = math.gcd(16, *(p.numel for p in parts))
+    if "numel" in varying and shared > 1:
+        lines.append(f"numel = tl.multiple_of(numel, {shared})")
+    lines.append("x = (pid - start) * XBLOCK + tl.arange(0, XBLOCK)")
+    if masked:
+        lines.append("xmask = x < numel")
+    return [f"    {line}" for line in lines]
