@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Set
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +22,7 @@ log = logging.getLogger("gems_compile.lowering.private")
 
 @contextlib.contextmanager
 def known_to_partitioner(
-    recomputable: Collection[Any], fusible: Collection[Any], views: Collection[Any]
+    recomputable: Set[Any], fusible: Set[Any], views: Set[Any]
 ) -> Iterator[None]:
     """The min-cut partitioner counts these ops (overload packets) among those that cost little to
     recompute, those that fuse with their neighbours, and those that compute nothing."""
