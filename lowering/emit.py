@@ -145,8 +145,8 @@ class Emitter:
             coords = v.params.pull(coords, self)
             v = v.args[0]
         if v in self.results:
-            if any(self._varies(c) for c in coords):
-                raise EmitError(f"{v!r} is read along the dims it reduces")
+            if not self._is_own_place(v, coords):
+                raise EmitError(f"{v!r} is read in another place than its own")
             return self.results[v]
         wide = any(self._varies(c) for c in coords) or cond in self.body.wide
         section = self._section(wide, level if wide else self.level(v))
@@ -158,6 +158,13 @@ class Emitter:
                 self.body.wide.add(register)
             self.memo[key] = register
         return register
+
+    def _is_own_place(self, v: Value, coords: Sequence[Index]) -> bool:
+        own = self.coords(v)
+        return all(
+            a == b or (type(size) is int and size == 1)
+            for a, b, size in zip(coords, own, v.shape, strict=True)
+        )
 
     def _section(self, wide: bool, level: int) -> tuple[str, int]:
         if not self.body.looped:

@@ -10,6 +10,7 @@ from .frames import align, atoms_of, frame_for
 from .group import Group
 from .indexing import contiguous_strides, is_static, product
 from .ir import BITS, Value, contiguous_axis, is_dense
+from .places import Crossings, find_tied, strays
 from .schedule import needs_loop
 from .translate import Program
 from .views import Frame
@@ -263,6 +264,8 @@ class Fuser:
             return "the kernel would wait for its own result"
         if pointers(group, v) > MAX_POINTERS:
             return f"the kernel would take more than {MAX_POINTERS} tensors"
+        if group.tied and strays(v, frame, group, group.tied):
+            return "it reads what the kernel has for its own row only in another place"
         if v.kind == "reduce":
             return self._why_not_reduce(group, v, frame)
         full = set(atoms_of(frame)) == set(group.domain)
@@ -350,6 +353,7 @@ class Fuser:
                     if a.shape == v.shape:
                         self._frame_operand(group, a, frame)
         group.members.append(v)
+        group.tied = find_tied([v], group.tied)
         group.last = max(group.last, self.place[v])
         self.home[v] = group
         self._grow(group, self.upstream[v])
@@ -406,11 +410,14 @@ class Fuser:
             return "one of them is for a column reduction, which runs in its own kernel"
         if self._path_between(one, two) or self._path_between(two, one):
             return "the kernel would wait for its own result"
+        crossings = Crossings(one, two)
         mapping = align(one, own, two, frame)
         if mapping is None:
             return "their shapes do not line up"
         if two.reduced and one.reduced and {mapping[a] for a in two.reduced} != set(one.reduced):
             return "they reduce different dims"
+        if crossings.stray(mapping):
+            return "one of them reads what the other has for its own row only in another place"
         self._absorb(one, two, mapping)
         return None
 
@@ -442,7 +449,8 @@ class Fuser:
         )
         one.members = sorted(one.members + two.members, key=self.place.__getitem__)
         one.first, one.last = min(one.first, two.first), max(one.last, two.last)
-        two.members = []
+        one.tied = find_tied(one.members)
+        two.members, two.tied = [], set()
         for m in one.members:
             self.upstream[m] = waits
         values = self.program.values

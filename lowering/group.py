@@ -30,6 +30,7 @@ class Group:
         self._reduced: tuple[str, ...] = ()
         self.column = False  # the reduced atoms are not the contiguous ones
         self.outputs: list[Value] = []
+        self.tied: set[Value] = set()  # members that a program has for its own row only
         self.first = self.last = 0  # places of its first and last member in the program
 
     # atoms ---------------------------------------------------------------------------------
