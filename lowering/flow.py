@@ -9,19 +9,13 @@ from torch.fx import Node
 
 from .graph import nodes_in
 from .indexing import product
-from .ir import BITS, Value
+from .ir import BITS, Value, base_of
 from .translate import Program
 
 
 def is_widening(v: Value) -> bool:
     """A cast that only widens: what it reads is smaller in memory, or as small."""
     return v.kind == "cast" and BITS[v.args[0].dtype] < BITS[v.dtype]
-
-
-def base_of(v: Value) -> Value:
-    while v.kind == "view":
-        v = v.args[0]
-    return v
 
 
 def find_readers(program: Program) -> dict[Value, list[tuple[Value, bool]]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from .flow import base_of, find_escapes, find_readers, is_widening, order_edges
+from .flow import find_escapes, find_readers, is_widening, order_edges
 from .frames import align, atoms_of, frame_for
 from .group import Group
 from .indexing import contiguous_strides, is_static, product
-from .ir import BITS, Value, contiguous_axis, is_dense
+from .ir import BITS, Value, base_of, contiguous_axis, is_dense
 from .places import Crossings, find_tied, strays
 from .schedule import needs_loop
 from .translate import Program

@@ -12,8 +12,8 @@ from itertools import count
 from typing import Any
 
 from ..kernels.op import BODIES
-from .indexing import Size, contiguous_strides, is_static, product, simplify
-from .views import Expand, Flip, Permute, Reshape, Slice, View
+from .indexing import ZERO, Size, contiguous_strides, is_static, product, simplify
+from .views import Affine, Expand, Flip, Permute, Reshape, Slice, View
 
 BITS = {
     "bool": 8,
@@ -250,6 +250,15 @@ class Builder:
     def slice(self, x: Value, axis: int, start: Size, stop: Size, step: int = 1) -> Value:
         return self.view(x, Slice(x.shape, axis, start, stop, step))
 
+    def affine(
+        self,
+        x: Value,
+        shape: Sequence[Size],
+        starts: Sequence[Size],
+        steps: Sequence[Sequence[tuple[int, Size]]],
+    ) -> Value:
+        return self.view(x, Affine(x.shape, shape, starts, steps))
+
     def flip(self, x: Value, dims: Sequence[int]) -> Value:
         return self.view(x, Flip(x.shape, dims))
 
@@ -418,3 +427,31 @@ def is_dense(v: Value) -> bool:
             return False
         step *= size
     return True
+
+
+def base_of(v: Value) -> Value:
+    """What a view shows."""
+    while v.kind == "view":
+        v = v.args[0]
+    return v
+
+
+def first_place(v: Value) -> Size:
+    """How far a view's first element lies behind its base's first.
+
+    From the view itself: a pass may have put another base under it than its FakeTensor knows.
+    """
+    coords = [ZERO] * v.ndim
+    while v.kind == "view":
+        coords = v.params.pull(coords, _NoAtoms)
+        v = v.args[0]
+    place: Size = 0
+    for c, stride in zip(coords, v.strides, strict=True):
+        place = place + c.const * stride
+    return simplify(place)
+
+
+class _NoAtoms:
+    """The context of a pull at a fixed place: there are no loop variables."""
+
+    size = derive = None

@@ -15,11 +15,11 @@ from torch.fx import GraphModule, Node
 from ..kernels import load_ops
 from . import executor
 from .emit import emit
-from .flow import base_of, find_escapes
+from .flow import find_escapes
 from .fuse import Fuser
 from .group import Group, Plan
 from .indexing import product
-from .ir import Value
+from .ir import Value, base_of
 from .load import CompileError, Loading
 from .options import Options
 from .order import schedule

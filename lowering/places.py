@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from .flow import base_of
 from .group import Group
-from .ir import Value
+from .ir import Value, base_of
 from .views import Frame
 
 Resolve = Callable[[Sequence[str]], tuple[str, ...]]
