@@ -310,7 +310,7 @@ class Fuser:
         if m in self.escapes:
             return True
         return any(
-            r is not v and self._reads_elsewhere(r, group) for r, _ in self.readers.get(m, [])
+            not _alike(r, v) and self._reads_elsewhere(r, group) for r, _ in self.readers.get(m, [])
         )
 
     def _makes_cycle(self, group: Group, v: Value) -> bool:
@@ -485,6 +485,11 @@ def is_column(v: Value) -> bool:
     """Whether the reduction runs across memory: its operand's contiguous axis is kept."""
     axis = contiguous_axis(v.args[0])
     return axis is not None and axis not in v.params
+
+
+def _alike(r: Value, v: Value) -> bool:
+    """Whether r is v, or a reduction that shares its operand and its kernel (a max's place)."""
+    return r is v or (r.kind == v.kind == "reduce" and (r.args, r.params) == (v.args, v.params))
 
 
 def pointers(group: Group, v: Value) -> int:

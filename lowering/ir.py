@@ -155,14 +155,22 @@ class Builder:
 
     # reductions ----------------------------------------------------------------------------
 
-    def reduce(self, op: str, x: Value, axes: Sequence[int], dtype: str | None = None) -> Value:
+    def reduce(
+        self,
+        op: str,
+        x: Value,
+        axes: Sequence[int],
+        dtype: str | None = None,
+        split: bool = True,
+    ) -> Value:
         """Reduce ``axes``, which stay with size 1.
 
-        Few rows, or many rows under few columns, are reduced in two steps: parts side by side,
-        then the parts.
+        Few rows, or many rows under few columns, are reduced in two steps unless ``split`` is
+        false: parts side by side, then the parts.
         """
         axes = normalize_axes(axes, x.ndim)
-        parts = parts_wanted(x, axes, self.multiprocessors) if op in SPLITTABLE else 1
+        split = split and op in SPLITTABLE
+        parts = parts_wanted(x, axes, self.multiprocessors) if split else 1
         if parts > 1:
             split, inner, outer = self.split(x, axes, parts)
             hold = dtype or x.dtype

@@ -295,11 +295,18 @@ class _Recorder(Builder):
         self.values = values
         self.origin: Node | None = None
 
-    def reduce(self, op: str, x: Value, axes: Sequence[int], dtype: str | None = None) -> Value:
+    def reduce(
+        self,
+        op: str,
+        x: Value,
+        axes: Sequence[int],
+        dtype: str | None = None,
+        split: bool = True,
+    ) -> Value:
         """A reduction of single elements is none; a kernel could not tell its levels apart."""
         lengths = [x.shape[k] for k in normalize_axes(axes, x.ndim)]
         if not all(type(n) is int and n == 1 for n in lengths):
-            return super().reduce(op, x, axes, dtype)
+            return super().reduce(op, x, axes, dtype, split)
         dtype = dtype or x.dtype
         if op in ("argmax", "argmin"):
             return self.full(x.shape, 0, dtype)

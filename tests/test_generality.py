@@ -167,6 +167,33 @@ def test_nearest_keeps_channels_last() -> None:
     fused(lambda x: F.interpolate(x * 2, scale_factor=2) + 1, x, kernels=1)
 
 
+# the best of a row -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("dim", [0, 1, -1])
+@pytest.mark.parametrize("name", ["max", "min"])
+def test_best_and_its_place(name: str, dim: int, dtype: torch.dtype) -> None:
+    def fn(x: Tensor) -> Any:
+        value, place = getattr(x * 2, name)(dim)
+        return value + 1, place
+
+    x = ints(4, 33, 5, high=50) if dtype == torch.int64 else rand(4, 33, 5, dtype=dtype)
+    fused(fn, x, kernels=1)
+    symbolic(fn, x, kernels=1)
+
+
+@pytest.mark.parametrize("length", [1, 33, 20000])
+def test_best_of_equals_and_nan(length: int) -> None:
+    """The first of equals, the first NaN, infinities of the worst sign."""
+    x = torch.full((4, length), float("-inf"), device=rand(1).device)
+    x[1] = ints(length, high=3).float()
+    x[2, length // 2], x[2, -1] = float("nan"), float("nan")
+    got, _ = lower(lambda x: (*x.max(-1), *x.min(-1, keepdim=True)), x, alone=True)
+    for a, b in zip(got, (*x.max(-1), *x.min(-1, keepdim=True)), strict=True):
+        assert_same_values(a, b)
+
+
 # another row's statistics -------------------------------------------------------------------------
 
 
