@@ -19,6 +19,7 @@ from .body import Body, Instr
 from .group import Group
 from .indexing import ZERO, Index, NeedSplit, Size, is_static, quotient, simplify
 from .ir import FLOATING, INTEGERS, SIXTEEN_BIT, SizeArg, Value, computing_dtype
+from .patch import emit_patch
 from .spelling import (
     EmitError,
     accumulator_dtype,
@@ -120,12 +121,12 @@ class Emitter:
         self.body.derived[name] = (kind, index, divisor)
         if not is_static(divisor):
             self.size_name(divisor)
-        if self._varies(index):
+        if self.varies(index):
             self.wide_atoms.add(name)
             self.body.wide.add(name)
         return Index({name: 1})
 
-    def _varies(self, index: Index) -> bool:
+    def varies(self, index: Index) -> bool:
         return any(a in self.wide_atoms or a in self.body.wide for a in index.atoms)
 
     # evaluation ------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ class Emitter:
             if not self._is_own_place(v, coords):
                 raise EmitError(f"{v!r} is read in another place than its own")
             return self.results[v]
-        wide = any(self._varies(c) for c in coords) or cond in self.body.wide
+        wide = any(self.varies(c) for c in coords) or cond in self.body.wide
         section = self._section(wide, level if wide else self.level(v))
         key = (v, tuple(coords), cond, section)
         register = self.memo.get(key)
@@ -335,9 +336,9 @@ class Emitter:
         level: int,
         section: tuple[str, int],
     ) -> str:
-        return self.line(section, f"({{i0}}).to(tl.{v.dtype})", [self._known(coords[v.params])])
+        return self.line(section, f"({{i0}}).to(tl.{v.dtype})", [self.known(coords[v.params])])
 
-    def _known(self, index: Index) -> Index:
+    def known(self, index: Index) -> Index:
         for _, c in index.terms:
             self.size_name(c)
         self.size_name(index.const)
@@ -358,7 +359,7 @@ class Emitter:
         salt = f"salt{sum(n.startswith('salt') for n, _, _ in self.body.params)}"
         self.body.params.append((salt, "size", v.args[1]))  # an argument: equal layers, one kernel
         self.body.modules.add("random")
-        return self.line(section, f"random.uniform({seed}, {salt}, {{i0}})", [self._known(linear)])
+        return self.line(section, f"random.uniform({seed}, {salt}, {{i0}})", [self.known(linear)])
 
     def _concat(
         self,
@@ -369,8 +370,8 @@ class Emitter:
         section: tuple[str, int],
     ) -> str:
         axis = v.params
-        place = self.line(section, "{i0}", [self._known(coords[axis])], prefix="c")
-        if self._varies(coords[axis]):
+        place = self.line(section, "{i0}", [self.known(coords[axis])], prefix="c")
+        if self.varies(coords[axis]):
             self.body.wide.add(place)
         start: Size = 0
         pieces: list[tuple[str, str]] = []
@@ -380,17 +381,19 @@ class Emitter:
             if cond is not None:
                 inside = f"{inside} & {cond}"
             mask = self.line(section, inside, prefix="m")
-            if self._varies(coords[axis]) or cond in self.body.wide:
+            if self.varies(coords[axis]) or cond in self.body.wide:
                 self.body.wide.add(mask)
             own = list(coords)
             own[axis] = own[axis].shift(-start if is_static(start) else -1 * start)
-            self._known(own[axis])
+            self.known(own[axis])
             pieces.append((mask, self.eval(part, own, mask, level)))
             start = end
         text = pieces[-1][1]
         for mask, register in reversed(pieces[:-1]):
             text = f"tl.where({mask}, {register}, {text})"
         return self.line(section, text)
+
+    _patch = emit_patch
 
     def _gather(
         self,
@@ -410,7 +413,7 @@ class Emitter:
                 register = self.line(
                     section, f"tl.where({register} < 0, {register} + {size}, {register})"
                 )
-                if section[0] == "loop" or any(self._varies(c) for c in coords):
+                if section[0] == "loop" or any(self.varies(c) for c in coords):
                     self.body.wide.add(register)
             own[axis] = Index({register: 1})
         return self.eval(base, own, cond, level)
@@ -431,7 +434,7 @@ class Emitter:
         place = ZERO
         for k in r.params:
             place = place.scale(x.shape[k]) + coords[k]
-        self._known(place)
+        self.known(place)
         name = self.reductions.setdefault(r, f"r{len(self.reductions)}")
         for kind in ("begin", "step", "end"):
             where = ("row", level) if kind == "begin" else ("loop", level)

@@ -26,12 +26,25 @@ def find_readers(program: Program) -> dict[Value, list[tuple[Value, bool]]]:
             continue
         for k, a in enumerate(v.inputs):
             shape = v.args[0].shape if v.kind == "reduce" else v.shape
-            aligned = v.kind != "concat" and not (v.kind == "gather" and k == 0)
+            aligned = v.kind != "concat" and (v.kind, k) not in (("gather", 0), ("patch", 1))
             same = aligned and product(a.shape) == product(shape) and _only_bijections(a)
             if v.kind in ("reduce",) and not _only_bijections(a):
                 same = False
             readers[base_of(a)].append((v, same))
     return readers
+
+
+def drop_unread(program: Program, escapes: set[Value]) -> None:
+    """Drop computed values that nobody reads and that ``escapes`` lacks."""
+    read = set(escapes)
+    kept = []
+    for v in reversed(program.values):
+        if v.kind == "view":
+            kept.append(v)
+        elif not v.computes or v in read or v.node in program.aten:
+            kept.append(v)
+            read.update(map(base_of, v.inputs))
+    program.values[:] = kept[::-1]
 
 
 def find_escapes(program: Program, graph: Any) -> set[Value]:

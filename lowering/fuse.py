@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from .flow import find_escapes, find_readers, is_widening, order_edges
-from .frames import align, atoms_of, frame_for
+from .flow import drop_unread, find_escapes, find_readers, is_widening, order_edges
+from .frames import align, aligned_operands, atoms_of, frame_for
 from .group import Group
 from .indexing import contiguous_strides, is_static, product
 from .ir import BITS, Value, base_of, contiguous_axis, is_dense
@@ -53,6 +53,8 @@ class Fuser:
 
     def __init__(self, program: Program, graph: Any, multiprocessors: int) -> None:
         self.program, self.multiprocessors = program, multiprocessors
+        self.escapes = find_escapes(program, graph)
+        drop_unread(program, self.escapes)
         self.place = {v: k for k, v in enumerate(program.values)}
         self.groups: list[Group] = []
         self.home: dict[Value, Group] = {}
@@ -60,7 +62,6 @@ class Fuser:
         self.upstream: dict[Value, int] = {}  # value -> bitset of groups it waits for
         self.unfused: list[tuple[Value, Value, str]] = []
         self.readers = find_readers(program)
-        self.escapes = find_escapes(program, graph)
         self.waits, self.written = order_edges(program, graph)
         self.inlined: set[Value] = set()
         self.column_feeds = self._find_column_feeds()
@@ -134,7 +135,7 @@ class Fuser:
         for v in reversed(self.program.values):
             readers = self.readers.get(v)
             if (
-                v.kind in ("pointwise", "cast", "concat", "gather")
+                v.kind in ("pointwise", "cast", "concat", "gather", "patch")
                 and readers
                 and (self._may_move(v) and all(not same or r in out for r, same in readers))
             ):
@@ -349,7 +350,7 @@ class Fuser:
         else:
             group.frames[v] = frame
             if v.kind not in ("gather", "concat"):
-                for a in v.inputs:
+                for a in aligned_operands(v):
                     if a.shape == v.shape:
                         self._frame_operand(group, a, frame)
         group.members.append(v)

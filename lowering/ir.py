@@ -55,6 +55,7 @@ class Value:
     reduce     name in REDUCTIONS    (Value,), axes in ``params``; the reduced axes stay, of size 1
     view       -                     (Value,), the View in ``params``
     concat     -                     Values, the axis in ``params``
+    patch      -                     (under, patch): see Builder.patch
     gather     -                     (base, index, ...): see Builder.gather
     iota, full -                     literals
     random     -                     (seed, salt): uniform in [0, 1)
@@ -169,15 +170,15 @@ class Builder:
         false: parts side by side, then the parts.
         """
         axes = normalize_axes(axes, x.ndim)
-        split = split and op in SPLITTABLE
-        parts = parts_wanted(x, axes, self.multiprocessors) if split else 1
+        may = split and op in SPLITTABLE
+        parts = parts_wanted(x, axes, self.multiprocessors) if may else 1
         if parts > 1:
-            split, inner, outer = self.split(x, axes, parts)
+            cut, inner, outer = self.split(x, axes, parts)
             hold = dtype or x.dtype
             wider = {"sum": "int64", "prod": "int64"}.get(op, hold)
             part = self._reduce(
                 op,
-                split,
+                cut,
                 inner,
                 "float32" if hold in SIXTEEN_BIT else (hold if hold in FLOATING else wider),
             )
@@ -288,6 +289,10 @@ class Builder:
         shape = list(parts[0].shape)
         shape[axis] = simplify(total)
         return Value("concat", None, parts, shape, parts[0].dtype, params=axis)
+
+    def patch(self, x: Value, src: Value, places: Sequence[tuple[int, Size, int]]) -> Value:
+        """x with src in the places ``start, start + step, ...`` along each (axis, start, step)."""
+        return Value("patch", None, (x, src), x.shape, x.dtype, params=tuple(places))
 
     def gather(
         self,

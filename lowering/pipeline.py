@@ -194,18 +194,21 @@ def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
     if len(nodes) != 1 or any(m.node is None for m in group.members) or len(group.members) != 1:
         return False
     (member,) = group.members
-    if member.kind not in ("pointwise", "cast", "concat", "reduce"):
+    if member.kind not in ("pointwise", "cast", "concat", "patch", "reduce"):
         return False
     (node,) = nodes
     op = op_of(node.target)
     if node.target is operator.getitem or (op is not None and op.kind == "composite"):
         return False
+    read = {base_of(a) for a in member.inputs}
     for source in node.all_input_nodes:
         entry = program.of.get(source)
         for value in [entry] if isinstance(entry, Value) else []:
             base = base_of(value)
-            if base in fuser.inlined and base.kind not in ("full", "iota"):
-                return False
+            if base.kind in ("full", "iota"):
+                continue
+            if base in fuser.inlined or (base.computes and base not in read):
+                return False  # ATen would read what no kernel stores
     member.kind, member.op, member.args, member.params = "buffer", None, (), None
     program.aten[node] = "alone: nothing to fuse it with"
     del fuser.home[member]

@@ -86,6 +86,8 @@ def _is_elsewhere(
 ) -> bool:
     if known is None or v.kind == "concat" or (v.kind == "gather" and place == 0):
         return True
+    if v.kind == "patch" and place == 1 and any(known[axis] for axis, _, _ in v.params):
+        return True
     lead = len(frame) - a.ndim
     return any(  # None and no atoms: the same all along the axis
         axis and resolve(axis) != resolve(frame[lead + k] or ()) for k, axis in enumerate(known)

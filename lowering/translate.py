@@ -336,6 +336,7 @@ for _name in (
     "_reduce",
     "view",
     "concat",
+    "patch",
     "gather",
 ):
     setattr(_Recorder, _name, _recorded(getattr(_Recorder, _name)))

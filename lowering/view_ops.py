@@ -24,6 +24,7 @@ from .ir import (
     first_place,
     is_dense,
 )
+from .patch import patched, patched_part
 
 
 def negative_zero(value: Any) -> bool:
@@ -186,6 +187,43 @@ def _stack(b: Builder, val: torch.Tensor, parts: Sequence[Value], dim: int = 0) 
     return _cat(b, val, [b.unsqueeze(p, [dim], val.ndim) for p in parts], dim)
 
 
+def _copy(b: Builder, val: torch.Tensor, x: Value, src: Value, *_: Any) -> Value:
+    """src in x's shape and dtype; x itself is not read."""
+    return b.copy(b.expand(b.cast(src, x.dtype), x.shape))
+
+
+def _fill(b: Builder, val: torch.Tensor, x: Value, value: Any) -> Value:
+    return _copy(b, val, x, value) if isinstance(value, Value) else _full(b, val, (), value)
+
+
+def _slice_scatter(
+    b: Builder,
+    val: torch.Tensor,
+    x: Value,
+    src: Value,
+    dim: int = 0,
+    start: Any = None,
+    end: Any = None,
+    step: int = 1,
+) -> Value:
+    src = b.cast(src, x.dtype)
+    if src.shape == x.shape:
+        return b.copy(src)
+    start = 0 if start is None else start
+    if not (isinstance(start, int) and start >= 0):  # else src would be empty, were it cut off
+        start = _first(start, end, x.shape[dim], src.shape[dim], step)
+    return patched(b, x, src, dim, start, step)
+
+
+def _select_scatter(
+    b: Builder, val: torch.Tensor, x: Value, src: Value, dim: int, index: Any
+) -> Value:
+    if not isinstance(index, int):
+        raise Declined("select with a symbolic index")
+    start = index if index >= 0 else simplify(x.shape[dim] + index)
+    return patched_part(b, x, b.cast(src, x.dtype), dim, start)
+
+
 def _pad(b: Builder, val: torch.Tensor, x: Value, pad: Sequence[Any], value: Any = 0) -> Value:
     """Values around x; a negative amount takes away instead."""
     if not all(isinstance(p, int) for p in pad):
@@ -262,6 +300,11 @@ VIEWS: dict[str, Callable[..., Any]] = {
     "aten.flip.default": _flip,
     "aten.cat.default": _cat,
     "aten.stack.default": _stack,
+    "aten.copy.default": _copy,
+    "aten.fill.Scalar": _fill,
+    "aten.fill.Tensor": _fill,
+    "aten.slice_scatter.default": _slice_scatter,
+    "aten.select_scatter.default": _select_scatter,
     "aten.constant_pad_nd.default": _pad,
     "aten.full.default": _full,
     "aten.full_like.default": _full,

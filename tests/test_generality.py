@@ -167,6 +167,91 @@ def test_nearest_keeps_channels_last() -> None:
     fused(lambda x: F.interpolate(x * 2, scale_factor=2) + 1, x, kernels=1)
 
 
+# parts replaced -----------------------------------------------------------------------------------
+
+
+def set_columns(x: Tensor, y: Tensor) -> Tensor:
+    z = x * 2
+    z[:, 2:6] = y * 3
+    return z + 1
+
+
+def set_every_third(x: Tensor, y: Tensor) -> Tensor:
+    z = x.sigmoid()
+    z[:, 1:11:3] = y + 1
+    return z * 2
+
+
+def set_last_column(x: Tensor, y: Tensor) -> Tensor:
+    z = x * 2
+    z[:, -1] = y[:, 0] * 3
+    return z.softmax(-1)
+
+
+def set_row_statistics(x: Tensor, y: Tensor) -> Tensor:
+    z = x * 2
+    z[:, 3] = x.sum(-1)
+    z[:, 4:5] = x.amax(-1, keepdim=True)
+    return z + y[:, :1]
+
+
+def set_part_of_a_part(x: Tensor, y: Tensor) -> Tensor:
+    z = x * 2
+    z[1:5][:, 2:6][:, :3] = 7
+    z[1:5, 1::3] = y[:4]
+    z[2, 3:7] = y[0]
+    return z + 1
+
+
+REPLACED = {
+    "slice_scatter": lambda x, y: torch.slice_scatter(x * 2, y * 3, 1, 2, 6) + 1,
+    "of_another_dtype": lambda x, y: torch.slice_scatter(x * 2, y.half() * 3, 1, 2, 6) + 1,
+    "select_scatter": lambda x, y: torch.select_scatter(x * 2, y[0, :1].expand(11), 0, -2) + 1,
+    "all": lambda x, y: torch.slice_scatter(x * 2, x + 1, 1) * 3,
+    **{
+        f.__name__: f
+        for f in (
+            set_columns,
+            set_every_third,
+            set_last_column,
+            set_row_statistics,
+            set_part_of_a_part,
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", REPLACED)
+def test_parts_replaced(name: str, dtype: torch.dtype) -> None:
+    """No copy of what lies under the part: each place takes the one or the other."""
+    fused(REPLACED[name], rand(6, 11, dtype=dtype), rand(6, 4, dtype=dtype), kernels=1)
+
+
+@pytest.mark.parametrize("name", sorted(set(REPLACED) - {"set_every_third", "set_part_of_a_part"}))
+def test_parts_of_symbolic_sizes_replaced(name: str) -> None:
+    symbolic(REPLACED[name], rand(6, 11), rand(6, 4), kernels=1)
+
+
+def test_what_a_copy_overwrites_is_not_read() -> None:
+    """Alone, a copy or an update is ATen's only where ATen finds its operands in memory."""
+    fused(lambda x, y: torch.ops.aten.copy(x * 2, y), rand(6, 4), rand(6, 4), kernels=1)
+    fused(lambda x, y: torch.ops.aten.copy(x, y), rand(6, 4), rand(6, 4), kernels=0, aten=1)
+
+    def nested(x: Tensor, y: Tensor) -> Tensor:
+        x = x.clone()
+        x[1:3, 2:6] = y
+        return x
+
+    fused(nested, rand(6, 11), rand(2, 4), kernels=1)
+
+
+def test_parts_replaced_with_gradients() -> None:
+    check(set_columns, rand(6, 11, grad=True), rand(6, 4, grad=True))
+    check(set_part_of_a_part, rand(6, 11, grad=True), rand(6, 4, grad=True))
+    check(set_last_column, rand(6, 11, grad=True), rand(6, 4, grad=True))
+
+
 # the best of a row -------------------------------------------------------------------------------
 
 
