@@ -20,6 +20,7 @@ from .group import Group
 from .indexing import ZERO, Index, NeedSplit, Size, is_static, quotient, simplify
 from .ir import FLOATING, INTEGERS, SIXTEEN_BIT, SizeArg, Value, computing_dtype
 from .patch import emit_patch
+from .scan import emit_scan
 from .spelling import (
     EmitError,
     accumulator_dtype,
@@ -146,7 +147,7 @@ class Emitter:
             coords = v.params.pull(coords, self)
             v = v.args[0]
         if v in self.results:
-            if not self._is_own_place(v, coords):
+            if not self.is_own_place(v, coords):
                 raise EmitError(f"{v!r} is read in another place than its own")
             return self.results[v]
         wide = any(self.varies(c) for c in coords) or cond in self.body.wide
@@ -160,7 +161,7 @@ class Emitter:
             self.memo[key] = register
         return register
 
-    def _is_own_place(self, v: Value, coords: Sequence[Index]) -> bool:
+    def is_own_place(self, v: Value, coords: Sequence[Index]) -> bool:
         own = self.coords(v)
         return all(
             a == b or (type(size) is int and size == 1)
@@ -394,6 +395,7 @@ class Emitter:
         return self.line(section, text)
 
     _patch = emit_patch
+    _scan = emit_scan
 
     def _gather(
         self,

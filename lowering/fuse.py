@@ -11,6 +11,7 @@ from .group import Group
 from .indexing import contiguous_strides, is_static, product
 from .ir import BITS, Value, base_of, contiguous_axis, is_dense
 from .places import Crossings, find_tied, strays
+from .scan import why_not_scan
 from .schedule import needs_loop
 from .translate import Program
 from .views import Frame
@@ -269,11 +270,15 @@ class Fuser:
             return "it reads what the kernel has for its own row only in another place"
         if v.kind == "reduce":
             return self._why_not_reduce(group, v, frame)
+        if v.kind == "scan":
+            why = why_not_scan(group, v, frame)
+            return why or (None if group.reduced else self._why_idle(group, v, frame))
         full = set(atoms_of(frame)) == set(group.domain)
         if group.reduced:
             if (
                 full
                 and group.column
+                and not group.scans
                 and v not in self.column_feeds
                 and (sibling or not on_chip(group))
             ):
@@ -283,7 +288,9 @@ class Fuser:
         return None
 
     def _only_feeds(self, group: Group) -> bool:
-        return group.column or all(m in self.column_feeds for m in group.members)
+        return (group.column and not group.scans) or all(
+            m in self.column_feeds for m in group.members
+        )
 
     def _why_not_reduce(self, group: Group, v: Value, frame: Frame) -> str | None:
         atoms = tuple(a for k in v.params for a in frame[k])
@@ -296,8 +303,12 @@ class Fuser:
         column = is_column(v)
         if column and any(self._stored_beside(m, group, v) for m in group.members):
             return "a column reduction does not also store its full-size operands"
-        if not column and is_static(*(group.sizes[a] for a in group.domain)):
-            rows = product(group.sizes[a] for a in group.domain if a not in set(atoms))
+        return None if column else self._why_idle(group, v, frame)
+
+    def _why_idle(self, group: Group, v: Value, frame: Frame) -> str | None:
+        if is_static(*(group.sizes[a] for a in group.domain)):
+            atoms = {a for k in v.params for a in frame[k]}
+            rows = product(group.sizes[a] for a in group.domain if a not in atoms)
             work = product(group.sizes[a] for a in group.domain)
             if (
                 rows < 8
@@ -349,6 +360,11 @@ class Fuser:
             group.frames[v] = tuple(() if k in v.params else f for k, f in enumerate(frame))
         else:
             group.frames[v] = frame
+            if v.kind == "scan":
+                group.scans = True
+                if not group.reduced:
+                    group.set_reduced(frame[v.params[0]])
+                    group.column = is_column(v)
             if v.kind not in ("gather", "concat"):
                 for a in aligned_operands(v):
                     if a.shape == v.shape:
@@ -415,8 +431,12 @@ class Fuser:
         mapping = align(one, own, two, frame)
         if mapping is None:
             return "their shapes do not line up"
-        if two.reduced and one.reduced and {mapping[a] for a in two.reduced} != set(one.reduced):
-            return "they reduce different dims"
+        if two.reduced and one.reduced:
+            order = tuple(mapping[a] for a in two.reduced)
+            if set(order) != set(one.reduced):
+                return "they reduce different dims"
+            if order != one.reduced and (one.scans or two.scans):
+                return "they run over the dims in different orders"
         if crossings.stray(mapping):
             return "one of them reads what the other has for its own row only in another place"
         self._absorb(one, two, mapping)
@@ -450,6 +470,7 @@ class Fuser:
         )
         one.members = sorted(one.members + two.members, key=self.place.__getitem__)
         one.first, one.last = min(one.first, two.first), max(one.last, two.last)
+        one.scans = one.scans or two.scans
         one.tied = find_tied(one.members)
         two.members, two.tied = [], set()
         for m in one.members:

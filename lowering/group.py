@@ -29,6 +29,7 @@ class Group:
         self._domain: tuple[str, ...] = ()
         self._reduced: tuple[str, ...] = ()
         self.column = False  # the reduced atoms are not the contiguous ones
+        self.scans = False  # some member is a scan along the reduced atoms, in their order
         self.outputs: list[Value] = []
         self.tied: set[Value] = set()  # members that a program has for its own row only
         self.first = self.last = 0  # places of its first and last member in the program

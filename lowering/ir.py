@@ -53,6 +53,7 @@ class Value:
     pointwise  name in BODIES        Values and literals, the body's parameters
     cast       -                     (Value,)
     reduce     name in REDUCTIONS    (Value,), axes in ``params``; the reduced axes stay, of size 1
+    scan       name in SCANS         (Value,), the axis in ``params``; of its operand's shape
     view       -                     (Value,), the View in ``params``
     concat     -                     Values, the axis in ``params``
     patch      -                     (under, patch): see Builder.patch
@@ -214,6 +215,12 @@ class Builder:
         shape = tuple(1 if k in axes else s for k, s in enumerate(x.shape))
         strides = _kept_innermost(x, axes, shape)
         return Value("reduce", op, (x,), shape, dtype or x.dtype, params=axes, strides=strides)
+
+    def scan(self, op: str, x: Value, axis: int, dtype: str | None = None) -> Value:
+        """The results of ``op`` over the elements up to each place along ``axis``."""
+        strides = x.strides if is_dense(x) else None
+        axes = normalize_axes([axis], x.ndim)
+        return Value("scan", op, (x,), x.shape, dtype or x.dtype, params=axes, strides=strides)
 
     def sum(self, x: Value, axes: Sequence[int]) -> Value:
         return self.reduce("sum", x, axes)

@@ -176,7 +176,7 @@ def source_for(
     """One kernel's text."""
     rows = product(group.sizes[a] for a in group.parallel)
     reduced = product(group.sizes[a] for a in group.reduced)
-    is_reduction = any(m.kind == "reduce" for m in group.members)
+    is_reduction = any(m.kind in ("reduce", "scan") for m in group.members)
     looped = is_reduction and needs_loop(rows, reduced, group.column)
     body = emit(group, inlined, options.exact, looped)
     name = kernel_name(group.members)
@@ -194,7 +194,7 @@ def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
     if len(nodes) != 1 or any(m.node is None for m in group.members) or len(group.members) != 1:
         return False
     (member,) = group.members
-    if member.kind not in ("pointwise", "cast", "concat", "patch", "reduce"):
+    if member.kind not in ("pointwise", "cast", "concat", "patch", "reduce", "scan"):
         return False
     (node,) = nodes
     op = op_of(node.target)

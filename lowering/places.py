@@ -1,7 +1,7 @@
 """Values that a kernel has in one place only, and who would read them in another.
 
 A member that needs no reduction of its kernel is computed again wherever it is read. The result of
-a reduction, and what follows from one, is there for the program's own row alone.
+a reduction or a scan, and what follows from one, is there for the program's own row alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def find_tied(members: Iterable[Value], known: Iterable[Value] = ()) -> set[Valu
     """The members (in topological order) that exist at the kernel's own place only."""
     tied = set(known)
     for m in members:
-        if m.kind == "reduce" or _tied_reads(m, tied):
+        if m.kind in ("reduce", "scan") or _tied_reads(m, tied):
             tied.add(m)
     return tied
 

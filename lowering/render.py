@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from .body import Body, Instr
 from .indexing import Index, Size, is_static, product, simplify
 from .ir import BITS, SIXTEEN_BIT, Value
+from .scan import render_carry, render_scan
 from .schedule import Tile, column_tile, pointwise_tile, row_tile, transpose_tile
 from .source import POINTER, Lines, Source
 from .spelling import REDUCTIONS, identity
@@ -34,7 +35,7 @@ class Renderer:
         self.tile = self._choose_tile()
 
     def _is_reduction(self) -> bool:
-        return any(m.kind == "reduce" for m in self.group.members)
+        return any(m.kind in ("reduce", "scan") for m in self.group.members)
 
     # loop order --------------------------------------------------------------------------------
 
@@ -297,7 +298,7 @@ class Renderer:
     def _line(self, instr: Instr) -> None:
         text = instr.text
         for k, index in enumerate(instr.indices):
-            text = text.replace(f"{{i{k}}}", self._coordinate(index))
+            text = text.replace(f"{{i{k}}}", self.coordinate(index))
         text = text.replace("{ones}", "1, 1" if self._two_dims else "1")
         self.lines.add(f"{instr.out} = {text}", instr.comment)
 
@@ -305,7 +306,7 @@ class Renderer:
     def _two_dims(self) -> bool:
         return self.rank == 2 or self.square is not None
 
-    def _coordinate(self, index: Index) -> str:
+    def coordinate(self, index: Index) -> str:
         """An index as a tile of numbers (never a bare literal)."""
         text = self.index(index)
         return f"(x * 0 + {text})" if not index.atoms else f"({text})"
@@ -370,6 +371,8 @@ class Renderer:
         mask = f", mask={' & '.join(masks)}" if masks else ""
         self.lines.add(f"tl.store({instr.text} + ({pointer}), {instr.out}{mask})")
 
+    _carry, _scan = render_carry, render_scan
+
     def _begin(self, instr: Instr) -> None:
         if not self.body.looped:
             return
@@ -409,7 +412,7 @@ class Renderer:
     def _argbest_step(self, instr: Instr) -> None:
         add, out = self.lines.add, instr.out
         x, at, largest = f"x_{out}", f"at_{out}", instr.text == "argmax"
-        place = f"tl.broadcast_to({self._coordinate(instr.indices[0])}, [XBLOCK, RBLOCK])"
+        place = f"tl.broadcast_to({self.coordinate(instr.indices[0])}, [XBLOCK, RBLOCK])"
         add(f"place_{out} = ({place}).to(tl.int64)")
         if self.rmask:
             add(f"place_{out} = tl.where({self.rmask}, place_{out}, {2**62})")

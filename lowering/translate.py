@@ -304,13 +304,26 @@ class _Recorder(Builder):
         split: bool = True,
     ) -> Value:
         """A reduction of single elements is none; a kernel could not tell its levels apart."""
-        lengths = [x.shape[k] for k in normalize_axes(axes, x.ndim)]
-        if not all(type(n) is int and n == 1 for n in lengths):
+        if not _is_single(x, normalize_axes(axes, x.ndim)):
             return super().reduce(op, x, axes, dtype, split)
-        dtype = dtype or x.dtype
+        return self._of_single(op, x, dtype or x.dtype)
+
+    def scan(self, op: str, x: Value, axis: int, dtype: str | None = None) -> Value:
+        if not _is_single(x, [axis]):
+            return self._scan(op, x, axis, dtype)
+        return self._of_single(op, x, dtype or x.dtype)
+
+    def _scan(self, op: str, x: Value, axis: int, dtype: str | None) -> Value:
+        return super().scan(op, x, axis, dtype)
+
+    def _of_single(self, op: str, x: Value, dtype: str) -> Value:
         if op in ("argmax", "argmin"):
             return self.full(x.shape, 0, dtype)
         return self.cast(self.cast(x, "bool") if op in ("any", "all") else x, dtype)
+
+
+def _is_single(x: Value, axes: Sequence[int]) -> bool:
+    return all(type(x.shape[k]) is int and x.shape[k] == 1 for k in axes)
 
 
 def _recorded(method: Callable[..., Value]) -> Callable[..., Value]:
@@ -334,6 +347,7 @@ for _name in (
     "iota",
     "random",
     "_reduce",
+    "_scan",
     "view",
     "concat",
     "patch",
