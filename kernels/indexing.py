@@ -56,36 +56,15 @@ def gather(b: Any, x: Any, dim: int, index: Any) -> Any:
     return b.gather(x, [(dim, index)], along, index.shape, wrap=False)
 
 
-def _masks(x: Any, indices: Any) -> str | None:
-    if any(i is not None and i.dtype not in ("int64", "int32") for i in indices):
-        return "a mask as index"
-    return None
-
-
-@composite(
-    "aten.index.Tensor",
-    "aten._unsafe_index.Tensor",
-    dtypes=NUMBERS,
-    declines=_masks,
-    samples=[
-        call(T(5, 7), [_ids(3, high=5)]),
-        call(T(5, 7), [_ids(2, 3, high=5), _ids(3, high=7)]),
-        call(T(3, 5, 7), [None, _ids(4, 1, high=5), _ids(3, high=7)]),
-        call(T(3, 5, 7), [_ids(4, high=3), None, _ids(4, high=7)]),
-    ],
-)
-def index(b: Any, x: Any, indices: Any) -> Any:
-    """x[i, j, ...] with broadcast index tensors; negative ones count from the end.
-
-    The dims of the index tensors stand where the first of those was, or first of all where the
-    tensors are not side by side.
-    """
+def picked(b: Any, x: Any, indices: Any) -> tuple[Any, list[Any], tuple[Any, ...]]:
+    """What ``x[i, j, ...]`` picks: ((axis, index) pairs, the result's axis along which each other
+    axis of x runs, the result's shape)."""
     given = [k for k, i in enumerate(indices) if i is not None]
     together = given == list(range(given[0], given[0] + len(given)))
-    first, picked = given[0] if together else 0, [indices[k] for k in given]
-    rank = max(i.ndim for i in picked)
+    first, tensors = given[0] if together else 0, [indices[k] for k in given]
+    rank = max(i.ndim for i in tensors)
     middle = [1] * rank
-    for i in picked:
+    for i in tensors:
         for a, s in enumerate(i.shape):
             if not (type(s) is int and s == 1):
                 middle[rank - i.ndim + a] = s
@@ -100,8 +79,36 @@ def index(b: Any, x: Any, indices: Any) -> Any:
     tail = len(after)
     spread = [
         (k, b.reshape(i, (*i.shape, *[1] * tail)) if tail else i)
-        for k, i in zip(given, picked, strict=True)
+        for k, i in zip(given, tensors, strict=True)
     ]
+    return spread, places, shape
+
+
+def masks(x: Any, indices: Any) -> str | None:
+    if any(i is not None and i.dtype not in ("int64", "int32") for i in indices):
+        return "a mask as index"
+    return None
+
+
+@composite(
+    "aten.index.Tensor",
+    "aten._unsafe_index.Tensor",
+    dtypes=NUMBERS,
+    declines=masks,
+    samples=[
+        call(T(5, 7), [_ids(3, high=5)]),
+        call(T(5, 7), [_ids(2, 3, high=5), _ids(3, high=7)]),
+        call(T(3, 5, 7), [None, _ids(4, 1, high=5), _ids(3, high=7)]),
+        call(T(3, 5, 7), [_ids(4, high=3), None, _ids(4, high=7)]),
+    ],
+)
+def index(b: Any, x: Any, indices: Any) -> Any:
+    """x[i, j, ...] with broadcast index tensors; negative ones count from the end.
+
+    The dims of the index tensors stand where the first of those was, or first of all where the
+    tensors are not side by side.
+    """
+    spread, places, shape = picked(b, x, indices)
     return b.gather(x, spread, places, shape, wrap=True)
 
 

@@ -11,7 +11,7 @@ from .indexing import Index, Size
 
 @dataclass
 class Instr:
-    """kind: load | line | store | begin | step | end (of an accumulator).
+    """kind: load | line | store | put | begin | step | end (of an accumulator) | carry | scan.
 
     ``text`` is a template: ``{i0}`` is the first of ``indices``, rendered.
     """
@@ -23,6 +23,7 @@ class Instr:
     cond: str | None = None
     comment: str = ""
     dtype: str = ""
+    wide: bool = False  # of a put: it varies along r
 
 
 @dataclass

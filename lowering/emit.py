@@ -32,6 +32,7 @@ from .spelling import (
     storage,
     whole,
 )
+from .store import emit_store
 
 
 class Emitter:
@@ -55,13 +56,13 @@ class Emitter:
             for m in self.group.members:
                 if m.kind == "reduce" and self.level(m) == level:
                     self._finish_reduction(m)
-            for out in self.group.outputs:
+            for out in self.group.stored:
                 if self.level(out) == level and not self._is_wide(out):
                     self._store(out, level)
             for m in self.group.members:
                 if m.kind == "reduce" and self.level(m) == level + 1:
                     self._accumulate(m, level)
-            for out in self.group.outputs:
+            for out in self.group.stored:
                 if self.level(out) == level and self._is_wide(out):
                     self._store(out, level)
         return self.body
@@ -151,7 +152,7 @@ class Emitter:
                 raise EmitError(f"{v!r} is read in another place than its own")
             return self.results[v]
         wide = any(self.varies(c) for c in coords) or cond in self.body.wide
-        section = self._section(wide, level if wide else self.level(v))
+        section = self.section(wide, level if wide else self.level(v))
         key = (v, tuple(coords), cond, section)
         register = self.memo.get(key)
         if register is None:
@@ -168,7 +169,7 @@ class Emitter:
             for a, b, size in zip(coords, own, v.shape, strict=True)
         )
 
-    def _section(self, wide: bool, level: int) -> tuple[str, int]:
+    def section(self, wide: bool, level: int) -> tuple[str, int]:
         if not self.body.looped:
             return ("row", 0)
         return ("loop" if wide else "row", level)
@@ -430,7 +431,7 @@ class Emitter:
         hold = accumulator_dtype(r)
         if computing_dtype(x.dtype) != hold and r.op not in ("argmax", "argmin"):
             cast = f"({register} != 0)" if hold == "bool" else f"{register}.to(tl.{hold})"
-            register = self.line(self._section(True, level), cast)
+            register = self.line(self.section(True, level), cast)
             self.body.wide.add(register)
         self.body.modules.add("reductions")
         place = ZERO
@@ -459,10 +460,13 @@ class Emitter:
         self.results[r] = self.line(section, text, comment=line_of(r)) if text != name else name
 
     def _store(self, out: Value, level: int) -> None:
+        if out.kind == "store":
+            emit_store(self, out, level)
+            return
         coords = self.coords(out)
         wide = self._is_wide(out)
         register = self.eval(out, coords, None, level)
-        section = self._section(wide, level)
+        section = self.section(wide, level)
         name = self.buffer_name(out, "out")
         self.body.sections.setdefault(section, []).append(
             Instr(

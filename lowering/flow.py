@@ -41,7 +41,7 @@ def drop_unread(program: Program, escapes: set[Value]) -> None:
     for v in reversed(program.values):
         if v.kind == "view":
             kept.append(v)
-        elif not v.computes or v in read or v.node in program.aten:
+        elif not v.computes or v in read or v.kind == "store":
             kept.append(v)
             read.update(map(base_of, v.inputs))
     program.values[:] = kept[::-1]
@@ -98,7 +98,12 @@ def order_edges(program: Program, graph: Any) -> tuple[dict[Value, list[Value]],
                 read_by[base].append(v)
                 if base in written_by and v is not written_by[base]:
                     waits[v].append(written_by[base])
-        if node in program.aten and has_effect(node):
+        store = next((v for v in own if v.kind == "store"), None)
+        if store is not None:
+            for base in _written_bases(node, program):
+                waits[store].extend(r for r in read_by[base] if r not in own)
+                written_by[base] = store
+        elif node in program.aten and has_effect(node):
             me = own[0] if own else None
             if me is not None:
                 if last_effect is not None:

@@ -44,6 +44,7 @@ HEAVY = {
     "sqrt",
     "lgamma",
 }
+WRITES = "one writes memory that the other reads"
 CONSTANT = ("full", "iota")
 #: one program does this many elements as fast as a whole GPU would
 SMALL = 16384
@@ -268,6 +269,8 @@ class Fuser:
             return f"the kernel would take more than {MAX_POINTERS} tensors"
         if group.tied and strays(v, frame, group, group.tied):
             return "it reads what the kernel has for its own row only in another place"
+        if any(self.home.get(w) is group for w in self.waits.get(v, ())):
+            return WRITES
         if v.kind == "reduce":
             return self._why_not_reduce(group, v, frame)
         if v.kind == "scan":
@@ -427,6 +430,8 @@ class Fuser:
             return "one of them is for a column reduction, which runs in its own kernel"
         if self._path_between(one, two) or self._path_between(two, one):
             return "the kernel would wait for its own result"
+        if self._wait_for(one, two) or self._wait_for(two, one):
+            return WRITES
         crossings = Crossings(one, two)
         mapping = align(one, own, two, frame)
         if mapping is None:
@@ -441,6 +446,9 @@ class Fuser:
             return "one of them reads what the other has for its own row only in another place"
         self._absorb(one, two, mapping)
         return None
+
+    def _wait_for(self, one: Group, two: Group) -> bool:
+        return any(self.home.get(w) is two for m in one.members for w in self.waits.get(m, ()))
 
     def _absorb(self, one: Group, two: Group, mapping: dict[str, str]) -> None:
         if two.reduced and not one.reduced:

@@ -103,6 +103,11 @@ class Group:
         return product(self.sizes[a] for a in atoms)
 
     @property
+    def stored(self) -> list[Value]:
+        """What the kernel writes: its outputs, and places of inputs."""
+        return [*self.outputs, *(m for m in self.members if m.kind == "store")]
+
+    @property
     def nodes(self) -> list[Any]:
         """The FX nodes its members came from, each once."""
         return list(dict.fromkeys(m.node for m in self.members if m.node is not None))

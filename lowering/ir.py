@@ -58,6 +58,7 @@ class Value:
     concat     -                     Values, the axis in ``params``
     patch      -                     (under, patch): see Builder.patch
     gather     -                     (base, index, ...): see Builder.gather
+    store      -                     (values, index, ...): see Builder.store
     iota, full -                     literals
     random     -                     (seed, salt): uniform in [0, 1)
     """
@@ -318,6 +319,25 @@ class Builder:
         axes = tuple(a for a, _ in indices)
         args = (base, *(v for _, v in indices))
         return Value("gather", None, args, shape, base.dtype, params=(axes, tuple(places), wrap))
+
+    def store(
+        self,
+        target: Value,
+        values: Value,
+        indices: Sequence[tuple[int, Value]],
+        places: Sequence[int | None],
+        shape: Sequence[Size],
+        wrap: bool,
+    ) -> Value:
+        """A write of ``values``, broadcast to ``shape``, into the memory of ``target``.
+
+        ``indices``, ``places`` and ``wrap`` say where, as they do for a gather's base. The target
+        is no operand: nothing of it is read.
+        """
+        axes = tuple(a for a, _ in indices)
+        args = (values, *(v for _, v in indices))
+        params = (target, axes, tuple(places), wrap)
+        return Value("store", None, args, shape, target.dtype, params=params)
 
 
 SPLITTABLE = {"sum", "amax", "amin", "prod", "any", "all"}

@@ -194,7 +194,7 @@ def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
     if len(nodes) != 1 or any(m.node is None for m in group.members) or len(group.members) != 1:
         return False
     (member,) = group.members
-    if member.kind not in ("pointwise", "cast", "concat", "patch", "reduce", "scan"):
+    if member.kind not in ("pointwise", "cast", "concat", "patch", "reduce", "scan", "store"):
         return False
     (node,) = nodes
     op = op_of(node.target)

@@ -12,6 +12,7 @@ from .scan import render_carry, render_scan
 from .schedule import Tile, column_tile, pointwise_tile, row_tile, transpose_tile
 from .source import POINTER, Lines, Source
 from .spelling import REDUCTIONS, identity
+from .store import render_put
 
 HEADER = "import triton\nimport triton.language as tl\n"
 LIMIT_32 = 2**31 - 1
@@ -119,7 +120,7 @@ class Renderer:
 
     def _needs_int64(self) -> bool:
         for instr in self._instrs():
-            if instr.kind in ("load", "store"):
+            if instr.kind in ("load", "store", "put"):
                 top = instr.indices[0].const
                 for atom, c in instr.indices[0].terms:
                     if atom not in self.group.sizes:
@@ -319,7 +320,7 @@ class Renderer:
         if instr.cond is not None:
             masks.append(instr.cond)
         if instr.cond is not None or (masks and self._spans(index)["other"]):
-            pointer += self._missing(index, wide)  # a loaded place may be one number for the tile
+            pointer += self.missing(index, wide)  # a loaded place may be one number for the tile
         mask = f", mask={' & '.join(masks)}, other=0" if masks else ""
         text = f"tl.load({instr.text} + ({pointer}){mask})"
         if instr.dtype in SIXTEEN_BIT:
@@ -354,7 +355,7 @@ class Renderer:
                 out["other"] = True
         return out
 
-    def _missing(self, index: Index, wide: bool) -> str:
+    def missing(self, index: Index, wide: bool) -> str:
         """Zero terms that give an address the whole tile's shape."""
         across = self._spans(index)
         out = "" if across["x"] else " + x * 0"
@@ -366,12 +367,12 @@ class Renderer:
 
     def _store(self, instr: Instr) -> None:
         index, wide = instr.indices[0], instr.cond == "wide"
-        pointer = self.index(index) + self._missing(index, wide)
+        pointer = self.index(index) + self.missing(index, wide)
         masks = [m for m in (self.xmask, self.ymask, self.rmask if wide else None) if m]
         mask = f", mask={' & '.join(masks)}" if masks else ""
         self.lines.add(f"tl.store({instr.text} + ({pointer}), {instr.out}{mask})")
 
-    _carry, _scan = render_carry, render_scan
+    _carry, _scan, _put = render_carry, render_scan, render_put
 
     def _begin(self, instr: Instr) -> None:
         if not self.body.looped:

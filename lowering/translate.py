@@ -26,6 +26,7 @@ from .ir import (
     normalize_axes,
     result_dtype,
 )
+from .store import STORES, lower_store
 from .view_ops import VIEWS, negative_zero
 from .views import Permute, Reshape
 
@@ -141,10 +142,14 @@ class Translator:
         name = str(node.target)
         view = VIEWS.get(name)
         op = op_of(node.target)
-        if view is None and op is None:
+        if view is None and op is None and name not in STORES:
             raise Declined("no kernel is declared for it")
         self._check_tensors(node, val, composite=op is not None and op.kind == "composite")
         args = map_arg(schema_args(node), self._operand)
+        if name in STORES:
+            store = lower_store(self._for_node(node), node, args)
+            store.node = node
+            return store
         if view is not None:
             return self._bind_view(view(self.builder, val, *args), node, val)
         assert op is not None  # or there is a view, see above
@@ -352,6 +357,7 @@ for _name in (
     "concat",
     "patch",
     "gather",
+    "store",
 ):
     setattr(_Recorder, _name, _recorded(getattr(_Recorder, _name)))
 

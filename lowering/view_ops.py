@@ -193,7 +193,8 @@ def _copy(b: Builder, val: torch.Tensor, x: Value, src: Value, *_: Any) -> Value
 
 
 def _fill(b: Builder, val: torch.Tensor, x: Value, value: Any) -> Value:
-    return _copy(b, val, x, value) if isinstance(value, Value) else _full(b, val, (), value)
+    given = value if isinstance(value, Value) else _full(b, val, (), value)
+    return _copy(b, val, x, given)
 
 
 def _slice_scatter(
