@@ -88,8 +88,9 @@ def order_edges(program: Program, graph: Any) -> tuple[dict[Value, list[Value]],
     for node in graph.nodes:
         if node.op in ("output", "placeholder", "get_attr"):
             continue
-        own = program.made.get(node) or flatten(program.of.get(node))
         bases = [base_of(v) for s in node.all_input_nodes for v in flatten(program.of.get(s))]
+        own = program.made.get(node) or flatten(program.of.get(node))
+        own = [v for v in own if v not in bases]  # a view of all of a tensor is that tensor
         if node in program.aten or _is_pick(node, program):
             for v in own:
                 waits[v].extend(bases)
