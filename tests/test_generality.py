@@ -116,6 +116,13 @@ def test_inputs_at_an_offset() -> None:
     check(lambda x: torch.as_strided(x, (5, 4), (7, 2)) * 2 + 1, rand(73)[1:])
 
 
+def test_as_strided_of_a_copy() -> None:
+    """Its offset counts from where the copy starts, so the copy stays."""
+    for copy in (torch.clone, lambda x: x * 1.0, lambda x: x.to(x.dtype, copy=True)):
+        check(lambda x, copy=copy: torch.as_strided(copy(x[2:]), (2, 3), (2, 1), 1) * 2, rand(9))
+    check(lambda x: torch.as_strided(x[2:].clone()[1:], (2, 3), (2, 1), 0) * 2, rand(9))
+
+
 def test_views_returned_and_read_by_aten() -> None:
     """They keep eager's strides, and the memory of what they show."""
 
