@@ -12,6 +12,7 @@ OP_FILES = (
     "activation",
     "cast",
     "reduction",
+    "scan",
     "softmax",
     "norm",
     "loss",

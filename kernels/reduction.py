@@ -135,6 +135,37 @@ def argmin(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
     return b.reduce("argmin", x, axes, dtype)
 
 
+def _no_order(x: Any, *_: Any) -> str | None:
+    return "truth values" if x.dtype == "bool" else "0-d operand" if x.ndim == 0 else None
+
+
+_ONE_DIM = [call(T(4, 33), 1), call(T(4, 33), 0, True), call(T(2, 3, 150), -1)]
+
+
+@composite(
+    "aten.max.dim",
+    dtypes=NUMBERS,
+    declines=_no_order,
+    samples=_ONE_DIM,
+)
+def max_dim(b: Any, x: Any, dim: int, keepdim: bool) -> Any:
+    """(largest element, place of the first one); NaN if there is one."""
+    return _best(b, x, dim, keepdim, "amax", "argmax")
+
+
+@composite("aten.min.dim", dtypes=NUMBERS, declines=_no_order, samples=_ONE_DIM)
+def min_dim(b: Any, x: Any, dim: int, keepdim: bool) -> Any:
+    """(smallest element, place of the first one); NaN if there is one."""
+    return _best(b, x, dim, keepdim, "amin", "argmin")
+
+
+def _best(b: Any, x: Any, dim: int, keepdim: bool, best: str, place: str) -> Any:
+    # places are not put together from parts, and one kernel gives both
+    value = b.reduce(best, x, [dim], split=False)
+    at = b.reduce(place, x, [dim], "int64")
+    return _keep(b, value, [dim], keepdim), _keep(b, at, [dim], keepdim)
+
+
 @reduction("aten.logsumexp.default", samples=[call(T(4, 33), [1]), call(T(3, 9), [0], True)])
 def logsumexp(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
     """log(sum(exp(x))), computed from the largest element down."""

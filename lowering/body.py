@@ -11,8 +11,8 @@ from .indexing import Index, Size
 
 @dataclass
 class Instr:
-    """kind: load | line | store | begin | step | end (of an accumulator), sweep_begin ... (of one
-    over the rows of a sweep).
+    """kind: load | line | store | put | begin | step | end (of an accumulator) | carry | scan |
+    sweep_begin ... (of an accumulator over the rows of a sweep).
 
     ``text`` is a template: ``{i0}`` is the first of ``indices``, rendered.
     """
@@ -24,6 +24,7 @@ class Instr:
     cond: str | None = None
     comment: str = ""
     dtype: str = ""
+    wide: bool = False  # of a put: it varies along r
 
 
 @dataclass

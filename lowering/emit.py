@@ -20,6 +20,8 @@ from .body import Body, Instr
 from .group import Group
 from .indexing import ZERO, Index, NeedSplit, Size, is_static, quotient, simplify
 from .ir import FLOATING, INTEGERS, SIXTEEN_BIT, SizeArg, Value, computing_dtype
+from .patch import emit_patch
+from .scan import emit_scan
 from .spelling import (
     EmitError,
     accumulator_dtype,
@@ -31,6 +33,7 @@ from .spelling import (
     storage,
     whole,
 )
+from .store import emit_store
 
 
 class Emitter:
@@ -55,13 +58,13 @@ class Emitter:
             for m in self.group.members:
                 if m.reduces and self.level(m) == level:
                     self._finish_reduction(m)
-            for out in self.group.outputs:
+            for out in self.group.stored:
                 if self.level(out) == level and not self._is_wide(out):
                     self._store(out, level)
             for m in self.group.members:
                 if m.reduces and self.level(m) == level + 1:
                     self._accumulate(m, level)
-            for out in self.group.outputs:
+            for out in self.group.stored:
                 if self.level(out) == level and self._is_wide(out):
                     self._store(out, level)
         self._store_in_place()
@@ -123,12 +126,12 @@ class Emitter:
         self.body.derived[name] = (kind, index, divisor)
         if not is_static(divisor):
             self.size_name(divisor)
-        if self._varies(index):
+        if self.varies(index):
             self.wide_atoms.add(name)
             self.body.wide.add(name)
         return Index({name: 1})
 
-    def _varies(self, index: Index) -> bool:
+    def varies(self, index: Index) -> bool:
         return any(a in self.wide_atoms or a in self.body.wide for a in index.atoms)
 
     # evaluation ------------------------------------------------------------------------------
@@ -148,11 +151,11 @@ class Emitter:
             coords = v.params.pull(coords, self)
             v = v.args[0]
         if v in self.results:
-            if not self._over_rows(v) and any(self._varies(c) for c in coords):
-                raise EmitError(f"{v!r} is read along the dims it reduces")
+            if not self._over_rows(v) and not self.is_own_place(v, coords):
+                raise EmitError(f"{v!r} is read in another place than its own")
             return self.results[v]
-        wide = any(self._varies(c) for c in coords) or cond in self.body.wide
-        section = self._section(wide, level if wide else self.level(v))
+        wide = any(self.varies(c) for c in coords) or cond in self.body.wide
+        section = self.section(wide, level if wide else self.level(v))
         if self.walked and cond is None and self._is_fixed(v, coords):
             section = ("once", 0)
         key = (v, tuple(coords), cond, section)
@@ -176,7 +179,14 @@ class Emitter:
             and all(a in self.group.sizes and a not in self.walked for c in coords for a in c.atoms)
         )
 
-    def _section(self, wide: bool, level: int) -> tuple[str, int]:
+    def is_own_place(self, v: Value, coords: Sequence[Index]) -> bool:
+        own = self.coords(v)
+        return all(
+            a == b or (type(size) is int and size == 1)
+            for a, b, size in zip(coords, own, v.shape, strict=True)
+        )
+
+    def section(self, wide: bool, level: int) -> tuple[str, int]:
         if not self.body.looped:
             return ("row", 0)
         return ("loop" if wide else "row", level)
@@ -345,9 +355,9 @@ class Emitter:
         level: int,
         section: tuple[str, int],
     ) -> str:
-        return self.line(section, f"({{i0}}).to(tl.{v.dtype})", [self._known(coords[v.params])])
+        return self.line(section, f"({{i0}}).to(tl.{v.dtype})", [self.known(coords[v.params])])
 
-    def _known(self, index: Index) -> Index:
+    def known(self, index: Index) -> Index:
         for _, c in index.terms:
             self.size_name(c)
         self.size_name(index.const)
@@ -368,7 +378,7 @@ class Emitter:
         salt = f"salt{sum(n.startswith('salt') for n, _, _ in self.body.params)}"
         self.body.params.append((salt, "size", v.args[1]))  # an argument: equal layers, one kernel
         self.body.modules.add("random")
-        return self.line(section, f"random.uniform({seed}, {salt}, {{i0}})", [self._known(linear)])
+        return self.line(section, f"random.uniform({seed}, {salt}, {{i0}})", [self.known(linear)])
 
     def _concat(
         self,
@@ -379,8 +389,8 @@ class Emitter:
         section: tuple[str, int],
     ) -> str:
         axis = v.params
-        place = self.line(section, "{i0}", [self._known(coords[axis])], prefix="c")
-        if self._varies(coords[axis]):
+        place = self.line(section, "{i0}", [self.known(coords[axis])], prefix="c")
+        if self.varies(coords[axis]):
             self.body.wide.add(place)
         start: Size = 0
         pieces: list[tuple[str, str]] = []
@@ -390,17 +400,20 @@ class Emitter:
             if cond is not None:
                 inside = f"{inside} & {cond}"
             mask = self.line(section, inside, prefix="m")
-            if self._varies(coords[axis]) or cond in self.body.wide:
+            if self.varies(coords[axis]) or cond in self.body.wide:
                 self.body.wide.add(mask)
             own = list(coords)
             own[axis] = own[axis].shift(-start if is_static(start) else -1 * start)
-            self._known(own[axis])
+            self.known(own[axis])
             pieces.append((mask, self.eval(part, own, mask, level)))
             start = end
         text = pieces[-1][1]
         for mask, register in reversed(pieces[:-1]):
             text = f"tl.where({mask}, {register}, {text})"
         return self.line(section, text)
+
+    _patch = emit_patch
+    _scan = emit_scan
 
     def _gather(
         self,
@@ -420,7 +433,7 @@ class Emitter:
                 register = self.line(
                     section, f"tl.where({register} < 0, {register} + {size}, {register})"
                 )
-                if section[0] == "loop" or any(self._varies(c) for c in coords):
+                if section[0] == "loop" or any(self.varies(c) for c in coords):
                     self.body.wide.add(register)
             own[axis] = Index({register: 1})
         return self.eval(base, own, cond, level)
@@ -435,13 +448,13 @@ class Emitter:
         hold = accumulator_dtype(r)
         if computing_dtype(x.dtype) != hold and r.op not in ("argmax", "argmin"):
             cast = f"({register} != 0)" if hold == "bool" else f"{register}.to(tl.{hold})"
-            register = self.line(self._section(True, level), cast)
+            register = self.line(self.section(True, level), cast)
             self.body.wide.add(register)
         self.body.modules.add("reductions")
         place = ZERO
         for k in r.params:
             place = place.scale(x.shape[k]) + coords[k]
-        self._known(place)
+        self.known(place)
         name = self.reductions.setdefault(r, f"r{len(self.reductions)}")
         if self._over_rows(r):
             self._sweep(r, name, register, hold)
@@ -489,15 +502,18 @@ class Emitter:
             self.names[copy] = self.buffer_name(memory, "in")
             if loads and any(m.reduces for m in self.group.members):
                 # threads hold copies of a row's values: none may store before all have loaded
-                section = self._section(self._is_wide(copy), self.level(copy))
+                section = self.section(self._is_wide(copy), self.level(copy))
                 self.body.sections.setdefault(section, []).append(Instr("barrier", "", ""))
             self._store(copy, self.level(copy))
 
     def _store(self, out: Value, level: int) -> None:
+        if out.kind == "store":
+            emit_store(self, out, level)
+            return
         coords = self.coords(out)
         wide = self._is_wide(out)
         register = self.eval(out, coords, None, level)
-        section = ("after", 0) if self._over_rows(out) else self._section(wide, level)
+        section = ("after", 0) if self._over_rows(out) else self.section(wide, level)
         name = self.buffer_name(out, "out")
         self.body.sections.setdefault(section, []).append(
             Instr(

@@ -15,10 +15,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from . import private
-from .flow import base_of
 from .group import Group, Plan
-from .indexing import ZERO, Size, is_static, simplify, size_of
-from .ir import SizeArg, Value
+from .indexing import Size, is_static, size_of
+from .ir import SizeArg, Value, base_of, first_place
 from .order import batches, together
 from .scratch import plan_scratch
 from .source import Source
@@ -392,27 +391,6 @@ class Writer:
         elif self.kernels:
             body.insert(0, "stream = None")
         return "def call(args):\n" + "".join(f"    {line}\n" for line in body)
-
-
-def first_place(v: Value) -> Size:
-    """How far a view's first element lies behind its base's first.
-
-    From the view itself: a pass may have put another base under it than its FakeTensor knows.
-    """
-    coords = [ZERO] * v.ndim
-    while v.kind == "view":
-        coords = v.params.pull(coords, _NoAtoms)
-        v = v.args[0]
-    place: Size = 0
-    for c, stride in zip(coords, v.strides, strict=True):
-        place = place + c.const * stride
-    return simplify(place)
-
-
-class _NoAtoms:
-    """The context of a pull at a fixed place: there are no loop variables."""
-
-    size = derive = None
 
 
 def _symbol(name: str) -> Any:

@@ -10,19 +10,13 @@ from torch.fx import Node
 
 from .graph import Storage, nodes_in
 from .indexing import product
-from .ir import BITS, Value
+from .ir import BITS, Value, base_of
 from .translate import Program
 
 
 def is_widening(v: Value) -> bool:
     """A cast that only widens: what it reads is smaller in memory, or as small."""
     return v.kind == "cast" and BITS[v.args[0].dtype] < BITS[v.dtype]
-
-
-def base_of(v: Value) -> Value:
-    while v.kind == "view":
-        v = v.args[0]
-    return v
 
 
 def find_readers(program: Program) -> dict[Value, list[tuple[Value, bool]]]:
@@ -33,12 +27,25 @@ def find_readers(program: Program) -> dict[Value, list[tuple[Value, bool]]]:
             continue
         for k, a in enumerate(v.inputs):
             shape = v.args[0].shape if v.reduces else v.shape
-            aligned = v.kind != "concat" and not (v.kind == "gather" and k == 0)
+            aligned = v.kind != "concat" and (v.kind, k) not in (("gather", 0), ("patch", 1))
             same = aligned and product(a.shape) == product(shape) and _only_bijections(a)
             if v.reduces and not _only_bijections(a):
                 same = False
             readers[base_of(a)].append((v, same))
     return readers
+
+
+def drop_unread(program: Program, escapes: set[Value]) -> None:
+    """Drop computed values that nobody reads and that ``escapes`` lacks."""
+    read = set(escapes)
+    kept = []
+    for v in reversed(program.values):
+        if v.kind == "view":
+            kept.append(v)
+        elif not v.computes or v in read or v.kind == "store":
+            kept.append(v)
+            read.update(map(base_of, v.inputs))
+    program.values[:] = kept[::-1]
 
 
 def find_escapes(program: Program, graph: Any) -> set[Value]:
@@ -84,8 +91,9 @@ def order_edges(program: Program, graph: Any) -> tuple[dict[Value, list[Value]],
     for node in graph.nodes:
         if node.op in ("output", "placeholder", "get_attr"):
             continue
-        own = program.made.get(node) or flatten(program.of.get(node))
         bases = [base_of(v) for s in node.all_input_nodes for v in flatten(program.of.get(s))]
+        own = program.made.get(node) or flatten(program.of.get(node))
+        own = [v for v in own if v not in bases]  # a view of all of a tensor is that tensor
         whole = node in program.aten or _is_pick(node, program)
         if whole:
             for v in own:
@@ -95,7 +103,14 @@ def order_edges(program: Program, graph: Any) -> tuple[dict[Value, list[Value]],
                 read_by[base].append(v)
                 if base in written_by and v is not written_by[base]:
                     waits[v].append(written_by[base])
-        if node in program.aten and has_effect(node):
+        store = next((v for v in own if v.kind == "store"), None)
+        if store is not None:
+            for base in _written_bases(node, program):
+                waits[store].extend(r for r in read_by[base] if r not in own)
+                if base in written_by:
+                    waits[store].append(written_by[base])
+                written_by[base] = store
+        elif node in program.aten and has_effect(node):
             me = own[0] if own else None
             if me is not None:
                 if copies.get(node, "no copy") is not None:

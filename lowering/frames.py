@@ -16,8 +16,7 @@ def frame_for(group: Group, v: Value) -> Frame | None:
     if v.kind == "concat":
         return None
     frame: list[Any] = [None] * len(shape)
-    operands = v.inputs[1:] if v.kind == "gather" else v.inputs
-    for a in operands:
+    for a in aligned_operands(v):
         known = group.frame(a)
         if known is None:
             continue
@@ -30,6 +29,13 @@ def frame_for(group: Group, v: Value) -> Frame | None:
             elif group.resolve(frame[lead + k]) != group.resolve(axis):
                 return None
     return _complete(group, shape, frame)
+
+
+def aligned_operands(v: Value) -> tuple[Value, ...]:
+    """The operands that v reads at its own place, where their shape allows."""
+    if v.kind == "gather":
+        return v.inputs[1:]
+    return v.inputs[:1] if v.kind == "patch" else v.inputs
 
 
 def _complete(group: Group, shape: tuple[Size, ...], frame: list[Any]) -> Frame | None:

@@ -6,13 +6,15 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from .flow import base_of, find_escapes, find_readers, order_edges
-from .frames import align, atoms_of, frame_for
+from .flow import drop_unread, find_escapes, find_readers, order_edges
+from .frames import align, aligned_operands, atoms_of, frame_for
 from .group import SHARE, Group
 from .indexing import contiguous_strides, is_static, product
 from .inline import Inliner
-from .ir import Value, is_dense
+from .ir import Value, base_of, is_dense
 from .parts import sweep_parts
+from .places import Crossings, find_tied, reads_through, strays
+from .scan import why_not_scan
 from .schedule import COLUMNS
 from .sweep import is_column, on_chip, set_shares, why_not_sweep
 from .translate import Program
@@ -22,6 +24,7 @@ MAX_MEMBERS = 96
 MAX_POINTERS = 40
 #: values further apart than this do not share a kernel only because they read the same data
 SIBLING_DISTANCE = 24
+WRITES = "one writes memory that the other reads"
 #: one program does this many elements as fast as a whole GPU would
 SMALL = 16384
 
@@ -31,6 +34,8 @@ class Fuser:
 
     def __init__(self, program: Program, graph: Any, multiprocessors: int) -> None:
         self.program, self.multiprocessors = program, multiprocessors
+        self.escapes = find_escapes(program, graph)
+        drop_unread(program, self.escapes)
         self.place = {v: k for k, v in enumerate(program.values)}
         self.groups: list[Group] = []
         self.home: dict[Value, Group] = {}
@@ -38,7 +43,6 @@ class Fuser:
         self.upstream: dict[Value, int] = {}  # value -> bitset of groups it waits for
         self.unfused: list[tuple[Value, Value, str]] = []
         self.readers = find_readers(program)
-        self.escapes = find_escapes(program, graph)
         self.waits, self.written = order_edges(program, graph)
         self.twins: dict[Any, Group] = {}
         self.twin_frames: dict[Any, Frame] = {}
@@ -161,13 +165,23 @@ class Fuser:
             return "the kernel would wait for its own result"
         if pointers(group, v) > MAX_POINTERS:
             return f"the kernel would take more than {MAX_POINTERS} tensors"
+        if group.tied and (
+            reads_through(v, self.inlined, group.tied) or strays(v, frame, group, group.tied)
+        ):
+            return "it reads what the kernel has for its own row only in another place"
+        if any(self.home.get(w) is group for w in self.waits.get(v, ())):
+            return WRITES
         if v.reduces:
             return self._why_not_reduce(group, v, frame)
+        if v.kind == "scan":
+            why = why_not_scan(group, v, frame)
+            return why or (None if group.reduced else self._why_idle(group, v, frame))
         full = set(group.resolve(atoms_of(frame))) == set(group.domain)
         if group.reduced:
             if (
                 full
                 and group.column
+                and not group.scans
                 and v not in self.column_feeds
                 and (sibling or not on_chip(group))
                 and not self._busy_with_columns(group, group.reduced)
@@ -181,7 +195,9 @@ class Fuser:
         return why_not_sweep(group, v, frame, self.readers)
 
     def _only_feeds(self, group: Group) -> bool:
-        return group.column or all(m in self.column_feeds for m in group.members)
+        return (group.column and not group.scans) or all(
+            m in self.column_feeds for m in group.members
+        )
 
     def _why_not_reduce(self, group: Group, v: Value, frame: Frame) -> str | None:
         atoms = tuple(a for k in v.params for a in frame[k])
@@ -201,8 +217,12 @@ class Fuser:
             and any(self._stored_beside(m, group, v) for m in group.members)
         ):
             return "its columns would leave most of the GPU idle, which stores the operands too"
-        if not column and is_static(*(group.sizes[a] for a in group.domain)):
-            rows = product(group.sizes[a] for a in group.domain if a not in set(atoms))
+        return None if column else self._why_idle(group, v, frame)
+
+    def _why_idle(self, group: Group, v: Value, frame: Frame) -> str | None:
+        if is_static(*(group.sizes[a] for a in group.domain)):
+            atoms = {a for k in v.params for a in frame[k]}
+            rows = product(group.sizes[a] for a in group.domain if a not in atoms)
             work = product(group.sizes[a] for a in group.domain)
             if (
                 rows < 8
@@ -226,7 +246,7 @@ class Fuser:
         if m in self.column_feeds:
             return False  # its readers will join v
         return any(
-            r is not v and self._reads_elsewhere(r, group) for r, _ in self.readers.get(m, [])
+            not _alike(r, v) and self._reads_elsewhere(r, group) for r, _ in self.readers.get(m, [])
         )
 
     def _makes_cycle(self, group: Group, v: Value) -> bool:
@@ -267,11 +287,17 @@ class Fuser:
             group.frames[v] = kept if v.kind == "reduce" else ((SHARE,), *kept)
         else:
             group.frames[v] = frame
+            if v.kind == "scan":
+                group.scans = True
+                if not group.reduced:
+                    group.set_reduced(frame[v.params[0]])
+                    group.column = is_column(v)
             if v.kind not in ("gather", "concat"):
-                for a in v.inputs:
+                for a in aligned_operands(v):
                     if a.shape == v.shape:
                         self._frame_operand(group, a, frame)
         group.members.append(v)
+        group.tied = find_tied([v], group.tied)
         group.last = max(group.last, self.place[v])
         self.home[v] = group
         self._grow(group, self.upstream[v])
@@ -337,16 +363,35 @@ class Fuser:
             return "one of them is for a column reduction, which runs in its own kernel"
         if self._path_between(one, two) or self._path_between(two, one):
             return "the kernel would wait for its own result"
+        if self._wait_for(one, two) or self._wait_for(two, one):
+            return WRITES
+        crossings = Crossings(one, two)
         mapping = align(one, own, two, frame)
         if mapping is None:
             return "their shapes do not line up"
-        if two.reduced and one.reduced and {mapping[a] for a in two.reduced} != set(one.reduced):
-            return "they reduce different dims"
-        both = two.reduced and one.reduced and two.shares != one.shares
-        if both and (one.column or (one.shares and two.shares)):
-            return "one of them reduces its rows in shares, the other at once"
+        if two.reduced and one.reduced:
+            order = tuple(mapping[a] for a in two.reduced)
+            if set(order) != set(one.reduced):
+                return "they reduce different dims"
+            if order != one.reduced and (one.scans or two.scans):
+                return "they run over the dims in different orders"
+            both = one.shares and two.shares
+            scans = one.scans or two.scans
+            if two.shares != one.shares and (one.column or both or scans):
+                return "one of them reduces its rows in shares, the other at once"
+        hidden = any(
+            reads_through(m, self.inlined, b.tied)
+            for a, b in ((one, two), (two, one))
+            for m in a.members
+            if b.tied
+        )
+        if hidden or crossings.stray(mapping):
+            return "one of them reads what the other has for its own row only in another place"
         self._absorb(one, two, mapping)
         return None
+
+    def _wait_for(self, one: Group, two: Group) -> bool:
+        return any(self.home.get(w) is two for m in one.members for w in self.waits.get(m, ()))
 
     def _absorb(self, one: Group, two: Group, mapping: dict[str, str]) -> None:
         if two.reduced and not one.reduced:
@@ -378,7 +423,9 @@ class Fuser:
         )
         one.members = sorted(one.members + two.members, key=self.place.__getitem__)
         one.first, one.last = min(one.first, two.first), max(one.last, two.last)
-        two.members = []
+        one.scans = one.scans or two.scans
+        one.tied = find_tied(one.members)
+        two.members, two.tied = [], set()
         for m in one.members:
             self.upstream[m] = waits
         values = self.program.values
@@ -401,6 +448,11 @@ class Fuser:
                 if self._closure(s) & bit:
                     return True
         return False
+
+
+def _alike(r: Value, v: Value) -> bool:
+    """Whether r is v, or a reduction that shares its operand and its kernel (a max's place)."""
+    return r is v or (r.kind == v.kind == "reduce" and (r.args, r.params) == (v.args, v.params))
 
 
 def pointers(group: Group, v: Value) -> int:

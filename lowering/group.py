@@ -33,8 +33,10 @@ class Group:
         self._reduced: tuple[str, ...] = ()
         self.column = False  # the reduced atoms are not the contiguous ones
         self.shares = 0  # of the rows, where columns are reduced in two steps
+        self.scans = False  # some member is a scan along the reduced atoms, in their order
         self.outputs: list[Value] = []
         self.stores: dict[Value, Value] = {}  # copy into an input -> that input
+        self.tied: set[Value] = set()  # members that a program has for its own row only
         self.first = self.last = 0  # places of its first and last member in the program
 
     # atoms ---------------------------------------------------------------------------------
@@ -121,6 +123,11 @@ class Group:
 
     def numel(self, atoms: Sequence[str]) -> Size:
         return product(self.sizes[a] for a in atoms)
+
+    @property
+    def stored(self) -> list[Value]:
+        """What the kernel writes: its outputs, and places of inputs."""
+        return [*self.outputs, *(m for m in self.members if m.kind == "store")]
 
     @property
     def nodes(self) -> list[Any]:

@@ -133,7 +133,7 @@ class Inliner:
         for v in reversed(self.program.values):
             readers = self.readers.get(v)
             if (
-                v.kind in ("pointwise", "cast", "concat", "gather")
+                v.kind in ("pointwise", "cast", "concat", "gather", "patch")
                 and readers
                 and (self._may_move(v) and all(not same or r in out for r, same in readers))
             ):

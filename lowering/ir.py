@@ -12,7 +12,7 @@ from itertools import count
 from typing import Any
 
 from ..kernels.op import BODIES
-from .indexing import Size, contiguous_strides, is_static, product, simplify
+from .indexing import ZERO, Size, contiguous_strides, is_static, product, simplify
 from .parts import (
     SPLITTABLE,
     contiguous_axis,
@@ -21,7 +21,7 @@ from .parts import (
     parts_of,
     parts_wanted,
 )
-from .views import Expand, Flip, Permute, Reshape, Slice, View
+from .views import Affine, Expand, Flip, Permute, Reshape, Slice, View
 
 BITS = {
     "bool": 8,
@@ -62,9 +62,12 @@ class Value:
     cast       -                     (Value,)
     reduce     name in REDUCTIONS    (Value,), axes in ``params``; the reduced axes stay, of size 1
     partial    name in REDUCTIONS    the same of shares of the rows, side by side on a first axis
+    scan       name in SCANS         (Value,), the axis in ``params``; of its operand's shape
     view       -                     (Value,), the View in ``params``
     concat     -                     Values, the axis in ``params``
+    patch      -                     (under, patch): see Builder.patch
     gather     -                     (base, index, ...): see Builder.gather
+    store      -                     (values, index, ...): see Builder.store
     iota, full -                     literals
     random     -                     (seed, salt): uniform in [0, 1)
     """
@@ -168,14 +171,23 @@ class Builder:
 
     # reductions ----------------------------------------------------------------------------
 
-    def reduce(self, op: str, x: Value, axes: Sequence[int], dtype: str | None = None) -> Value:
+    def reduce(
+        self,
+        op: str,
+        x: Value,
+        axes: Sequence[int],
+        dtype: str | None = None,
+        split: bool = True,
+    ) -> Value:
         """Reduce ``axes``, which stay with size 1.
 
-        Few rows, or many rows under few columns, are reduced in two steps: parts side by side,
-        then the parts.
+        Few rows, or many rows under few columns, are reduced in two steps unless ``split`` is
+        false: parts side by side, then the parts.
         """
         axes = normalize_axes(axes, x.ndim)
-        parts = parts_wanted(x, axes, self.multiprocessors) if op in SPLITTABLE else 1
+        parts = 1
+        if split and op in SPLITTABLE:
+            parts = parts_wanted(x, axes, self.multiprocessors)
         if parts == 1:
             return self._reduce(op, x, axes, dtype)
         hold = dtype or x.dtype
@@ -184,8 +196,8 @@ class Builder:
         if contiguous_axis(x) not in axes:
             whole = self._reduce(op, self._partial(op, x, axes, parts, wide), (0,), hold)
         else:
-            split, inner, outer = self.split(x, axes, parts)
-            whole = self._reduce(op, self._reduce(op, split, inner, wide), outer, hold)
+            cut, inner, outer = self.split(x, axes, parts)
+            whole = self._reduce(op, self._reduce(op, cut, inner, wide), outer, hold)
         return self.reshape(whole, [1 if k in axes else s for k, s in enumerate(x.shape)])
 
     def _partial(self, op: str, x: Value, axes: Sequence[int], shares: int, dtype: str) -> Value:
@@ -227,6 +239,12 @@ class Builder:
     ) -> tuple[tuple[Size, ...], tuple[Size, ...] | None]:
         shape = tuple(1 if k in axes else s for k, s in enumerate(x.shape))
         return shape, _kept_innermost(x, shape)
+
+    def scan(self, op: str, x: Value, axis: int, dtype: str | None = None) -> Value:
+        """The results of ``op`` over the elements up to each place along ``axis``."""
+        strides = x.strides if is_dense(x) else None
+        axes = normalize_axes([axis], x.ndim)
+        return Value("scan", op, (x,), x.shape, dtype or x.dtype, params=axes, strides=strides)
 
     def sum(self, x: Value, axes: Sequence[int]) -> Value:
         return self.reduce("sum", x, axes)
@@ -277,6 +295,15 @@ class Builder:
     def slice(self, x: Value, axis: int, start: Size, stop: Size, step: int = 1) -> Value:
         return self.view(x, Slice(x.shape, axis, start, stop, step))
 
+    def affine(
+        self,
+        x: Value,
+        shape: Sequence[Size],
+        starts: Sequence[Size],
+        steps: Sequence[Sequence[tuple[int, Size]]],
+    ) -> Value:
+        return self.view(x, Affine(x.shape, shape, starts, steps))
+
     def flip(self, x: Value, dims: Sequence[int]) -> Value:
         return self.view(x, Flip(x.shape, dims))
 
@@ -299,6 +326,10 @@ class Builder:
         shape[axis] = simplify(total)
         return Value("concat", None, parts, shape, parts[0].dtype, params=axis)
 
+    def patch(self, x: Value, src: Value, places: Sequence[tuple[int, Size, int]]) -> Value:
+        """x with src in the places ``start, start + step, ...`` along each (axis, start, step)."""
+        return Value("patch", None, (x, src), x.shape, x.dtype, params=tuple(places))
+
     def gather(
         self,
         base: Value,
@@ -316,6 +347,25 @@ class Builder:
         axes = tuple(a for a, _ in indices)
         args = (base, *(v for _, v in indices))
         return Value("gather", None, args, shape, base.dtype, params=(axes, tuple(places), wrap))
+
+    def store(
+        self,
+        target: Value,
+        values: Value,
+        indices: Sequence[tuple[int, Value]],
+        places: Sequence[int | None],
+        shape: Sequence[Size],
+        wrap: bool,
+    ) -> Value:
+        """A write of ``values``, broadcast to ``shape``, into the memory of ``target``.
+
+        ``indices``, ``places`` and ``wrap`` say where, as they do for a gather's base. The target
+        is no operand: nothing of it is read.
+        """
+        axes = tuple(a for a, _ in indices)
+        args = (values, *(v for _, v in indices))
+        params = (target, axes, tuple(places), wrap)
+        return Value("store", None, args, shape, target.dtype, params=params)
 
 
 def _kept_innermost(x: Value, shape: Sequence[Size]) -> tuple[Size, ...] | None:
@@ -385,3 +435,31 @@ def is_dense(v: Value) -> bool:
             return False
         step *= size
     return True
+
+
+def base_of(v: Value) -> Value:
+    """What a view shows."""
+    while v.kind == "view":
+        v = v.args[0]
+    return v
+
+
+def first_place(v: Value) -> Size:
+    """How far a view's first element lies behind its base's first.
+
+    From the view itself: a pass may have put another base under it than its FakeTensor knows.
+    """
+    coords = [ZERO] * v.ndim
+    while v.kind == "view":
+        coords = v.params.pull(coords, _NoAtoms)
+        v = v.args[0]
+    place: Size = 0
+    for c, stride in zip(coords, v.strides, strict=True):
+        place = place + c.const * stride
+    return simplify(place)
+
+
+class _NoAtoms:
+    """The context of a pull at a fixed place: there are no loop variables."""
+
+    size = derive = None

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from .flow import base_of, flatten
+from .flow import flatten
 from .graph import is_view
 from .group import Group
-from .ir import SizeArg, Value
+from .ir import SizeArg, Value, base_of
 from .translate import Program
 
 aten = torch.ops.aten

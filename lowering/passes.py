@@ -134,6 +134,9 @@ def _copy_source(node: fx.Node, storage: Storage) -> fx.Node | None:
         return None
     if storage.is_written(source) or storage.is_written(node):
         return None
+    family = storage.members[storage.root[node]]
+    if any(u.target is aten.as_strided.default for m in family for u in m.users):
+        return None  # it counts from the start of the copy's memory
     if storage.root[node] in storage.escaping and (
         storage.is_fixed(source) or storage.root[source] in storage.escaping
     ):

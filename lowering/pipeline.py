@@ -15,13 +15,13 @@ from torch.fx import GraphModule, Node
 from ..kernels import load_ops
 from . import executor
 from .emit import emit
-from .flow import base_of, find_escapes
+from .flow import find_escapes
 from .foreach import take_foreach_apart
 from .fuse import Fuser
 from .group import Group, Plan
 from .horizontal import Combined, Part, combine, combined_source, find_parts, may_share
 from .indexing import is_static, product
-from .ir import Value
+from .ir import Value, base_of
 from .load import CompileError, Loading
 from .options import Options
 from .partition import share_seeds
@@ -196,7 +196,7 @@ def source_for(
 ) -> Source:
     """One kernel's text."""
     rows = product(group.sizes[a] for a in group.parallel)
-    is_reduction = any(m.reduces for m in group.members)
+    is_reduction = any(m.reduces or m.kind == "scan" for m in group.members)
     looped = is_reduction and needs_loop(rows, group.reduced_length, group.column)
     body = emit(group, inlined, options.exact, looped)
     name = kernel_name(group.members)
@@ -242,7 +242,7 @@ def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
     if len(nodes) != 1 or any(m.node is None for m in group.members) or len(group.members) != 1:
         return False
     (member,) = group.members
-    if member.kind not in ("pointwise", "cast", "concat", "reduce"):
+    if member.kind not in ("pointwise", "cast", "concat", "patch", "reduce", "scan", "store"):
         return False
     (node,) = nodes
     if any(_is_worth_it(base_of(a), fuser) for a in member.inputs):
@@ -250,12 +250,15 @@ def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
     op = op_of(node.target)
     if node.target is operator.getitem or (op is not None and op.kind == "composite"):
         return False
+    read = {base_of(a) for a in member.inputs}
     for source in node.all_input_nodes:
         entry = program.of.get(source)
         for value in [entry] if isinstance(entry, Value) else []:
             base = base_of(value)
-            if base in fuser.inlined and base.kind not in ("full", "iota"):
-                return False
+            if base.kind in ("full", "iota"):
+                continue
+            if base in fuser.inlined or (base.computes and base not in read):
+                return False  # ATen would read what no kernel stores
     member.kind, member.op, member.args, member.params = "buffer", None, (), None
     program.aten[node] = "alone: nothing to fuse it with"
     del fuser.home[member]

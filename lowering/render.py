@@ -10,8 +10,10 @@ from .body import Body, Instr
 from .group import SHARE
 from .indexing import Index, Size, is_static, product, simplify
 from .ir import BITS, SIXTEEN_BIT, Value
+from .scan import render_carry, render_scan
 from .schedule import Tile, column_tile, pointwise_tile, row_tile, sweep_tile, transpose_tile
 from .source import POINTER, Lines, Source
+from .store import render_put
 
 HEADER = "import triton\nimport triton.language as tl\n"
 LIMIT_32 = 2**31 - 1
@@ -37,7 +39,7 @@ class Renderer(Accumulators):
         self.outside_sweep = False  # where there is no row, and no x
 
     def _is_reduction(self) -> bool:
-        return any(m.reduces for m in self.group.members)
+        return any(m.reduces or m.kind == "scan" for m in self.group.members)
 
     # loop order --------------------------------------------------------------------------------
 
@@ -131,7 +133,7 @@ class Renderer(Accumulators):
 
     def _needs_int64(self) -> bool:
         for instr in self._instrs():
-            if instr.kind in ("load", "store"):
+            if instr.kind in ("load", "store", "put"):
                 top = instr.indices[0].const
                 for atom, c in instr.indices[0].terms:
                     if atom not in self.group.sizes:
@@ -365,7 +367,7 @@ class Renderer(Accumulators):
     def _line(self, instr: Instr) -> None:
         text = instr.text
         for k, index in enumerate(instr.indices):
-            text = text.replace(f"{{i{k}}}", self._coordinate(index))
+            text = text.replace(f"{{i{k}}}", self.coordinate(index))
         text = text.replace("{ones}", "1, 1" if self._two_dims else "1")
         self.lines.add(f"{instr.out} = {text}", instr.comment)
 
@@ -373,7 +375,7 @@ class Renderer(Accumulators):
     def _two_dims(self) -> bool:
         return self.rank == 2 or self.square is not None
 
-    def _coordinate(self, index: Index) -> str:
+    def coordinate(self, index: Index) -> str:
         """An index as a tile of numbers (never a bare literal)."""
         text = self.index(index)
         return f"(x * 0 + {text})" if not index.atoms else f"({text})"
@@ -386,7 +388,7 @@ class Renderer(Accumulators):
         if instr.cond is not None:
             masks.append(instr.cond)
         if instr.cond is not None or (masks and self._spans(index)["other"]):
-            pointer += self._missing(index, wide)  # a loaded place may be one number for the tile
+            pointer += self.missing(index, wide)  # a loaded place may be one number for the tile
         mask = f", mask={' & '.join(masks)}, other=0" if masks else ""
         text = f"tl.load({instr.text} + ({pointer}){mask})"
         if instr.dtype in SIXTEEN_BIT:
@@ -423,7 +425,7 @@ class Renderer(Accumulators):
                 out["other"] = True
         return out
 
-    def _missing(self, index: Index, wide: bool) -> str:
+    def missing(self, index: Index, wide: bool) -> str:
         """Zero terms that give an address the whole tile's shape."""
         across = self._spans(index)
         out = "" if across["x"] or self.outside_sweep else " + x * 0"
@@ -435,10 +437,12 @@ class Renderer(Accumulators):
 
     def _store(self, instr: Instr) -> None:
         index, wide = instr.indices[0], instr.cond == "wide"
-        pointer = self.index(index) + self._missing(index, wide)
+        pointer = self.index(index) + self.missing(index, wide)
         masks = [m for m in (self.xmask, self.ymask, self.rmask if wide else None) if m]
         mask = f", mask={' & '.join(masks)}" if masks else ""
         self.lines.add(f"tl.store({instr.text} + ({pointer}), {instr.out}{mask})")
+
+    _carry, _scan, _put = render_carry, render_scan, render_put
 
     def _barrier(self, instr: Instr) -> None:
         self.lines.add("tl.debug_barrier()")

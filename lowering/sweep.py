@@ -36,7 +36,7 @@ def is_column(v: Value) -> bool:
 def why_not_sweep(group: Group, v: Value, frame: Frame, readers: Readers) -> str | None:
     """Why the group's programs cannot reduce v (or what v is for) over rows, or None."""
     other = "it reduces other dims than the group does"
-    if not group.reduced or group.column or not on_chip(group):
+    if not group.reduced or group.column or group.scans or not on_chip(group):
         return other
     found = _reduction_of(group, v, frame, readers)
     if found is None:

@@ -27,6 +27,7 @@ from .ir import (
 )
 from .one_hot import sum_of_one_hot
 from .parts import normalize_axes
+from .store import STORES, lower_store
 from .view_ops import VIEWS, negative_zero
 from .views import Permute, Reshape
 
@@ -142,10 +143,14 @@ class Translator:
         name = str(node.target)
         view = VIEWS.get(name)
         op = op_of(node.target)
-        if view is None and op is None:
+        if view is None and op is None and name not in STORES:
             raise Declined("no kernel is declared for it")
         self._check_tensors(node, val, composite=op is not None and op.kind == "composite")
         args = map_arg(schema_args(node), self._operand)
+        if name in STORES:
+            store = lower_store(self._for_node(node), node, args)
+            store.node = node
+            return store
         if view is not None:
             return self._bind_view(view(self.builder, val, *args), node, val)
         assert op is not None  # or there is a view, see above
@@ -296,20 +301,41 @@ class _Recorder(Builder):
         self.values = values
         self.origin: Node | None = None
 
-    def reduce(self, op: str, x: Value, axes: Sequence[int], dtype: str | None = None) -> Value:
+    def reduce(
+        self,
+        op: str,
+        x: Value,
+        axes: Sequence[int],
+        dtype: str | None = None,
+        split: bool = True,
+    ) -> Value:
         """A reduction of single elements is none; a kernel could not tell its levels apart."""
         axes = normalize_axes(axes, x.ndim)
-        if not all(type(x.shape[k]) is int and x.shape[k] == 1 for k in axes):
+        if not _is_single(x, axes):
             known = sum_of_one_hot(self, x, axes) if op == "sum" else None
             if known is not None:
                 return self.cast(known, dtype or x.dtype)
-            return super().reduce(op, x, axes, dtype)
-        dtype = dtype or x.dtype
+            return super().reduce(op, x, axes, dtype, split)
+        return self._of_single(op, x, dtype or x.dtype)
+
+    def scan(self, op: str, x: Value, axis: int, dtype: str | None = None) -> Value:
+        if not _is_single(x, [axis]):
+            return self._scan(op, x, axis, dtype)
+        return self._of_single(op, x, dtype or x.dtype)
+
+    def _scan(self, op: str, x: Value, axis: int, dtype: str | None) -> Value:
+        return super().scan(op, x, axis, dtype)
+
+    def _of_single(self, op: str, x: Value, dtype: str) -> Value:
         if op in ("argmax", "argmin"):
             return self.full(x.shape, 0, dtype)
         if op == "logsum":
             return self.call("sub", x, x, 1)  # 0, or NaN where x is infinite
         return self.cast(self.cast(x, "bool") if op in ("any", "all") else x, dtype)
+
+
+def _is_single(x: Value, axes: Sequence[int]) -> bool:
+    return all(type(x.shape[k]) is int and x.shape[k] == 1 for k in axes)
 
 
 def _recorded(method: Callable[..., Value]) -> Callable[..., Value]:
@@ -334,9 +360,12 @@ for _name in (
     "random",
     "_reduce",
     "_partial",
+    "_scan",
     "view",
     "concat",
+    "patch",
     "gather",
+    "store",
 ):
     setattr(_Recorder, _name, _recorded(getattr(_Recorder, _name)))
 

@@ -11,8 +11,20 @@ from typing import Any
 
 import torch
 
-from .indexing import Size, is_static, simplify, size_of
-from .ir import Builder, Declined, SizeArg, Value, dtype_name
+from .graph import value_of
+from .indexing import Size, is_static, product, simplify, size_of
+from .ir import (
+    Builder,
+    Declined,
+    SizeArg,
+    Value,
+    base_of,
+    contiguous_axis,
+    dtype_name,
+    first_place,
+    is_dense,
+)
+from .patch import patched, patched_part
 
 
 def negative_zero(value: Any) -> bool:
@@ -31,11 +43,8 @@ def _reshape(b: Builder, val: torch.Tensor, x: Value, *_: Any) -> Value:
 def _slice(
     b: Builder, val: Any, x: Value, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> Value:
-    size = x.shape[dim]
-    first = _clamp(0 if start is None else start, size)
-    if first is None:
-        raise Declined("slice with a symbolic start")
     length = size_of(val.shape[dim])
+    first = _first(start, end, x.shape[dim], length, step)
     return b.slice(
         x,
         dim,
@@ -45,13 +54,21 @@ def _slice(
     )
 
 
-def _clamp(start: Any, size: Size) -> Size | None:
-    """A slice's start as an offset from 0; None when it depends on a symbol's value."""
-    if isinstance(start, SizeArg) or not isinstance(start, int):
-        return None
-    if start >= 0:
-        return min(start, size) if is_static(size) else (start if start == 0 else None)
-    return max(start + size, 0) if is_static(size) else None
+def _first(start: Any, end: Any, size: Size, length: Size, step: int) -> Size:
+    """A slice's start as an offset from 0, not cut off at either end."""
+    first = 0 if start is None else _size(start)
+    if is_static(first, size):
+        return min(first, size) if first >= 0 else max(first + size, 0)
+    if is_static(first) and first < 0:
+        first = simplify(first + size)
+    stop = size if end is None or end == 2**63 - 1 else _size(end)
+    if is_static(stop) and stop < 0:
+        stop = simplify(stop + size)
+    if not (is_static(first) and first == 0) and (
+        step != 1 or length not in (simplify(stop - first), simplify(size - first))
+    ):
+        raise Declined("slice with a symbolic start")
+    return first
 
 
 def _select(b: Builder, val: Any, x: Value, dim: int, index: Any) -> Value:
@@ -97,6 +114,65 @@ def _flip(b: Builder, val: Any, x: Value, dims: Sequence[int]) -> Value:
     return b.copy(b.flip(x, dims))
 
 
+def _repeat(b: Builder, val: torch.Tensor, x: Value, repeats: Sequence[Any]) -> Value:
+    times = [_size(n) for n in repeats]
+    x = b.reshape(x, [*[1] * (len(times) - x.ndim), *x.shape])
+    ones = b.reshape(x, [n for size in x.shape for n in (1, size)])
+    whole = b.expand(ones, [n for pair in zip(times, x.shape, strict=True) for n in pair])
+    return b.copy(b.reshape(whole, _shape(val)))
+
+
+def _size(n: Any) -> Size:
+    return n.expr if isinstance(n, SizeArg) else n
+
+
+def _unfold(b: Builder, val: torch.Tensor, x: Value, dim: int, size: int, step: int) -> Value:
+    """[..., N, ...] -> [..., windows, ..., size]: a view, whose windows may overlap."""
+    if not x.ndim:
+        raise Declined("0-d operand")
+    steps: list[list[tuple[int, Size]]] = [[(k, 1)] for k in range(x.ndim)]
+    steps[dim] = [(dim % x.ndim, step), (x.ndim, 1)]
+    return b.affine(x, _shape(val), [0] * x.ndim, steps)
+
+
+def _diagonal(
+    b: Builder, val: torch.Tensor, x: Value, offset: int = 0, dim1: int = 0, dim2: int = 1
+) -> Value:
+    one, two = dim1 % x.ndim, dim2 % x.ndim
+    rest = iter(range(val.ndim - 1))
+    last = (val.ndim - 1, 1)
+    steps = [[last] if k in (one, two) else [(next(rest), 1)] for k in range(x.ndim)]
+    starts = [
+        max(0, -offset) if k == one else max(0, offset) if k == two else 0 for k in range(x.ndim)
+    ]
+    return b.affine(x, _shape(val), starts, steps)
+
+
+def _as_strided(
+    b: Builder, val: torch.Tensor, x: Value, size: Any, stride: Sequence[Any], start: Any = None
+) -> Value:
+    """The elements at ``start + sum(i * stride)`` of x's memory, where x is all of it."""
+    base = base_of(x)
+    if base.node is None or not is_static(*base.shape, *base.strides) or not is_dense(base):
+        raise Declined("its base has gaps or symbolic sizes")
+    shape, steps = _shape(val), [_size(n) for n in stride]
+    whole = value_of(base.node)
+    start = first_place(x) if start is None else _size(start) - size_of(whole.storage_offset())
+    if not is_static(*shape, *steps, start):
+        raise Declined("symbolic sizes")
+    last = start + sum((n - 1) * s for n, s in zip(shape, steps, strict=True))
+    if start < 0 or last >= product(base.shape):
+        raise Declined("it reaches beyond its base")
+    near = contiguous_axis(base)
+    if base.kind == "buffer" and near is not None:  # an address is a sum: one axis can run it all
+        own = list(enumerate(steps))
+        starts = [start if k == near else 0 for k in range(base.ndim)]
+        return b.affine(base, shape, starts, [own if k == near else [] for k in range(base.ndim)])
+    order = sorted(range(base.ndim), key=lambda k: (-base.strides[k], base.shape[k]))
+    flat = b.reshape(b.permute(base, order), [product(base.shape)])
+    return b.affine(flat, shape, [start], [list(enumerate(steps))])
+
+
 def _cat(b: Builder, val: torch.Tensor, parts: Sequence[Value], dim: int = 0) -> Value:
     if len(parts) > 8:
         raise Declined(f"{len(parts)} parts; up to 8 are fused")
@@ -111,12 +187,57 @@ def _stack(b: Builder, val: torch.Tensor, parts: Sequence[Value], dim: int = 0) 
     return _cat(b, val, [b.unsqueeze(p, [dim], val.ndim) for p in parts], dim)
 
 
+def _copy(b: Builder, val: torch.Tensor, x: Value, src: Value, *_: Any) -> Value:
+    """src in x's shape and dtype; x itself is not read."""
+    return b.copy(b.expand(b.cast(src, x.dtype), x.shape))
+
+
+def _fill(b: Builder, val: torch.Tensor, x: Value, value: Any) -> Value:
+    given = value if isinstance(value, Value) else _full(b, val, (), value)
+    return _copy(b, val, x, given)
+
+
+def _slice_scatter(
+    b: Builder,
+    val: torch.Tensor,
+    x: Value,
+    src: Value,
+    dim: int = 0,
+    start: Any = None,
+    end: Any = None,
+    step: int = 1,
+) -> Value:
+    src = b.cast(src, x.dtype)
+    if src.shape == x.shape:
+        return b.copy(src)
+    start = 0 if start is None else start
+    if not (isinstance(start, int) and start >= 0):  # else src would be empty, were it cut off
+        start = _first(start, end, x.shape[dim], src.shape[dim], step)
+    return patched(b, x, src, dim, start, step)
+
+
+def _select_scatter(
+    b: Builder, val: torch.Tensor, x: Value, src: Value, dim: int, index: Any
+) -> Value:
+    if not isinstance(index, int):
+        raise Declined("select with a symbolic index")
+    start = index if index >= 0 else simplify(x.shape[dim] + index)
+    return patched_part(b, x, b.cast(src, x.dtype), dim, start)
+
+
 def _pad(b: Builder, val: torch.Tensor, x: Value, pad: Sequence[Any], value: Any = 0) -> Value:
-    if not all(isinstance(p, int) and p >= 0 for p in pad):
-        raise Declined("negative or symbolic padding")
+    """Values around x; a negative amount takes away instead."""
+    if not all(isinstance(p, int) for p in pad):
+        raise Declined("symbolic padding")
     for k in range(len(pad) // 2):
         axis = x.ndim - 1 - k
         before, after = pad[2 * k], pad[2 * k + 1]
+        if before < 0 or after < 0:
+            stop = simplify(x.shape[axis] + min(after, 0))
+            if is_static(stop) and stop + min(before, 0) <= 0:
+                raise Declined("nothing is left of an axis")
+            x = b.slice(x, axis, max(0, -before), stop)
+            before, after = max(before, 0), max(after, 0)
         for amount, first in ((before, True), (after, False)):
             if amount:
                 shape = [amount if a == axis else s for a, s in enumerate(x.shape)]
@@ -173,9 +294,18 @@ VIEWS: dict[str, Callable[..., Any]] = {
     "aten.split.Tensor": _split,
     "aten.split_with_sizes.default": _split,
     "aten.unbind.int": _unbind,
+    "aten.unfold.default": _unfold,
+    "aten.diagonal.default": _diagonal,
+    "aten.as_strided.default": _as_strided,
+    "aten.repeat.default": _repeat,
     "aten.flip.default": _flip,
     "aten.cat.default": _cat,
     "aten.stack.default": _stack,
+    "aten.copy.default": _copy,
+    "aten.fill.Scalar": _fill,
+    "aten.fill.Tensor": _fill,
+    "aten.slice_scatter.default": _slice_scatter,
+    "aten.select_scatter.default": _select_scatter,
     "aten.constant_pad_nd.default": _pad,
     "aten.full.default": _full,
     "aten.full_like.default": _full,

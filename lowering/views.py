@@ -228,6 +228,39 @@ class Flip(View):
         return tuple(src)
 
 
+class Affine(View):
+    """Each coordinate of the argument is ``start`` plus steps along the view's own axes.
+
+    ``steps[k]`` holds (own axis, step) for axis k of the argument; places may be shown many times.
+    """
+
+    def __init__(
+        self,
+        src: Sequence[Size],
+        shape: Sequence[Size],
+        starts: Sequence[Size],
+        steps: Sequence[Sequence[tuple[int, Size]]],
+    ) -> None:
+        self.src, self.shape = tuple(src), tuple(shape)
+        self.starts, self.steps = tuple(starts), tuple(map(tuple, steps))
+
+    def pull(self, coords: Sequence[Index], context: Any) -> list[Index]:
+        out = []
+        for start, steps in zip(self.starts, self.steps, strict=True):
+            place = Index(const=start)
+            for axis, step in steps:
+                place = place + coords[axis].scale(step)
+            out.append(place)
+        return out
+
+    def strides(self, src: Sequence[Size]) -> tuple[Size, ...]:
+        out: list[Size] = [0] * len(self.shape)
+        for stride, steps in zip(src, self.steps, strict=True):
+            for axis, step in steps:
+                out[axis] = simplify(out[axis] + step * stride)
+        return tuple(out)
+
+
 def take_inner(
     run: Sequence[str],
     inner: Size,

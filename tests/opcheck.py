@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 import math
 import operator
 import os
@@ -206,11 +207,20 @@ def _var_mean(x: Tensor, dim: Any = None, correction: Any = 1, keepdim: bool = F
     return squares / (count - correction), mean if keepdim else x.mean(dim)
 
 
+def _one_by_one(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def scan(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
+        return torch.stack(list(itertools.accumulate(x.to(dtype or x.dtype).unbind(dim), op)), dim)
+
+    return scan
+
+
 #: what ATen accumulates in float64 on a CPU and in float32 on a GPU: the GPU's formula
 IN_FLOAT32: dict[str, Callable[..., Any]] = {
     "aten.var.correction": lambda *a, **k: _var_mean(*a, **k)[0],
     "aten.std.correction": lambda *a, **k: _var_mean(*a, **k)[0].sqrt(),
     "aten.var_mean.correction": _var_mean,
+    "aten.cumsum.default": _one_by_one(torch.add),
+    "aten.cumprod.default": _one_by_one(torch.mul),
 }
 
 
@@ -289,6 +299,8 @@ CONTIGUOUS_ONLY = {
 }
 #: a GPU fills results that the kernel does not give: ATen runs where all of them are wanted
 FILLED_ON_A_GPU = {"aten._native_batch_norm_legit_no_training.default"}
+#: the CPU's forward accumulates in float64, and the backward takes exp() of its error
+AMPLIFIED = {"aten.logcumsumexp.default"}
 #: sums of terms that round before they are added, in the order of eager's CUDA kernel
 CANCELS = {"addcmul", "addcdiv", "lerp"}
 

@@ -170,12 +170,47 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Tensor, ...]]]]
         lambda i: ((i * 3 + 1) % 7, (i // 2).cumsum(0), i.sum(-1)),
         lambda: (ids(64, 100, high=99),),
     ),
+    "scans": (
+        lambda x: (
+            (x * 2).cumsum(-1) - x.sum(-1, keepdim=True),
+            x.cummax(-1),
+            x.float().logcumsumexp(-1),
+        ),
+        lambda: (rand(64, 300),),
+    ),
+    "scans_long": (
+        lambda x: ((x * 2).cumsum(-1) / x.sum(-1, keepdim=True), x.cummin(-1)),
+        lambda: (rand(600, 20000),),
+    ),
+    "scans_of_columns": (
+        lambda x: ((x * 2).cumprod(0), (x + 1).float().logcumsumexp(0)),
+        lambda: (rand(4096, 300),),
+    ),
+    "scans_of_truth": (lambda x: (x > 0).cumsum(-1) * 2, lambda: (rand(64, 300),)),
+    "best": (lambda x: ((x * 2).max(-1), (x + 1).min(0)), lambda: (rand(600, 300),)),
+    "windows": (
+        lambda x: ((x * 2).unfold(1, 4, 2).sum(-1), F.pad(x[None], (2, 1), mode="reflect") + 1),
+        lambda: (rand(64, 300),),
+    ),
+    "parts": (
+        lambda x, y: torch.slice_scatter(x * 2, y, 1, 1, 299, 3).repeat(2, 1) + 1,
+        lambda: (rand(64, 300), rand(64, 100)),
+    ),
     "masks": (
         lambda i, x: torch.where((i[:, None] >= i[None, :]) & (x > 0), x, -1e4),
         lambda: (ids(64, high=99), rand(64, 64)),
     ),
 }
-DYNAMIC = ("layer_norm_grad", "rms", "softmax", "rope", "swiglu", "column_sum", "embedding")
+DYNAMIC = (
+    "layer_norm_grad",
+    "rms",
+    "softmax",
+    "rope",
+    "swiglu",
+    "column_sum",
+    "embedding",
+    "scans",
+)
 
 
 @functools.cache

@@ -1,0 +1,108 @@
+"""Values that a kernel has in one place only, and who would read them in another.
+
+A member that needs no reduction of its kernel is computed again wherever it is read. The result of
+a reduction or a scan, and what follows from one, is there for the program's own row alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+from .group import Group
+from .ir import Value, base_of
+from .views import Frame
+
+Resolve = Callable[[Sequence[str]], tuple[str, ...]]
+
+
+def find_tied(members: Iterable[Value], known: Iterable[Value] = ()) -> set[Value]:
+    """The members (in topological order) that exist at the kernel's own place only."""
+    tied = set(known)
+    for m in members:
+        if m.reduces or m.kind == "scan" or _tied_reads(m, tied):
+            tied.add(m)
+    return tied
+
+
+def strays(v: Value, frame: Frame, group: Group, tied: set[Value]) -> bool:
+    """Whether v, run by the group as ``frame`` says, reads a tied member in another place."""
+    return any(
+        _is_elsewhere(v, place, a, frame, group.frame(a), group.resolve)
+        for place, a in _tied_reads(v, tied)
+    )
+
+
+def reads_through(v: Value, inlined: Collection[Value], tied: set[Value]) -> bool:
+    """Whether v reads a tied member through a value that is computed where it is read: nobody can
+    say at which place."""
+    stack = [base for a in v.inputs if (base := base_of(a)) in inlined and base.kind != "cast"]
+    while stack:
+        for a in stack.pop().inputs:
+            base = base_of(a)
+            if base in tied or _source(a) in tied:
+                return True
+            if base in inlined:
+                stack.append(base)
+    return False
+
+
+class Crossings:
+    """Reads of one group's tied members by another's, should the two become one kernel."""
+
+    def __init__(self, one: Group, two: Group) -> None:
+        self.one, self.two = one, two
+        self.reads = [
+            (m, place, a, reader, source)
+            for reader, source in ((one, two), (two, one))
+            if source.tied
+            for m in reader.members
+            for place, a in _tied_reads(m, source.tied)
+        ]
+        for m, _, a, reader, source in self.reads:  # atoms split now, not after they are aligned
+            reader.frame(_domain_of(m))
+            source.frame(a)
+
+    def stray(self, mapping: dict[str, str]) -> bool:
+        """Whether one is in another place; ``mapping`` takes the atoms of two to those of one."""
+
+        def frame_in_one(group: Group, v: Value) -> Frame | None:
+            frame = group.frame(v)
+            if frame is None or group is self.one:
+                return frame
+            return tuple(a and tuple(mapping.get(atom, atom) for atom in a) for a in frame)
+
+        for m, place, a, reader, source in self.reads:
+            frame = frame_in_one(reader, _domain_of(m))
+            known = frame_in_one(source, a)
+            if frame is None or _is_elsewhere(m, place, a, frame, known, self.one.resolve):
+                return True
+        return False
+
+
+def _domain_of(v: Value) -> Value:
+    return v.args[0] if v.reduces else v
+
+
+def _tied_reads(v: Value, tied: set[Value]) -> list[tuple[int, Value]]:
+    """(place among v's operands, the operand) for those that show a tied value."""
+    return [(k, a) for k, a in enumerate(v.inputs) if base_of(a) in tied or _source(a) in tied]
+
+
+def _source(a: Value) -> Value:
+    """What an operand reads, seen through views and casts."""
+    while a.kind in ("view", "cast"):
+        a = a.args[0]
+    return a
+
+
+def _is_elsewhere(
+    v: Value, place: int, a: Value, frame: Frame, known: Frame | None, resolve: Resolve
+) -> bool:
+    if known is None or v.kind == "concat" or (v.kind == "gather" and place == 0):
+        return True
+    if v.kind == "patch" and place == 1 and any(known[axis] for axis, _, _ in v.params):
+        return True
+    lead = len(frame) - a.ndim
+    return any(  # None and no atoms: the same all along the axis
+        axis and resolve(axis) != resolve(frame[lead + k] or ()) for k, axis in enumerate(known)
+    )
