@@ -299,7 +299,7 @@ class Renderer:
     def _line(self, instr: Instr) -> None:
         text = instr.text
         for k, index in enumerate(instr.indices):
-            text = text.replace(f"{{i{k}}}", self.coordinate(index))
+            text = text.replace(f"{{i{k}}}", self._coordinate(index))
         text = text.replace("{ones}", "1, 1" if self._two_dims else "1")
         self.lines.add(f"{instr.out} = {text}", instr.comment)
 
@@ -307,7 +307,7 @@ class Renderer:
     def _two_dims(self) -> bool:
         return self.rank == 2 or self.square is not None
 
-    def coordinate(self, index: Index) -> str:
+    def _coordinate(self, index: Index) -> str:
         """An index as a tile of numbers (never a bare literal)."""
         text = self.index(index)
         return f"(x * 0 + {text})" if not index.atoms else f"({text})"
@@ -320,7 +320,7 @@ class Renderer:
         if instr.cond is not None:
             masks.append(instr.cond)
         if instr.cond is not None or (masks and self._spans(index)["other"]):
-            pointer += self.missing(index, wide)  # a loaded place may be one number for the tile
+            pointer += self._missing(index, wide)  # a loaded place may be one number for the tile
         mask = f", mask={' & '.join(masks)}, other=0" if masks else ""
         text = f"tl.load({instr.text} + ({pointer}){mask})"
         if instr.dtype in SIXTEEN_BIT:
@@ -355,7 +355,7 @@ class Renderer:
                 out["other"] = True
         return out
 
-    def missing(self, index: Index, wide: bool) -> str:
+    def _missing(self, index: Index, wide: bool) -> str:
         """Zero terms that give an address the whole tile's shape."""
         across = self._spans(index)
         out = "" if across["x"] else " + x * 0"
@@ -367,7 +367,7 @@ class Renderer:
 
     def _store(self, instr: Instr) -> None:
         index, wide = instr.indices[0], instr.cond == "wide"
-        pointer = self.index(index) + self.missing(index, wide)
+        pointer = self.index(index) + self._missing(index, wide)
         masks = [m for m in (self.xmask, self.ymask, self.rmask if wide else None) if m]
         mask = f", mask={' & '.join(masks)}" if masks else ""
         self.lines.add(f"tl.store({instr.text} + ({pointer}), {instr.out}{mask})")
@@ -413,7 +413,7 @@ class Renderer:
     def _argbest_step(self, instr: Instr) -> None:
         add, out = self.lines.add, instr.out
         x, at, largest = f"x_{out}", f"at_{out}", instr.text == "argmax"
-        place = f"tl.broadcast_to({self.coordinate(instr.indices[0])}, [XBLOCK, RBLOCK])"
+        place = f"tl.broadcast_to({self._coordinate(instr.indices[0])}, [XBLOCK, RBLOCK])"
         add(f"place_{out} = ({place}).to(tl.int64)")
         if self.rmask:
             add(f"place_{out} = tl.where({self.rmask}, place_{out}, {2**62})")
