@@ -20,7 +20,7 @@ class Accumulators:
     xmask: str | None
     rmask: str | None
 
-    def coordinate(self, index: Index) -> str:
+    def _coordinate(self, index: Index) -> str:
         raise NotImplementedError
 
     def _begin(self, instr: Instr) -> None:
@@ -62,7 +62,7 @@ class Accumulators:
     def _argbest_step(self, instr: Instr) -> None:
         add, out = self.lines.add, instr.out
         x, at, largest = f"x_{out}", f"at_{out}", instr.text == "argmax"
-        place = f"tl.broadcast_to({self.coordinate(instr.indices[0])}, [XBLOCK, RBLOCK])"
+        place = f"tl.broadcast_to({self._coordinate(instr.indices[0])}, [XBLOCK, RBLOCK])"
         add(f"place_{out} = ({place}).to(tl.int64)")
         if self.rmask:
             add(f"place_{out} = tl.where({self.rmask}, place_{out}, {2**62})")

@@ -220,6 +220,7 @@ class Fuser:
         return None if column else self._why_idle(group, v, frame)
 
     def _why_idle(self, group: Group, v: Value, frame: Frame) -> str | None:
+        """Why a pointwise group is better not run by the few programs that v's rows get."""
         if is_static(*(group.sizes[a] for a in group.domain)):
             atoms = {a for k in v.params for a in frame[k]}
             rows = product(group.sizes[a] for a in group.domain if a not in atoms)

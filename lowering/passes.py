@@ -116,7 +116,8 @@ def _view_source(node: fx.Node) -> fx.Node | None:
 
 def _copy_source(node: fx.Node, storage: Storage) -> fx.Node | None:
     """What this node is a copy of, if it can read the original instead."""
-    source = node.args[0] if node.args else None
+    scatter = node.target is aten.slice_scatter.default  # of as many elements: of all of them
+    source = node.args[int(scatter)] if len(node.args) > scatter else None
     if not isinstance(source, fx.Node) or not is_tensor(value_of(source)):
         return None
     if node.target is aten._to_copy.default and source.target is aten._to_copy.default:
@@ -128,7 +129,7 @@ def _copy_source(node: fx.Node, storage: Storage) -> fx.Node | None:
             return None
     elif node.target is aten.copy.default and isinstance(node.args[1], fx.Node):
         source = node.args[1]  # what it is copied over does not matter
-    elif node.target not in _COPIES:
+    elif node.target not in _COPIES and not scatter:
         return None
     if not same_layout(value_of(node), value_of(source)):
         return None

@@ -90,7 +90,7 @@ def emit_patch(
         inside.append(f"({at} >= 0) & ({at} < {emitter.size_name(size)})")
         if between != ZERO:
             inside.append(f"({_tile(emitter, section, between)} == 0)")
-        wide = wide or emitter.varies(coords[axis])
+        wide = wide or emitter._varies(coords[axis])
         own[axis] = ZERO if is_static(size) and size == 1 else place
     mask = emitter.line(section, " & ".join(inside), prefix="m")
     if wide:
@@ -101,7 +101,7 @@ def emit_patch(
 
 
 def _tile(emitter: Emitter, section: tuple[str, int], index: Index) -> str:
-    register = emitter.line(section, "{i0}", [emitter.known(index)], prefix="c")
-    if emitter.varies(index):
+    register = emitter.line(section, "{i0}", [emitter._known(index)], prefix="c")
+    if emitter._varies(index):
         emitter.body.wide.add(register)
     return register

@@ -367,7 +367,7 @@ class Renderer(Accumulators):
     def _line(self, instr: Instr) -> None:
         text = instr.text
         for k, index in enumerate(instr.indices):
-            text = text.replace(f"{{i{k}}}", self.coordinate(index))
+            text = text.replace(f"{{i{k}}}", self._coordinate(index))
         text = text.replace("{ones}", "1, 1" if self._two_dims else "1")
         self.lines.add(f"{instr.out} = {text}", instr.comment)
 
@@ -375,7 +375,7 @@ class Renderer(Accumulators):
     def _two_dims(self) -> bool:
         return self.rank == 2 or self.square is not None
 
-    def coordinate(self, index: Index) -> str:
+    def _coordinate(self, index: Index) -> str:
         """An index as a tile of numbers (never a bare literal)."""
         text = self.index(index)
         return f"(x * 0 + {text})" if not index.atoms else f"({text})"
@@ -388,7 +388,7 @@ class Renderer(Accumulators):
         if instr.cond is not None:
             masks.append(instr.cond)
         if instr.cond is not None or (masks and self._spans(index)["other"]):
-            pointer += self.missing(index, wide)  # a loaded place may be one number for the tile
+            pointer += self._missing(index, wide)  # a loaded place may be one number for the tile
         mask = f", mask={' & '.join(masks)}, other=0" if masks else ""
         text = f"tl.load({instr.text} + ({pointer}){mask})"
         if instr.dtype in SIXTEEN_BIT:
@@ -425,7 +425,7 @@ class Renderer(Accumulators):
                 out["other"] = True
         return out
 
-    def missing(self, index: Index, wide: bool) -> str:
+    def _missing(self, index: Index, wide: bool) -> str:
         """Zero terms that give an address the whole tile's shape."""
         across = self._spans(index)
         out = "" if across["x"] or self.outside_sweep else " + x * 0"
@@ -437,7 +437,7 @@ class Renderer(Accumulators):
 
     def _store(self, instr: Instr) -> None:
         index, wide = instr.indices[0], instr.cond == "wide"
-        pointer = self.index(index) + self.missing(index, wide)
+        pointer = self.index(index) + self._missing(index, wide)
         masks = [m for m in (self.xmask, self.ymask, self.rmask if wide else None) if m]
         mask = f", mask={' & '.join(masks)}" if masks else ""
         self.lines.add(f"tl.store({instr.text} + ({pointer}), {instr.out}{mask})")

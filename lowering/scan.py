@@ -62,7 +62,7 @@ def emit_scan(
         body.wide.add(register)
     name = f"s{emitter.counter}"
     emitter.counter += 1
-    place = emitter.known(coords[v.params[0]])
+    place = emitter._known(coords[v.params[0]])
     if body.looped:
         carry = Instr("carry", name, v.op, dtype=hold)
         body.sections.setdefault(("row", level), []).append(carry)
@@ -93,7 +93,7 @@ def render_scan(renderer: Renderer, instr: Instr) -> None:
     if second == "same":
         given = f"{given}, tl.full([XBLOCK, RBLOCK], 1, tl.{instr.dtype})"
     elif second is not None:
-        place = f"tl.broadcast_to({renderer.coordinate(instr.indices[0])}, [XBLOCK, RBLOCK])"
+        place = f"tl.broadcast_to({renderer._coordinate(instr.indices[0])}, [XBLOCK, RBLOCK])"
         given = f"{given}, ({place}).to(tl.{second})"
     carry = f"carry_{out}"
     if second is not None:

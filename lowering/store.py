@@ -96,9 +96,9 @@ def emit_store(emitter: Emitter, v: Value, level: int) -> None:
     """Put v's operand at its places."""
     target, axes, places, wrap = v.params
     coords = emitter.coords(v)
-    wide = any(emitter.varies(c) for c in coords)
+    wide = any(emitter._varies(c) for c in coords)
     register = emitter.at(v.args[0], coords, v.shape, None, level)
-    section = emitter.section(wide, level)
+    section = emitter._section(wide, level)
     own = [ZERO if p is None else coords[p] for p in places]
     inside = []
     for axis, index in zip(axes, v.args[1:], strict=True):
@@ -121,7 +121,7 @@ def emit_store(emitter: Emitter, v: Value, level: int) -> None:
 
 def render_put(renderer: Renderer, instr: Instr) -> None:
     index = instr.indices[0]
-    pointer = renderer.index(index) + renderer.missing(index, instr.wide)
+    pointer = renderer.index(index) + renderer._missing(index, instr.wide)
     masks = [renderer.xmask, renderer.ymask, renderer.rmask if instr.wide else None, instr.cond]
     mask = ", mask=" + " & ".join(m for m in masks if m) if any(masks) else ""
     renderer.lines.add(f"tl.store({instr.text} + ({pointer}), {instr.out}{mask})")

@@ -89,7 +89,7 @@ def test_write_of_a_chain(fn: Callable[..., None], dtype: torch.dtype, undetermi
     write(fn, dtype, False, kernels=1)
 
 
-@pytest.mark.parametrize("fn", [by_index_copy, normed])
+@pytest.mark.parametrize("fn", [by_index_copy, by_index_put, normed])
 def test_write_of_symbolic_size(fn: Callable[..., None], undetermined: None) -> None:
     write(fn, torch.float32, True, kernels=1)
 
