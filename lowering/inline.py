@@ -94,8 +94,11 @@ class Inliner:
                 own = 4 if v.op in HEAVY else 2 if v.kind == "gather" else 1
                 inputs = [base_of(a) for a in v.inputs]
                 cost[v] = own + sum(cost[a] for a in inputs if a in inlined)
-                if cost[v] * uses[v] <= INLINE_BUDGET and all(
-                    a in inlined or a.kind == "buffer" or a.reduces for a in inputs
+                whole = [a for a in inputs if not a.reduces]  # a row's results are small beside it
+                if (
+                    cost[v] * uses[v] <= INLINE_BUDGET
+                    and all(a in inlined or a.kind == "buffer" for a in whole)
+                    and (len(whole) == len(inputs) or any(a.shape == v.shape for a in whole))
                 ):
                     inlined.add(v)
         return inlined
