@@ -21,10 +21,10 @@ from .group import Group
 from .indexing import ZERO, Index, NeedSplit, Size, is_static, quotient, simplify
 from .ir import FLOATING, INTEGERS, SIXTEEN_BIT, SizeArg, Value, computing_dtype
 from .patch import emit_patch
+from .reduced import accumulate, finish_reduction
 from .scan import emit_scan
 from .spelling import (
     EmitError,
-    accumulator_dtype,
     computing_type,
     line_of,
     literal,
@@ -57,13 +57,13 @@ class Emitter:
         for level in range(top + 1):
             for m in self.group.members:
                 if m.reduces and self.level(m) == level:
-                    self._finish_reduction(m)
+                    finish_reduction(self, m)
             for out in self.group.stored:
                 if self.level(out) == level and not self._is_wide(out):
                     self._store(out, level)
             for m in self.group.members:
                 if m.reduces and self.level(m) == level + 1:
-                    self._accumulate(m, level)
+                    accumulate(self, m, level)
             for out in self.group.stored:
                 if self.level(out) == level and self._is_wide(out):
                     self._store(out, level)
@@ -439,55 +439,7 @@ class Emitter:
             own[axis] = Index({register: 1})
         return self.eval(base, own, cond, level)
 
-    # reductions --------------------------------------------------------------------------------
-
-    def _accumulate(self, r: Value, level: int) -> None:
-        assert r.op is not None  # a name in REDUCTIONS, for a reduction
-        x = r.args[0]
-        coords = self.coords(x)
-        register = self.eval(x, coords, None, level)
-        hold = accumulator_dtype(r)
-        if computing_dtype(x.dtype) != hold and r.op not in ("argmax", "argmin"):
-            cast = f"({register} != 0)" if hold == "bool" else f"{register}.to(tl.{hold})"
-            register = self.line(self._section(True, level), cast)
-            self.body.wide.add(register)
-        self.body.modules.add("reductions")
-        place = ZERO
-        for k in r.params:
-            place = place.scale(x.shape[k]) + coords[k]
-        self._known(place)
-        name = self.reductions.setdefault(r, f"r{len(self.reductions)}")
-        if self._over_rows(r):
-            self._sweep(r, name, register, hold)
-            return
-        for kind in ("begin", "step", "end"):
-            where = ("row", level) if kind == "begin" else ("loop", level)
-            if not self.body.looped:
-                where = ("row", 0)
-            elif kind == "end":
-                where = ("row", level + 1)
-            self.body.sections.setdefault(where, []).append(
-                Instr(kind, name, r.op, (place,), cond=register, dtype=hold)
-            )
-
-    def _sweep(self, r: Value, name: str, register: str, hold: str) -> None:
-        """Accumulate a reduction over the rows of the sweep."""
-        for kind, section in (("begin", "once"), ("step", "row"), ("end", "after")):
-            self.body.sections.setdefault((section, 0), []).append(
-                Instr(f"sweep_{kind}", name, r.op or "", cond=register, dtype=hold)
-            )
-
-    def _finish_reduction(self, r: Value) -> None:
-        level = self.level(r)
-        section = ("row", level) if self.body.looped else ("row", 0)
-        if self._over_rows(r):
-            section = ("after", 0)
-        have = "int64" if r.op in ("argmax", "argmin") else accumulator_dtype(r)
-        name = self.reductions[r]
-        text = self.rounded(name, r.dtype, have, r)
-        if r.dtype == "bool" and have != "bool":
-            text = f"({name} != 0)"
-        self.results[r] = self.line(section, text, comment=line_of(r)) if text != name else name
+    # stores -------------------------------------------------------------------------------------
 
     def _store_in_place(self) -> None:
         """Write inputs, when all is computed: behind everything that reads them."""
@@ -501,7 +453,7 @@ class Emitter:
             if any(i.indices[0] != place or i.cond is not None for i in loads):
                 raise EmitError(f"the old value of {memory!r} is read at another place")
             self.names[copy] = self.buffer_name(memory, "in")
-            if loads and any(m.reduces for m in self.group.members):
+            if loads and any(m.reduces or m.kind == "scan" for m in self.group.members):
                 # threads hold copies of a row's values: none may store before all have loaded
                 section = self._section(self._is_wide(copy), self.level(copy))
                 self.body.sections.setdefault(section, []).append(Instr("barrier", "", ""))
