@@ -171,6 +171,7 @@ class Fuser:
             return "it reads what the kernel has for its own row only in another place"
         if any(self.home.get(w) is group for w in self.waits.get(v, ())):
             return WRITES
+        frame = tuple(group.resolve(axis) for axis in frame)  # a look at views splits atoms
         if v.reduces:
             return self._why_not_reduce(group, v, frame)
         if v.kind == "scan":
