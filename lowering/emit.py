@@ -33,7 +33,7 @@ from .spelling import (
     storage,
     whole,
 )
-from .store import emit_store
+from .writes import emit_store
 
 
 class Emitter:

@@ -13,7 +13,7 @@ from .ir import BITS, SIXTEEN_BIT, Value
 from .scan import render_carry, render_scan
 from .schedule import Tile, column_tile, pointwise_tile, row_tile, sweep_tile, transpose_tile
 from .source import POINTER, Lines, Source
-from .store import render_put
+from .writes import render_put
 
 HEADER = "import triton\nimport triton.language as tl\n"
 LIMIT_32 = 2**31 - 1

@@ -27,9 +27,9 @@ from .ir import (
 )
 from .one_hot import sum_of_one_hot
 from .parts import normalize_axes
-from .store import STORES, lower_store
 from .view_ops import VIEWS, negative_zero
 from .views import Permute, Reshape
+from .writes import WRITES, lower_store
 
 
 @dataclass
@@ -143,11 +143,11 @@ class Translator:
         name = str(node.target)
         view = VIEWS.get(name)
         op = op_of(node.target)
-        if view is None and op is None and name not in STORES:
+        if view is None and op is None and name not in WRITES:
             raise Declined("no kernel is declared for it")
         self._check_tensors(node, val, composite=op is not None and op.kind == "composite")
         args = map_arg(schema_args(node), self._operand)
-        if name in STORES:
+        if name in WRITES:
             store = lower_store(self._for_node(node), node, args)
             store.node = node
             return store

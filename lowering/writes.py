@@ -35,7 +35,7 @@ def lower_store(b: Builder, node: Node, args: Sequence[Any]) -> Value:
         raise Declined("it writes no input")
     if not _is_injective(target):
         raise Declined("its places may be the same memory")
-    return STORES[str(node.target)](b, *args)
+    return WRITES[str(node.target)](b, *args)
 
 
 def _is_injective(target: Value) -> bool:
@@ -85,7 +85,7 @@ def _copy_part(b: Builder, target: Value, source: Value, *_: Any) -> Value:
     return b.store(target, b.cast(source, target.dtype), [], own, target.shape, wrap=False)
 
 
-STORES: dict[str, Callable[..., Value]] = {
+WRITES: dict[str, Callable[..., Value]] = {
     "aten.index_copy_.default": _index_copy,
     "aten.index_put_.default": _index_put,
     "aten.copy_.default": _copy_part,
