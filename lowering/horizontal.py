@@ -87,16 +87,15 @@ def may_share(groups: Sequence[Group]) -> set[Group]:
 
 
 def find_parts(
-    groups: Sequence[Group],
+    candidates: Sequence[Group],
     sources: dict[Group, Source],
     apart: set[Node],
     multiprocessors: int,
 ) -> dict[Group, Part]:
-    """The groups that may share a launch; those with a node in ``apart`` may not."""
+    """Those of ``may_share`` that can share a launch; one with a node in ``apart`` may not."""
     parts: dict[Group, Part] = {}
-    likely = may_share(groups)
-    for group in groups:
-        if group in likely and apart.isdisjoint(group.nodes):
+    for group in candidates:
+        if apart.isdisjoint(group.nodes):
             part = _part_of(sources[group], multiprocessors)
             if part is not None:
                 parts[group] = part

@@ -111,19 +111,24 @@ def _attempt(
     fuser = Fuser(program, gm.graph, options.target.multiprocessors)
     groups = fuser.run()
     store_copies(gm.graph, program, fuser)
-    groups = _without_lone(groups, program, fuser, options, may_share(groups))
+    likely = may_share(groups)
+    groups = _without_lone(groups, program, fuser, options, likely)
     clock.lap(report, "fuse")
     sources: dict[Group, Source] = {}
+    loading: dict[Group, Loading] = {}
+    index = device.index if device.type != "cpu" else None
     for group in groups:
         try:
             sources[group] = source_for(group, fuser.inlined, options, fuser.written)
         except Exception as e:
             return group, e
-    parts = find_parts(groups, sources, apart, options.target.multiprocessors)
+        if group not in likely:  # it compiles while the others are written
+            loading[group] = Loading(sources[group], options, index)
+    candidates = [group for group in groups if group in likely]
+    parts = find_parts(candidates, sources, apart, options.target.multiprocessors)
     groups = _without_lone(groups, program, fuser, options, parts)
     steps = _launches(gm, program, fuser, groups, parts, options)
     groups = [step for step in steps if isinstance(step, Group)]
-    loading: dict[Group, Loading] = {}
     for group in groups:
         try:
             if isinstance(group, Combined):
@@ -131,8 +136,8 @@ def _attempt(
                 sources[group] = combined_source(together, options.target.multiprocessors)
         except Exception as e:
             return group, e
-        index = device.index if device.type != "cpu" else None
-        loading[group] = Loading(sources[group], options, index)
+        if group not in loading:
+            loading[group] = Loading(sources[group], options, index)
     sources = {group: sources[group] for group in groups}
     plan = Plan(
         steps,
