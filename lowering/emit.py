@@ -18,7 +18,7 @@ from typing import Any
 from ..kernels.op import BODIES
 from .body import Body, Instr
 from .group import Group
-from .indexing import ZERO, Index, NeedSplit, Size, is_static, quotient, simplify
+from .indexing import ZERO, Index, NeedSplit, Size, is_one, is_static, quotient, simplify
 from .ir import FLOATING, INTEGERS, SIXTEEN_BIT, SizeArg, Value, computing_dtype
 from .patch import emit_patch
 from .reduced import accumulate, finish_reduction
@@ -182,10 +182,7 @@ class Emitter:
     def is_own_place(self, v: Value, coords: Sequence[Index]) -> bool:
         """Whether the coordinates are where the kernel itself has v."""
         own = self.coords(v)
-        return all(
-            a == b or (type(size) is int and size == 1)
-            for a, b, size in zip(coords, own, v.shape, strict=True)
-        )
+        return all(a == b or is_one(size) for a, b, size in zip(coords, own, v.shape, strict=True))
 
     def _section(self, wide: bool, level: int) -> tuple[str, int]:
         if not self.body.looped:

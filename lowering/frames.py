@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from .group import Group
-from .indexing import Size, is_static
+from .indexing import Size, is_one, is_static
 from .ir import Value
-from .views import Frame
+from .views import Frame, Permute, Reshape
 
 
 def frame_for(group: Group, v: Value) -> Frame | None:
@@ -22,7 +22,7 @@ def frame_for(group: Group, v: Value) -> Frame | None:
             continue
         lead = len(shape) - a.ndim
         for k, axis in enumerate(known):
-            if axis is None or (_is_one(a.shape[k]) and not _is_one(shape[lead + k])):
+            if axis is None or (is_one(a.shape[k]) and not is_one(shape[lead + k])):
                 continue
             if frame[lead + k] is None:
                 frame[lead + k] = axis
@@ -41,7 +41,7 @@ def aligned_operands(v: Value) -> tuple[Value, ...]:
 def _complete(group: Group, shape: tuple[Size, ...], frame: list[Any]) -> Frame | None:
     """Give unknown axes the atoms that are left, and check that the domain is covered."""
     for k, size in enumerate(shape):
-        if frame[k] is None and _is_one(size):
+        if frame[k] is None and is_one(size):
             frame[k] = ()
     if all(axis is None for axis in frame) and frame:
         return None
@@ -87,9 +87,23 @@ def align(one: Group, frame_one: Frame, two: Group, frame_two: Frame) -> dict[st
     return mapping if set(mapping) == set(two.domain) else None
 
 
+def carried(v: Value, base: Value, frame: Frame | None, group: Group) -> Frame | None:
+    """How the group runs over ``v``, a rearrangement of ``base``, if it runs so over base."""
+    if frame is None or None in frame:
+        return None
+    if v is base:
+        return tuple(group.resolve(axis) for axis in frame)
+    below = carried(v.args[0], base, frame, group)
+    if below is None or v.kind == "cast":
+        return below
+    if not isinstance(v.params, (Permute, Reshape)):
+        return None
+    try:
+        own = v.params.carry(below, group)
+    except ValueError:  # the sizes do not divide
+        return None
+    return None if own is None or None in own else own
+
+
 def atoms_of(frame: Frame) -> list[str]:
     return [a for axis in frame for a in (axis or ())]
-
-
-def _is_one(size: Size) -> bool:
-    return type(size) is int and size == 1

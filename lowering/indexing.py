@@ -46,6 +46,11 @@ def is_static(*sizes: Size) -> bool:
     return all(type(size) is int for size in sizes)
 
 
+def is_one(size: Size) -> bool:
+    """Whether a size is known to be 1."""
+    return type(size) is int and size == 1
+
+
 def quotient(a: Size, b: Size) -> Size | None:
     """a / b when b provably divides a, else None."""
     if is_static(a, b):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .indexing import Size
+from .indexing import is_one
 from .ir import Builder, Value
 
 
@@ -49,14 +49,10 @@ def _goal(v: Value, back: int) -> Any:
 
 
 def _varies(v: Value, back: int) -> bool:
-    return v.ndim >= back and not _is_one(v.shape[v.ndim - back])
+    return v.ndim >= back and not is_one(v.shape[v.ndim - back])
 
 
 def _is_zero(v: Any) -> bool:
     if isinstance(v, Value):
         return v.kind == "full" and _is_zero(v.args[0])
     return type(v) in (int, float) and v == 0
-
-
-def _is_one(size: Size) -> bool:
-    return type(size) is int and size == 1

@@ -14,13 +14,13 @@ from typing import Any
 from torch import fx
 
 from .flow import base_of, copies_alone, find_escapes
-from .frames import atoms_of
+from .frames import atoms_of, carried
 from .fuse import Fuser, on_chip
 from .group import Group
-from .indexing import is_static
+from .indexing import is_one, is_static
 from .ir import Value, is_dense
 from .translate import Program
-from .views import Frame, Permute, Reshape
+from .views import Frame
 
 
 def store_copies(graph: fx.Graph, program: Program, fuser: Fuser) -> int:
@@ -51,7 +51,7 @@ def why_not_store(node: fx.Node, program: Program, fuser: Fuser) -> str | None:
     assert isinstance(into, Value) and isinstance(copy, Value)  # see copies_alone
     if not isinstance(new, Value) or (group := fuser.home.get(base_of(new))) is None:
         return "no kernel computes what is copied"
-    frame = _carried(new, base_of(new), group.frame(base_of(new)), group)
+    frame = carried(new, base_of(new), group.frame(base_of(new)), group)
     if new.shape != into.shape or frame is None:
         return "the kernel does not run over what is copied"
     if not _places_differ(into):
@@ -81,7 +81,7 @@ def _reads_in_place(group: Group, memory: Value, frame: Frame, inlined: Collecti
             if base not in places:
                 continue
             places[m] = group.frame(m)
-            place = _carried(a, base, places[base], group)
+            place = carried(a, base, places[base], group)
             if m.reduces:  # it runs over its operand as that was framed
                 same = _equal(place, group.frame(a), group)
             else:
@@ -96,8 +96,7 @@ def _seen(a: Value, m: Value, group: Group) -> Frame | None:
     whole, lead = group.frame(m), m.ndim - a.ndim
     if whole is None:
         return None
-    ones = [type(size) is int and size == 1 for size in a.shape]
-    return tuple(() if one else whole[lead + k] for k, one in enumerate(ones))
+    return tuple(() if is_one(size) else whole[lead + k] for k, size in enumerate(a.shape))
 
 
 def _equal(one: Frame | None, two: Frame | None, group: Group) -> bool:
@@ -110,24 +109,6 @@ def _source(v: Value, inlined: Collection[Value]) -> Value:
     while v.kind == "view" or (v.kind == "cast" and v in inlined):
         v = v.args[0]
     return v
-
-
-def _carried(v: Value, base: Value, frame: Frame | None, group: Group) -> Frame | None:
-    """How the group runs over ``v``, a rearrangement of ``base``, if it runs so over base."""
-    if frame is None or None in frame:
-        return None
-    if v is base:
-        return tuple(group.resolve(axis) for axis in frame)
-    below = _carried(v.args[0], base, frame, group)
-    if below is None or v.kind == "cast":
-        return below
-    if not isinstance(v.params, (Permute, Reshape)):
-        return None
-    try:
-        carried = v.params.carry(below, group)
-    except ValueError:  # the sizes do not divide
-        return None
-    return None if carried is None or None in carried else carried
 
 
 def _places_differ(memory: Value) -> bool:
@@ -154,7 +135,7 @@ def _store(node: fx.Node, program: Program, fuser: Fuser) -> Group:
     args: Any = node.args
     into, new, copy = (program.of[n] for n in (*args[:2], node))
     group = fuser.home[base_of(new)]
-    frame = _carried(new, base_of(new), group.frame(base_of(new)), group)
+    frame = carried(new, base_of(new), group.frame(base_of(new)), group)
     assert frame is not None  # why_not_store has looked
     waits = 0
     for source in _waits(copy, fuser):

@@ -7,10 +7,9 @@ gradients, which need whole columns.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from .flow import base_of
-from .frames import atoms_of
+from .frames import atoms_of, carried
 from .group import Group
 from .indexing import is_static, product
 from .ir import Value
@@ -62,25 +61,11 @@ def _reduction_of(
             return None
         if not reader.reduces and reader.shape != operand.shape:
             return None
-        known = _carried(group, v, operand, known)
+        known = carried(operand, v, known, group)
         v = reader
     if known is None or set(group.resolve(atoms_of(known))) != set(group.domain):
         return None
     return v, list(group.resolve([a for k in v.params for a in known[k]]))
-
-
-def _carried(group: Group, base: Value, view: Value, frame: Frame) -> Frame | None:
-    """The frame of a view, given its base's."""
-    chain: list[Any] = []
-    while view is not base:
-        chain.append(view.params)
-        view = view.args[0]
-    known: Frame | None = frame
-    for params in reversed(chain):
-        if known is None:
-            return None
-        known = params.carry(known, group)
-    return known
 
 
 def set_shares(v: Value, shares: int) -> None:

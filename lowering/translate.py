@@ -14,7 +14,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ..kernels.op import OPS, Op
-from .indexing import Size, is_static, size_of
+from .indexing import Size, is_one, is_static, size_of
 from .ir import (
     INTEGERS,
     SUPPORTED,
@@ -335,7 +335,7 @@ class _Recorder(Builder):
 
 
 def _is_single(x: Value, axes: Sequence[int]) -> bool:
-    return all(type(x.shape[k]) is int and x.shape[k] == 1 for k in axes)
+    return all(is_one(x.shape[k]) for k in axes)
 
 
 def _recorded(method: Callable[..., Value]) -> Callable[..., Value]:
