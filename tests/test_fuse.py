@@ -455,6 +455,7 @@ def test_shares_of_a_symbolic_number_of_rows() -> None:
         x = rand(rows, 64)
         torch._dynamo.mark_static(x, 1)
         assert torch.equal(run(x), fn(x))
+    assert any("share" in s.text for r in gems_compile.reports() for s in r.sources)
 
 
 # cross entropy ------------------------------------------------------------------------------------
@@ -488,7 +489,6 @@ def test_cross_entropy_backward_reads_once() -> None:
 
 def test_backward_of_log_softmax_saves_rows() -> None:
     """What backward reads again is x and two numbers a row."""
-    gems_compile.reports().clear()
     launches(lambda x: torch.log_softmax(x, -1) * 2, rand(8, 33, grad=True))
     (forward,) = [r for r in gems_compile.reports() if r.kind == "forward"]
     big = [
@@ -498,3 +498,16 @@ def test_backward_of_log_softmax_saves_rows() -> None:
         if role == "out" and what.shape == (8, 33)
     ]
     assert len(big) == 1, "log_softmax(x) * 2 alone is stored at full size"
+
+
+def test_column_sum_of_an_expanded_value_beside_rows() -> None:
+    """Its coordinate along the expanded dim is no loop variable of the row kernel."""
+
+    def fn(x: Tensor, w: Tensor) -> Any:
+        y = x.softmax(-1) * w
+        return y, (x * w).expand(3, 600, 33).sum((0, 1))
+
+    x, w = rand(600, 33) / 16, rand(33)
+    got, _ = lower(fn, x, w)
+    for a, b in zip(got, fn(x, w), strict=True):
+        assert_same_values(a, b, rtol=1e-4, atol=1e-5)
