@@ -25,10 +25,14 @@ TOKENS = {(8192, 4096): (6, 40)}
 
 
 @group(
-    "copy", {(1 << 29,): (1 << 10,)}, lambda n: [plain((n,))], forward=("other", lambda n: 4 * n)
+    "copy",
+    {(1 << power,): (1 << power - 14,) for power in (20, 22, 24, 26, 28, 29)},
+    lambda n: [plain((n,))],
+    forward=("other", lambda n: 4 * n),
 )
 def copy(x: Tensor) -> Tensor:
-    return x.clone()
+    """A kernel that reads and writes each number; a memcpy in a CUDA graph has half its speed."""
+    return x.neg()
 
 
 @group(

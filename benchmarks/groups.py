@@ -1,9 +1,10 @@
 """Time fused groups on the device: ``python -m benchmarks.groups --against eager,inductor``.
 
 A group is a norm, a loss, an optimizer step: a handful of ops of a real model that should be one
-kernel or two. Its time is compared with that of the other backends, and its least bytes over its
-time with the bandwidth of a large copy in the same run. ``benchmarks.group_worker`` says how time
-is taken; a few of its processes compile at once, and one at a time measures.
+kernel or two. Its time is compared with that of the other backends, and with the time that a copy
+of its least bytes takes in the same run (between the two nearest of some copies that are timed: a
+short kernel pays for its start and end, whoever wrote it). ``benchmarks.group_worker`` says how
+time is taken; a few of its processes compile at once, and one at a time measures.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from benchmarks import table
 from benchmarks.models import CACHES, ROOT, append, stamp
 from benchmarks.table import Row, number
 
-COPY = "copy-2^29"  # what the shares are of: 1 GiB read, 1 GiB written
+COPIES = [f"copy-2^{power}" for power in (20, 22, 24, 26, 28, 29)]  # what the shares are of
 
 # targets on a GPU: least bytes over time, as a share of copy, by class
 SHARES = {"pointwise": 0.95, "row": 0.90, "norm_backward": 0.85}
@@ -160,7 +161,7 @@ class Pool:
 
     def measure(self, group: str) -> list[Row]:
         """A row per backend. What kills a process fails; the rest goes on in another one."""
-        left = ["eager"] if group == COPY else list(self.task["backends"])
+        left = ["eager"] if group in COPIES else list(self.task["backends"])
         found: list[Row] = []
         while left:
             worker = self.worker()
@@ -202,10 +203,21 @@ def speed(found: dict[tuple[str, str], Row], row: Row, other: str) -> float | No
     return its["us"] / row["us"] if its and "us" in row else None
 
 
+def copy_us(found: dict[tuple[str, str], Row], size: int) -> float | None:
+    """What a copy takes that moves ``size`` bytes: on the line through the two nearest sizes."""
+    timed = [found[name, "eager"] for name in COPIES if (name, "eager") in found]
+    if len(timed) < 2:
+        return None
+    above = next((i for i, row in enumerate(timed) if row["bytes"] >= size), len(timed) - 1)
+    low, high = timed[max(above, 1) - 1], timed[max(above, 1)]
+    slope = (high["us"] - low["us"]) / (high["bytes"] - low["bytes"])
+    return max(low["us"] + slope * (size - low["bytes"]), 0.0)
+
+
 def share(found: dict[tuple[str, str], Row], row: Row) -> float | None:
-    """Bandwidth as a share of the copy's, or None."""
-    copied = found.get((COPY, "eager"))
-    return row["gb_s"] / copied["gb_s"] if copied and "gb_s" in row else None
+    """How long a copy of the row's least bytes takes, over its time; None if not measured."""
+    copied = copy_us(found, row["bytes"]) if "us" in row else None
+    return copied / row["us"] if copied is not None else None
 
 
 def header(others: list[str]) -> list[str]:
@@ -239,7 +251,7 @@ def means(found: dict[tuple[str, str], Row], backends: list[str]) -> list[str]:
     """The geometric mean of speed of each backend against each other."""
     lines = []
     for backend in (name for name in backends if name != "eager"):
-        rows = [row for (group, name), row in found.items() if name == backend and group != COPY]
+        rows = [row for (_, name), row in found.items() if name == backend]
         for other in (name for name in backends if name != backend):
             mean, count = table.geomean(filter(None, (speed(found, row, other) for row in rows)))
             if count:
@@ -250,8 +262,7 @@ def means(found: dict[tuple[str, str], Row], backends: list[str]) -> list[str]:
 def misses(rows: list[Row], backend: str) -> list[str]:
     """Where the backend misses a target; nothing of what was timed by wall clock."""
     found, lines = index(rows), []
-    mine = [row for row in found.values() if row["backend"] == backend and row["group"] != COPY]
-    mine = [row for row in mine if row["how"] != "wall"]
+    mine = [row for row in found.values() if row["backend"] == backend and row["how"] != "wall"]
     for row in mine:
         part, least = share(found, row), SHARES.get(row["target"], 0.0)
         if part is not None and part < least:
@@ -272,11 +283,13 @@ def report(rows: list[Row], backends: list[str], backend: str) -> int:
     found = index(rows)
     others = [name for name in backends if name != backend]
     table.show(header(others), [cells(row, found, others) for row in rows])
-    print("GB/s: least bytes / time; of copy: of a copy of 1 GiB. x NAME: NAME's time / this time.")
+    print("GB/s: least bytes / time; of copy: a copy of as many bytes takes this part of the time.")
+    print("x NAME: NAME's time / this time.")
     print("error: largest ||out - ref|| / ||ref|| of the results, ref: eager in float64, with")
     print("dropout 0; !: more than 1.2 times eager's. ~: kernels' times added up by the profiler.")
-    if (COPY, "eager") in found:
-        print(f"copy: {found[COPY, 'eager']['gb_s']:.0f} GB/s")
+    copies = [found[name, "eager"] for name in COPIES if (name, "eager") in found]
+    for row in copies:
+        print(f"{row['group']}: {row['us']:.1f} us, {row['gb_s']:.0f} GB/s")
     for line in means(found, backends):
         print(line)
     for line in misses(rows, backend):
@@ -337,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
         show_list(groups)
         return 0
     backends = backends_of(options)
-    rows = measure(list(dict.fromkeys([COPY, *groups])), backends, options)
+    rows = measure(list(dict.fromkeys([*COPIES, *groups])), backends, options)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return report(rows, backends, options.backend)

@@ -41,7 +41,7 @@ def traffic(group: Any, device: torch.device, small: bool) -> int:
 
 def test_there_are_enough_groups_in_every_class() -> None:
     assert len(GROUPS) >= 45
-    assert bench.COPY in GROUPS
+    assert set(bench.COPIES) <= set(GROUPS)
     assert all(name == group.name for name, group in GROUPS.items())
     assert {group.target for group in GROUPS.values()} == set(spec.TARGETS)
     assert {group.step for group in GROUPS.values()} == set(spec.STEPS)
@@ -143,14 +143,15 @@ def made_up(group: str, backend: str, us: float, **more: Any) -> Any:
     """A row as a GPU would give it."""
     least = GROUPS[group].least_bytes()
     shared = {"status": "ok", "how": "graph", "error": 1e-3, "eager_error": 1e-3, "inaccurate": []}
-    found = {"group": group, "backend": backend, "us": us, "gb_s": least / us / 1e3}
+    found = {"group": group, "backend": backend, "us": us, "gb_s": least / us / 1e3, "bytes": least}
     return {**found, "target": GROUPS[group].target, **shared, **more}
 
 
 def test_table_and_misses(capsys: Any) -> None:
     slow, fast, loss = "rms_norm-8192x8192", "swiglu-8192x14336", "cross_entropy-8192x50257-train"
     rows = [
-        made_up(bench.COPY, "eager", 500.0),
+        made_up("copy-2^26", "eager", 62.0),
+        made_up("copy-2^28", "eager", 246.0),
         made_up(slow, "gems", 80.0, kernels=1, inaccurate=[0]),
         made_up(slow, "inductor", 70.0, how="profiler", kernels=1),
         made_up(fast, "gems", 165.0, kernels=1),
@@ -160,7 +161,7 @@ def test_table_and_misses(capsys: Any) -> None:
     ]
     assert bench.report(rows, ["gems", "inductor"], "gems") == 1
     out = capsys.readouterr().out
-    assert "copy: 4295 GB/s" in out
+    assert "copy-2^26: 62.0 us, 4330 GB/s" in out
     assert "gems / inductor, geomean (groups): 0.94x (2)" in out
     assert f"misses its target: {slow}: 0.78 of copy, row at least 0.90" in out
     assert f"misses its target: {slow}: 0.88x inductor, at least 0.97x" in out
@@ -173,11 +174,22 @@ def test_table_and_misses(capsys: Any) -> None:
     assert f"{loss}: 1.40x inductor, at least 1.50x" in "\n".join(bench.misses(loss_rows, "gems"))
 
 
+def test_a_share_is_of_a_copy_of_as_many_bytes() -> None:
+    """Between, below and above what is timed."""
+    rows = [made_up("copy-2^20", "eager", 5.0), made_up("copy-2^22", "eager", 8.0)]
+    found = bench.index(rows)
+    small = rows[0]["bytes"]
+    times = [bench.copy_us(found, size) for size in (small // 2, small, small * 2, small * 8)]
+    assert times == pytest.approx([4.5, 5.0, 6.0, 12.0])
+    assert bench.share(found, {"bytes": small * 2, "us": 12.0}) == pytest.approx(0.5)
+    assert bench.share(bench.index(rows[:1]), rows[0]) is None
+
+
 def test_groups_are_named_by_their_beginnings(capsys: Any) -> None:
     assert bench.names("softmax-8192,copy") == [
         "softmax-8192x65536",
         "softmax-8192x65536-backward",
-        bench.COPY,
+        *bench.COPIES,
     ]
     assert bench.names(None) == list(GROUPS)
     assert bench.main(["--list", "--groups", "adamw"]) == 0
