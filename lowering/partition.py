@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from ..kernels import load_ops
 from ..kernels.op import OPS
 from . import private
+from .align import align_products
 
 
 def partition(joint: GraphModule, inputs: Sequence[Any], **how: Any) -> tuple[Any, Any]:
@@ -20,6 +21,7 @@ def partition(joint: GraphModule, inputs: Sequence[Any], **how: Any) -> tuple[An
     from torch.utils.checkpoint import CheckpointPolicy
 
     share_seeds(joint)
+    align_products(joint)  # before it is split: what is saved for backward keeps its rows
     for node in joint.graph.nodes:
         if _is(node, "gems.seed.default"):
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE

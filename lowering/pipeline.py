@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from ..kernels import load_ops
 from . import executor
+from .align import align_products
 from .emit import emit
 from .flow import find_escapes
 from .foreach import take_foreach_apart
@@ -34,7 +35,7 @@ from .translate import Program, Translator, op_of
 
 log = logging.getLogger("gems_compile.lowering")
 
-PASSES = (share_seeds, *ATEN_PASSES)  # first: one random seed a run
+PASSES = (share_seeds, *ATEN_PASSES, align_products)  # first: one random seed a run
 
 #: elements of a lone column reduction from which on it is ours
 MUCH = 2**21

@@ -361,12 +361,12 @@ def _give_meta(new: Sequence[fx.Node], root: fx.Node, result: fx.Node) -> None:
     for node in new:
         node.meta.update(inherited)
         if traced:
-            node.meta["val"] = _call_on_fakes(node)
+            node.meta["val"] = call_on_fakes(node)
     if not traced:  # AOTAutograd will trace again: only checks of further rewrites read this
         result.meta["example_value"] = root.meta.get("example_value")
 
 
-def _call_on_fakes(node: fx.Node) -> Any:
+def call_on_fakes(node: fx.Node) -> Any:
     target: Any = node.target
     args, kwargs = fx.map_arg((node.args, node.kwargs), value_of)
     if node.op == "call_method":

@@ -370,7 +370,7 @@ for _name in (
     setattr(_Recorder, _name, _recorded(getattr(_Recorder, _name)))
 
 _OPERANDS = (Value, SizeArg, int, float, bool, str, type(None), torch.dtype)
-CASTS = {"to_copy", "convert_element_type", "clone"}
+CASTS = {"to_copy", "convert_element_type", "clone", "aligned_rows"}
 
 
 def unsupported_tensor(tensor: torch.Tensor) -> str | None:
