@@ -1,4 +1,4 @@
-"""Products with odd rows are written and read padded: the numbers and results' layouts are eager's."""
+"""Products with odd rows are written and read padded; numbers and layouts are eager's."""
 
 from __future__ import annotations
 
