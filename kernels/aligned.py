@@ -1,4 +1,7 @@
-"""Matrices whose rows begin at aligned addresses, which is where matrix products are fast.
+"""Matrix products of sizes that are no multiple of a vector, as fast as those that are.
+
+cuBLAS takes several times as long where a row begins at an odd address or ends within a vector: so
+rows are padded apart, and the last few elements of a dim are multiplied by themselves.
 
 Compile workers import this file without torch: torch is imported inside the functions.
 """
@@ -15,6 +18,9 @@ from .op import ALL, T, call, pointwise
 #: bytes: what a 128-bit access needs, and what a cache line is
 VECTOR, LINE = 16, 128
 
+#: terms of a sum from which on it does not matter that a few of them are rounded first
+MANY = 512
+
 
 @pointwise("gems.aligned_rows.default", dtypes=ALL, samples=[call(T(4, 33)), call(T(2, 3, 5))])
 @triton.jit
@@ -28,7 +34,7 @@ def define(library: Any) -> None:
 
     aligned_rows: a copy of x [..., N] with the strides of x [..., padded N] where the last is 1
     product:      a [M, K] @ b [K, N] (+ bias), with a stride of ``stride`` between its rows;
-                  rounded once, as ``aten.addmm`` is
+                  rounded as ``aten.addmm`` is
     """
     import torch
 
@@ -65,9 +71,42 @@ def _room_for_product(bias: Any, a: Any, b: Any, stride: int) -> Any:
 
 
 def _product(bias: Any, a: Any, b: Any, stride: int) -> Any:
+    out = _room_for_product(bias, a, b, stride)
+    _multiply(out, None if bias is None else bias.expand(out.shape), a, b)
+    return out
+
+
+def _multiply(out: Any, bias: Any, a: Any, b: Any) -> None:
+    """out = a @ b + bias, the odd ends of dims that lie side by side in memory apart."""
     import torch
 
-    out = _room_for_product(bias, a, b, stride)
-    if bias is None:
-        return torch.mm(a, b, out=out)
-    return torch.addmm(bias, a, b, out=out)
+    (rows, columns), terms = out.shape, a.shape[1]
+    even_rows, even_columns, even_terms = (_even(n, a) for n in (rows, columns, terms))
+    if even_columns != columns:
+        for part in (slice(even_columns), slice(even_columns, columns)):
+            _multiply(out[:, part], None if bias is None else bias[:, part], a, b[:, part])
+    elif even_rows != rows and a.stride(0) == 1:
+        for part in (slice(even_rows), slice(even_rows, rows)):
+            _multiply(out[part], None if bias is None else bias[part], a[part], b)
+    elif even_terms != terms >= MANY and 1 in (a.stride(1), b.stride(0)):
+        # the few terms first: they are rounded, and the sum of all is rounded once
+        _multiply(out, bias, a[:, even_terms:], b[even_terms:])
+        out.addmm_(a[:, :even_terms], b[:even_terms])
+    elif bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
+
+
+def _even(size: int, like: Any) -> int:
+    """The elements in whole vectors; all of them where there is no whole one."""
+    unit = VECTOR // like.element_size()
+    return size // unit * unit or size
+
+
+def has_odd_ends(a: Any, b: Any) -> bool:
+    """Whether ``gems::product`` would take a @ b apart; a size that varies counts as even."""
+    sizes = a.shape[0], b.shape[1], a.shape[1]
+    rows, columns, terms = (type(n) is int and _even(n, a) != n for n in sizes)
+    terms = terms and a.shape[1] >= MANY and 1 in (a.stride(1), b.stride(0))
+    return columns or terms or (rows and a.stride(0) == 1)

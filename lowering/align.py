@@ -2,7 +2,8 @@
 
 A vocabulary of 50257 makes three of them a training step: the logits, and both products that read
 the logits' gradient. Here logits are written with padded rows, and so is what a kernel computes for
-a product to read; no number changes, and nothing is copied but a result that leaves the graph.
+a product to read; nothing is copied but a result that leaves the graph. ``gems::product`` takes the
+odd ends of dims apart.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..kernels.aligned import VECTOR, padded
+from ..kernels.aligned import VECTOR, has_odd_ends, padded
 from .graph import is_tensor, is_view, mutated_arguments, output_node, value_of
 from .rewrite import call_on_fakes
 from .translate import op_of
@@ -26,21 +27,26 @@ _OPERANDS = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2)}
 
 
 def align_products(gm: fx.GraphModule) -> int:
-    """Pad the rows of 16-bit products' results and operands; returns how many were padded."""
+    """Pad the rows of 16-bit products' results and operands; returns how much was changed."""
     changed = 0
     for node in list(gm.graph.nodes):
         if node.target in _OPERANDS and _is_large(node):
             changed += sum(_align_operand(gm.graph, node, k) for k in _OPERANDS[node.target])
-            changed += _align_result(gm.graph, node)
+            changed += _align_product(gm.graph, node)
     if changed:
         gm.graph.eliminate_dead_code()
         gm.recompile()
     return changed
 
 
+def _operands(product: fx.Node) -> list[Any]:
+    places = _OPERANDS[product.target]  # type: ignore[index]
+    return [value_of(product.args[k]) for k in places]  # type: ignore[arg-type]
+
+
 def _is_large(product: fx.Node) -> bool:
     """Whether it multiplies much; a size that varies is taken to be large."""
-    a, b = (value_of(product.args[k]) for k in _OPERANDS[product.target])  # type: ignore[arg-type,index]
+    a, b = _operands(product)
     sizes = (*a.shape, b.shape[1])
     fixed = [n for n in sizes if type(n) is int]
     return a.element_size() == 2 and (len(fixed) < len(sizes) or math.prod(fixed) >= LEAST)
@@ -71,28 +77,27 @@ def _align_operand(graph: fx.Graph, product: fx.Node, place: int) -> bool:
     return True
 
 
-def _align_result(graph: fx.Graph, product: fx.Node) -> bool:
-    """Write a product with padded rows, if views are all that shares its memory.
-
-    One of them may leave the graph, as a copy in the layout that it had.
-    """
-    value = value_of(product)
-    if not _has_odd_rows(value) or product.kwargs:
+def _align_product(graph: fx.Graph, product: fx.Node) -> bool:
+    """Write a product with padded rows, if views are all that shares its memory, and without its
+    odd ends. One of the views may leave the graph, as a copy in the layout that it had."""
+    operands, value = _operands(product), value_of(product)
+    if product.kwargs or not all(map(_is_aligned, operands)) or not has_odd_ends(*operands):
         return False
     family = _family(product)
     leaving = [node for node in family if _leaves(node)]
-    if len(leaving) > 1 or not all(value_of(node).is_contiguous() for node in leaving):
+    odd = _has_odd_rows(value)
+    if odd and (len(leaving) > 1 or not all(value_of(v).is_contiguous() for v in leaving)):
         return False
     target, args = product.target, product.args
     *bias, a, b = args
-    stride = padded(value.shape[1], value.element_size())
+    stride = padded(value.shape[1], value.element_size()) if odd else value.shape[1]
     product.target = torch.ops.gems.product.default
     product.args = (bias[0] if bias else None, a, b, stride)
     if not _revalued(family):
         product.target, product.args = target, args
         return False
     output = output_node(graph)
-    for node in leaving:
+    for node in leaving if odd else ():
         with graph.inserting_before(output):
             copy = graph.call_function(aten.clone.default, (node,))
         copy.kwargs = {"memory_format": torch.contiguous_format}
@@ -134,7 +139,7 @@ def _revalued(family: list[fx.Node]) -> bool:
 
 def _is_aligned(matrix: torch.Tensor) -> bool:
     """Whether one stride is 1 and the other, and the start, are multiples of 16 bytes."""
-    places = [s for s in matrix.stride() if not (type(s) is int and s == 1)]
+    places: list[Any] = [s for s in matrix.stride() if type(s) is not int or s != 1]
     places.append(matrix.storage_offset())
     unit = VECTOR // matrix.element_size()
     return all(type(n) is not int or n % unit == 0 for n in places)

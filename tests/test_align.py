@@ -130,6 +130,25 @@ def test_small_products_are_left(monkeypatch: Any) -> None:
     assert "gems.product" not in str(gems_compile.reports()[-1].aten)
 
 
+@pytest.mark.parametrize("bias", [None, "row", "matrix"])
+@pytest.mark.parametrize("transposed", ["", "a", "b", "ab"])
+@pytest.mark.parametrize(
+    "size", [(24, 16, 53), (53, 16, 24), (24, 1029, 16), (35, 521, 13), (3, 5, 1)]
+)
+def test_a_product_without_its_odd_ends(size: Any, transposed: str, bias: str | None) -> None:
+    rows, terms, columns = size
+    a, b = (torch.randn(s, device=DEVICE).bfloat16() for s in ((rows, terms), (terms, columns)))
+    a = a.t().contiguous().t() if "a" in transposed else a
+    b = b.t().contiguous().t() if "b" in transposed else b
+    shape = {"row": (columns,), "matrix": (rows, columns)}.get(bias or "")
+    addend = torch.randn(shape, device=DEVICE).bfloat16() if shape else None
+    found = torch.ops.gems.product(addend, a, b, padded(columns, 2))
+    assert found.stride() == (padded(columns, 2), 1)
+    wanted = a.double() @ b.double() + (0 if addend is None else addend.double())
+    rounding = 2**-9 * terms**0.5  # of a sum of the usual size
+    torch.testing.assert_close(found.double(), wanted, atol=rounding, rtol=2**-8)
+
+
 def test_long_rows_are_padded_to_cache_lines() -> None:
     assert padded(50257, 2) == 50304
     assert padded(53, 2) == 56
