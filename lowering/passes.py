@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .functionalized import inline_functionalized_ops
 from .graph import (
@@ -97,6 +98,20 @@ def drop_no_ops(gm: fx.GraphModule) -> int:
         gm.graph.erase_node(node)
         dropped += 1
     return dropped
+
+
+def read_fills(gm: fx.GraphModule) -> int:
+    """``fill(x, number on the CPU)`` -> ``fill(x, number)``: ``z[2:] = 7``; returns how many."""
+    changed = 0
+    for node in gm.graph.nodes:
+        if node.target is not aten.fill.Tensor or nodes_in(node.args)[1].op != "get_attr":
+            continue
+        constant = getattr(gm, str(node.args[1].target))
+        if constant.device.type == "cpu" and set(node.args[1].users) == {node}:
+            with _disable_current_modes():  # a compile runs under a FakeTensorMode
+                node.target, node.args = aten.fill.Scalar, (node.args[0], constant.item())
+            changed += 1
+    return changed
 
 
 def _becomes_shared(source: fx.Node, storage: Storage) -> bool:
@@ -440,6 +455,7 @@ def _part_value(part: fx.Node) -> Any:
 PASSES = (
     inline_functionalized_ops,  # custom ops that mutate, without the copies
     drop_no_ops,  # views and casts that change nothing
+    read_fills,  # constants that Python made into tensors
     drop_duplicates,  # the same pure call twice
     count_in_place,  # counters add to themselves, which is then one call for all
     reinplace_updates,  # a cache update writes its input instead of a copy
@@ -452,5 +468,6 @@ __all__ = [
     "drop_duplicates",
     "drop_no_ops",
     "inline_functionalized_ops",
+    "read_fills",
     "reinplace_updates",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import itertools
@@ -457,8 +458,16 @@ def trace(fn: Callable[..., Any], *inputs: Any, dynamic: bool = False) -> fx.Gra
 
 
 def lower(
-    fn: Callable[..., Any], *inputs: Any, dynamic: bool = False, alone: bool = False
+    fn: Callable[..., Any],
+    *inputs: Any,
+    dynamic: bool = False,
+    alone: bool = False,
+    multiprocessors: int | None = None,
 ) -> tuple[list[Tensor], Report]:
-    """Trace, compile and run on fresh memory."""
+    """Trace, compile and run on fresh memory; for a GPU with so many multiprocessors, or this."""
     graph = trace(fn, *inputs, dynamic=dynamic)
-    return run_poisoned(graph, list(tree_flatten(inputs)[0]), options(alone=alone))
+    how = options(alone=alone)
+    if multiprocessors is not None:
+        target = dataclasses.replace(how.target, multiprocessors=multiprocessors)
+        how = dataclasses.replace(how, target=target)
+    return run_poisoned(graph, list(tree_flatten(inputs)[0]), how)

@@ -429,7 +429,7 @@ def test_gradient_and_its_column_sum_in_one_pass() -> None:
         dx = torch.ops.aten.gelu_backward(dy, x)
         return dx, dx.sum(0)
 
-    fused(fn, rand(600, 640) / 16, rand(600, 640), kernels=1)
+    fused(fn, rand(600, 640) / 16, rand(600, 640), kernels=1, multiprocessors=4)
 
 
 @pytest.mark.parametrize("shape", [(1000, 33), (5, 401, 40), (1024, 8)])

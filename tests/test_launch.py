@@ -79,7 +79,9 @@ def test_torchs_launcher_takes_our_kernels(tmp_path, monkeypatch):
 @pytest.mark.gpu
 def test_kernels_do_not_go_through_tritons_jit():
     torch.compile(lambda x: torch.softmax(x + 1, -1) * 2, backend=Gems())(rand(7, 33))
-    assert _launchers and all(hasattr(launch, "kernel") for launch in _launchers.values())
+    # without a device: what other tests compiled for the interpreter
+    mine = {key: launch for key, launch in _launchers.items() if key[1] is not None}
+    assert mine and [key for key, launch in mine.items() if not hasattr(launch, "kernel")] == []
 
 
 @gems_only

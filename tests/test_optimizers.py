@@ -156,7 +156,7 @@ def test_clipped_gradients() -> None:
     twin = copy.deepcopy(ps)
     backend = Gems()
     got = state_of(run(OPTIMIZERS["adamw"], ps, backend, clip))
-    want = state_of(run(OPTIMIZERS["adamw"], twin, None, clip))
+    want = state_of(run(OPTIMIZERS["adamw"], twin, "aot_eager", clip))
     for key, tensor in got.items():
         torch.testing.assert_close(tensor, want[key], rtol=1e-4, atol=1e-5)
     for p, q in zip(ps, twin, strict=True):

@@ -106,10 +106,12 @@ CHAINS = [
 @pytest.mark.parametrize("fn", CHAINS)
 def test_scans_with_reductions(fn: Callable[[Tensor], Any], length: int) -> None:
     x = rand(9, length)
-    got, report = lower(fn, x)
+    # many multiprocessors would share a long row out, which a scan does not
+    got, report = lower(fn, x, multiprocessors=4)
     assert (report.launches, report.aten_calls) == (1, 0)
     for a, b in zip(got, tensors(fn(x.double())), strict=True):
-        assert_same_values(a, b.to(a.dtype), rtol=1e-4, atol=2e-2 if length > 33 else 1e-4)
+        rounding = 2e-6 * float(b.abs().max()) + 1e-4  # of the row's largest, where sums cross zero
+        assert_same_values(a, b.to(a.dtype), rtol=1e-4, atol=rounding)
 
 
 def test_scan_read_in_another_place() -> None:
