@@ -18,7 +18,7 @@ from .op import ALL, T, call, pointwise
 #: bytes: what a 128-bit access needs, and what a cache line is
 VECTOR, LINE = 16, 128
 
-#: terms of a sum from which on it does not matter that a few of them are rounded first
+#: terms of a sum from which on it costs little to add the last few of them in a second pass
 MANY = 512
 
 
@@ -33,14 +33,13 @@ def define(library: Any) -> None:
     """Register ``gems::aligned_rows`` and ``gems::product`` on a torch Library.
 
     aligned_rows: a copy of x [..., N] with the strides of x [..., padded N] where the last is 1
-    product:      a [M, K] @ b [K, N] (+ bias), with a stride of ``stride`` between its rows;
-                  rounded as ``aten.addmm`` is
+    product:      a [M, K] @ b [K, N], with a stride of ``stride`` between its rows
     """
     import torch
 
     tags = (torch.Tag.pt2_compliant_tag,)
     library.define("aligned_rows(Tensor x) -> Tensor", tags=tags)
-    library.define("product(Tensor? bias, Tensor a, Tensor b, int stride) -> Tensor", tags=tags)
+    library.define("product(Tensor a, Tensor b, int stride) -> Tensor", tags=tags)
     library.impl("aligned_rows", _aligned_rows, "CompositeExplicitAutograd")
     library.impl("product", _product, "CompositeExplicitAutograd")
     torch.library.register_fake("gems::aligned_rows", _rows_like, lib=library)
@@ -66,36 +65,42 @@ def _aligned_rows(x: Any) -> Any:
     return _rows_like(x).copy_(x)
 
 
-def _room_for_product(bias: Any, a: Any, b: Any, stride: int) -> Any:
+def _room_for_product(a: Any, b: Any, stride: int) -> Any:
     return a.new_empty_strided((a.shape[0], b.shape[1]), (stride, 1))
 
 
-def _product(bias: Any, a: Any, b: Any, stride: int) -> Any:
-    out = _room_for_product(bias, a, b, stride)
-    _multiply(out, None if bias is None else bias.expand(out.shape), a, b)
+def _product(a: Any, b: Any, stride: int) -> Any:
+    out = _room_for_product(a, b, stride)
+    _multiply(out, a, b)
     return out
 
 
-def _multiply(out: Any, bias: Any, a: Any, b: Any) -> None:
-    """out = a @ b + bias, the odd ends of dims that lie side by side in memory apart."""
+def _multiply(out: Any, a: Any, b: Any) -> None:
+    """out = a @ b, the odd ends of dims that lie side by side in memory apart."""
     import torch
 
     (rows, columns), terms = out.shape, a.shape[1]
     even_rows, even_columns, even_terms = (_even(n, a) for n in (rows, columns, terms))
     if even_columns != columns:
         for part in (slice(even_columns), slice(even_columns, columns)):
-            _multiply(out[:, part], None if bias is None else bias[:, part], a, b[:, part])
+            _multiply(out[:, part], a, b[:, part])
     elif even_rows != rows and a.stride(0) == 1:
         for part in (slice(even_rows), slice(even_rows, rows)):
-            _multiply(out[part], None if bias is None else bias[part], a[part], b)
+            _multiply(out[part], a[part], b)
     elif even_terms != terms >= MANY and 1 in (a.stride(1), b.stride(0)):
-        # the few terms first: they are rounded, and the sum of all is rounded once
-        _multiply(out, bias, a[:, even_terms:], b[even_terms:])
-        out.addmm_(a[:, :even_terms], b[:even_terms])
-    elif bias is None:
-        torch.mm(a, b, out=out)
+        most = _wide_product(a[:, :even_terms], b[:even_terms])
+        out.copy_(most.addmm_(a[:, even_terms:].float(), b[even_terms:].float()))
     else:
-        torch.addmm(bias, a, b, out=out)
+        torch.mm(a, b, out=out)
+
+
+def _wide_product(a: Any, b: Any) -> Any:
+    """a @ b in float32. (A product that adds to a 16-bit matrix is rounded before it is added.)"""
+    import torch
+
+    if a.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.ops.aten.mm.dtype(a, b, torch.float32)
+    return a.float() @ b.float()
 
 
 def _even(size: int, like: Any) -> int:

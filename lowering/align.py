@@ -81,7 +81,9 @@ def _align_product(graph: fx.Graph, product: fx.Node) -> bool:
     """Write a product with padded rows, if views are all that shares its memory, and without its
     odd ends. One of the views may leave the graph, as a copy in the layout that it had."""
     operands, value = _operands(product), value_of(product)
-    if product.kwargs or not all(map(_is_aligned, operands)) or not has_odd_ends(*operands):
+    if product.target is not aten.mm.default:
+        return False  # an addend is added to the rounded product where rows are padded
+    if not all(map(_is_aligned, operands)) or not has_odd_ends(*operands):
         return False
     family = _family(product)
     leaving = [node for node in family if _leaves(node)]
@@ -89,10 +91,9 @@ def _align_product(graph: fx.Graph, product: fx.Node) -> bool:
     if odd and (len(leaving) > 1 or not all(value_of(v).is_contiguous() for v in leaving)):
         return False
     target, args = product.target, product.args
-    *bias, a, b = args
     stride = padded(value.shape[1], value.element_size()) if odd else value.shape[1]
     product.target = torch.ops.gems.product.default
-    product.args = (bias[0] if bias else None, a, b, stride)
+    product.args = (*args, stride)
     if not _revalued(family):
         product.target, product.args = target, args
         return False

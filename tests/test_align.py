@@ -62,7 +62,8 @@ def test_logits_and_their_gradient_have_padded_rows(bias: bool, dtype: torch.dty
     for found, wanted in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(found, wanted, **tight)
         assert found.stride() == wanted.stride()
-    assert "gems.product.default" in str(gems_compile.reports()[-2].aten)
+    # an addend would be rounded twice: its product stays as it is
+    assert ("gems.product.default" in str(gems_compile.reports()[-2].aten)) is not bias
     # the weight is [53, 16]: its rows are aligned as they are
     odd = [v.stride() for v in products("backward") if v.shape[0] * v.shape[1] == 32 * ODD]
     assert sorted(odd) == [(1, 56), (56, 1)]
@@ -70,7 +71,7 @@ def test_logits_and_their_gradient_have_padded_rows(bias: bool, dtype: torch.dty
 
 def test_inference_and_a_batch_that_varies() -> None:
     torch.manual_seed(0)
-    model = Head(ODD, True).to(DEVICE, torch.bfloat16).eval()
+    model = Head(ODD, False).to(DEVICE, torch.bfloat16).eval()
     compiled = torch.compile(model, backend="gems", dynamic=True)
     with torch.no_grad():
         for batch in (4, 7, 2):
@@ -97,11 +98,7 @@ def _written(a: Tensor, b: Tensor) -> Any:
     return c * 2, c.mean()
 
 
-def _scaled(a: Tensor, b: Tensor) -> Any:
-    return torch.addmm(b[0], a, b, alpha=2.0).exp()
-
-
-@pytest.mark.parametrize("fn", [_two_leave, _flattened, _written, _scaled])
+@pytest.mark.parametrize("fn", [_two_leave, _flattened, _written])
 def test_whatever_shares_the_memory(fn: Callable[..., Any]) -> None:
     """Views that padded rows do not have, results that share memory: as in eager mode."""
     torch.manual_seed(0)
@@ -130,23 +127,20 @@ def test_small_products_are_left(monkeypatch: Any) -> None:
     assert "gems.product" not in str(gems_compile.reports()[-1].aten)
 
 
-@pytest.mark.parametrize("bias", [None, "row", "matrix"])
 @pytest.mark.parametrize("transposed", ["", "a", "b", "ab"])
 @pytest.mark.parametrize(
     "size", [(24, 16, 53), (53, 16, 24), (24, 1029, 16), (35, 521, 13), (3, 5, 1)]
 )
-def test_a_product_without_its_odd_ends(size: Any, transposed: str, bias: str | None) -> None:
+def test_a_product_without_its_odd_ends(size: Any, transposed: str) -> None:
+    """Rounded once."""
     rows, terms, columns = size
     a, b = (torch.randn(s, device=DEVICE).bfloat16() for s in ((rows, terms), (terms, columns)))
     a = a.t().contiguous().t() if "a" in transposed else a
     b = b.t().contiguous().t() if "b" in transposed else b
-    shape = {"row": (columns,), "matrix": (rows, columns)}.get(bias or "")
-    addend = torch.randn(shape, device=DEVICE).bfloat16() if shape else None
-    found = torch.ops.gems.product(addend, a, b, padded(columns, 2))
+    found = torch.ops.gems.product(a, b, padded(columns, 2))
     assert found.stride() == (padded(columns, 2), 1)
-    wanted = a.double() @ b.double() + (0 if addend is None else addend.double())
-    rounding = 2**-9 * terms**0.5  # of a sum of the usual size
-    torch.testing.assert_close(found.double(), wanted, atol=rounding, rtol=2**-8)
+    wanted = a.double() @ b.double()
+    torch.testing.assert_close(found.double(), wanted, atol=1e-4, rtol=2**-8)
 
 
 def test_long_rows_are_padded_to_cache_lines() -> None:
