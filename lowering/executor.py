@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from . import private
 from .group import Group, Plan
 from .indexing import Size, is_static, size_of
+from .inplace import plan_in_place
 from .ir import SizeArg, Value, base_of, first_place
 from .order import batches, together
 from .scratch import plan_scratch
@@ -78,6 +79,7 @@ class Writer:
         self.kernels: list[tuple[str, Group]] = []
         self.launchers: dict[Group, Callable[..., None]]  # set when the kernels are compiled
         self.scratch, self.scratch_bytes = plan_scratch(plan.steps, sources, plan.escapes)
+        self.in_place = plan_in_place(gm, program, plan, sources, self.scratch)
         self.launches = 0
         self.calls = 0
 
@@ -263,6 +265,9 @@ class Writer:
             self.add(f"if {read} is not {own}: {own}.copy_({read})")
 
     def _allocate(self, out: Value) -> None:
+        if out in self.in_place:
+            self.names[out] = self.names[self.in_place[out]]
+            return
         name = self.names[out] = f"b{out.id}"
         dtype = self.constant(getattr(torch, out.dtype), "d")
         self.add(f"{name} = empty({self.sizes(out.shape)}, {self.sizes(out.strides)}, {dtype})")
