@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from .accumulators import Accumulators
 from .body import Body, Instr
+from .fours import axis_of_fours
 from .group import SHARE
 from .indexing import Index, Size, is_static, product, simplify
 from .ir import BITS, SIXTEEN_BIT, Value
@@ -368,6 +369,8 @@ class Renderer(Accumulators):
         text = instr.text
         for k, index in enumerate(instr.indices):
             text = text.replace(f"{{i{k}}}", self._coordinate(index))
+        if "{fours}" in text:
+            text = text.replace("{fours}", str(axis_of_fours(self, instr.indices[0])))
         text = text.replace("{ones}", "1, 1" if self._two_dims else "1")
         self.lines.add(f"{instr.out} = {text}", instr.comment)
 
