@@ -21,6 +21,15 @@ def axis_of_fours(kernel: Renderer, place: Index) -> int | None:
     return None
 
 
+def whole_axis(kernel: Renderer, place: Index) -> str | None:
+    """``x`` where a place is the program's own x: no digits are taken, to be put together again."""
+    if kernel.square is not None or set(place.atoms) - {*kernel.parallel, *kernel.merged}:
+        return None
+    steps = {a: place.coefficient(a) for a in place.atoms if a not in kernel.merged}
+    plain = _is_plain(kernel, steps, kernel.parallel) and is_static(place.const)
+    return "x" if steps and plain and place.const == 0 else None
+
+
 def _axes(kernel: Renderer) -> Iterator[tuple[int, list[str], int]]:
     """Each axis that starts at a multiple of its block: (axis, its atoms, block)."""
     tile = kernel.tile

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from .accumulators import Accumulators
 from .body import Body, Instr
-from .fours import axis_of_fours
+from .fours import axis_of_fours, whole_axis
 from .group import SHARE
 from .indexing import Index, Size, is_static, product, simplify
 from .ir import BITS, SIXTEEN_BIT, Value
@@ -380,7 +380,7 @@ class Renderer(Accumulators):
 
     def _coordinate(self, index: Index) -> str:
         """An index as a tile of numbers (never a bare literal)."""
-        text = self.index(index)
+        text = whole_axis(self, index) or self.index(index)
         return f"(x * 0 + {text})" if not index.atoms else f"({text})"
 
     def _load(self, instr: Instr) -> None:
