@@ -376,7 +376,7 @@ class Emitter:
         salt = f"salt{sum(n.startswith('salt') for n, _, _ in self.body.params)}"
         self.body.params.append((salt, "size", v.args[1]))  # an argument: equal layers, one kernel
         self.body.modules.add("random")
-        text = f"random.kept({seed}, {salt}, {{i0}}, {v.args[2]}, {{fours}})"
+        text = f"random.kept({seed}, {salt}, {{i0}}, {v.args[2]}, {{fours}}, {{nvidia}})"
         return self.line(section, text, [self._known(linear)], comment=line_of(v))
 
     def _concat(

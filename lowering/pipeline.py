@@ -206,7 +206,8 @@ def source_for(
     looped = is_reduction and needs_loop(rows, group.reduced_length, group.column)
     body = emit(group, inlined, options.exact, looped)
     name = kernel_name(group.members)
-    source = Renderer(body, name, options.target.multiprocessors).run()
+    target = options.target
+    source = Renderer(body, name, target.multiprocessors, target.backend).run()
     source.meta["exact"] = options.exact
     source.meta["unaligned"] = [
         n for n, role, what in source.params if role == "in" and (what in written)
