@@ -64,4 +64,4 @@ def _is_plain(kernel: Renderer, steps: dict[str, object], atoms: list[str]) -> b
 
 
 def _is_multiple(size: object) -> bool:
-    return is_static(size) and size % 4 == 0  # type: ignore[operator, arg-type]
+    return is_static(size) and size % 4 == 0  # type: ignore[operator]
