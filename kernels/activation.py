@@ -41,14 +41,58 @@ def threshold_backward(dy, x, threshold):
     return tl.where(x <= threshold, mathlib.like(0, dy), dy)
 
 
-@pointwise("aten.silu.default", samples=[call(WIDE)])
+@triton.jit
+def quick_silu(x):
+    return mathlib.quick_div(x, mathlib.quick_exp(x * -1.0) + 1.0)
+
+
+@pointwise("aten.silu.default", samples=[call(WIDE)], quick=quick_silu)
 @triton.jit
 def silu(x):
     """x / (1 + exp(-x))."""
     return mathlib.div(x, mathlib.exp(mathlib.neg(x)) + 1.0)
 
 
-@pointwise("aten.gelu.default", samples=[call(WIDE), call(WIDE, approximate="tanh")])
+@triton.jit
+def quick_gelu(x, approximate):
+    """Of small results too: 1 + erf and 1 + tanh cancel left of zero, these do not."""
+    if approximate == "tanh":
+        return mathlib.quick_div(x, tl.exp2(_tanh_exponent(x)) + 1.0)
+    else:
+        phi, _ = _normal(x)
+        return x * phi
+
+
+@triton.jit
+def _tanh_exponent(x):
+    """-2 / log(2) * _gelu_inner(x): (1 + tanh(u)) / 2 is 1 / (1 + exp(-2 u))."""
+    return x * tl.fma(x * x, -0.1029432397, tl.full([], -2.3022081988, tl.float32))
+
+
+@triton.jit
+def _normal(x):
+    """The normal distribution's Phi(x), and exp(-x * x / 2).
+
+    Phi(-|x|) is exp(-x * x / 2) * t * P(t) with t = 1 / (1 + 0.36 |x|), as in Abramowitz and Stegun
+    7.1.26; P is the minimax polynomial for |x| < 14, whose relative error is 9e-7.
+    """
+    t = mathlib.quick_div(tl.full([], 1.0, tl.float32), tl.abs(x) * 0.36 + 1.0)
+    bell = tl.exp2(x * x * -0.7213475204444817)
+    p = tl.fma(t, 0.04705621, -0.17976446)
+    p = tl.fma(p, t, 0.1809537)
+    p = tl.fma(p, t, 0.02654953)
+    p = tl.fma(p, t, 0.1397192)
+    p = tl.fma(p, t, 0.14177246)
+    p = tl.fma(p, t, 0.14371304)
+    tail = p * (t * bell)
+    return tl.where(x < 0, tail, 1.0 - tail), bell
+
+
+@pointwise(
+    "aten.gelu.default",
+    samples=[call(WIDE), call(WIDE, approximate="tanh")],
+    quick=quick_gelu,
+)
 @triton.jit
 def gelu(x, approximate):
     """x * Phi(x): exact through erf, or the tanh approximation."""
@@ -64,9 +108,23 @@ def _gelu_inner(x):
     return mathlib.muladd(0.044715, x * x * x, x) * 0.7978845608028654
 
 
+@triton.jit
+def quick_gelu_backward(dy, x, approximate):
+    """As quick_gelu; with s = 1 / (1 + exp(-2 u)) the derivative of x * s is s + x * s'."""
+    if approximate == "tanh":
+        one = tl.full([], 1.0, tl.float32)
+        s = mathlib.quick_div(one, tl.exp2(_tanh_exponent(x)) + 1.0)
+        slope = x * tl.fma(x * x, 0.2140644488, tl.full([], 1.5957691216, tl.float32))  # 2 x u'
+        return dy * (s * tl.fma(slope, 1.0 - s, one))
+    else:
+        phi, bell = _normal(x)
+        return dy * tl.fma(x, bell * 0.3989422804014327, phi)
+
+
 @pointwise(
     "aten.gelu_backward.default",
     samples=[call(X, WIDE), call(X, WIDE, approximate="tanh")],
+    quick=quick_gelu_backward,
 )
 @triton.jit
 def gelu_backward(dy, x, approximate):

@@ -120,6 +120,7 @@ def _floor_quotient(x, y):
         call(X, 0.7),
         call(X, T(low=1, high=7)),
     ],
+    quick=mathlib.quick_div,
 )
 @triton.jit
 def div(x, y):
@@ -454,7 +455,7 @@ def clamp_max(x, hi):
 @triton.jit
 def native_dropout_backward(dy, mask, scale):
     """dy * mask * scale."""
-    return dy * mask.to(dy.dtype) * scale
+    return dy * tl.where(mask, mathlib.like(scale, dy), mathlib.like(0.0, dy))
 
 
 @pointwise("aten.deg2rad.default", samples=[call(T(4, 33, low=-180, high=180))])

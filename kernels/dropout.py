@@ -53,24 +53,29 @@ def _mask(seed: Any, size: Any, p: float, salt: int) -> Any:
     count = 1
     for n in size:
         count *= n
-    place = torch.arange(count, device=seed.device) & _WORD
-    return (_uniform(seed + salt, place) >= p).reshape(size)
+    counter = torch.arange(-(-count // 4), device=seed.device)
+    words = torch.stack(_philox(seed + salt, counter), -1).reshape(-1)[:count]
+    return (words >= threshold(p)).reshape(size)
 
 
-def _uniform(seed: Any, place: Any) -> Any:
-    """Triton's ``tl.rand(seed, place)`` in int64 arithmetic: Salmon et al. 2011, Philox 4x32-10."""
+def threshold(p: float) -> int:
+    """A 32-bit word is below it with probability p."""
+    return min(round(p * 2**32), _WORD)
+
+
+def _philox(key: Any, counter: Any) -> tuple[Any, ...]:
+    """``kernels.random`` in int64 arithmetic: four words of each counter."""
     import torch
 
-    zeros: Any = torch.zeros_like(place)
-    c0, c1, c2, c3 = place, 0, zeros, 0
-    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    zeros: Any = torch.zeros_like(counter)
+    c0, c1, c2, c3 = counter & _WORD, counter >> 32, zeros, zeros
+    k0, k1 = key & _WORD, (key >> 32) & _WORD
     for _ in range(10):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c2 = (b >> 32 & _WORD) ^ c1 ^ k0, (a >> 32 & _WORD) ^ c3 ^ k1
         c1, c3 = b & _WORD, a & _WORD
         k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
-    signed = torch.where(c0 >= 2**31, c0 - 2**32, c0)
-    return torch.where(signed < 0, -signed - 1, signed).float() * 4.6566127342e-10
+    return c0, c1, c2, c3
 
 
 def native_dropout(x: Any, p: float, train: Any) -> Any:
@@ -93,4 +98,4 @@ def native_dropout(x: Any, p: float, train: Any) -> Any:
 def dropout_mask(b: Any, seed: Any, size: Any, p: float, salt: int) -> Any:
     """Whether each element is kept: probability 1 - p."""
     shape = tuple(getattr(s, "expr", s) for s in size)
-    return b.call("ge", b.random(shape, seed, salt), p, dtype="bool")
+    return b.kept(shape, seed, salt, threshold(p))

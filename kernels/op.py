@@ -80,6 +80,9 @@ class Op:
     #: parameters that index memory: they keep their own integer dtype
     index: tuple[str, ...] = ()
     declines: Callable[..., str | None] | None = None
+    #: a cheaper body in float32, wrong by a few units in the last place, for a result of which
+    #: only the rounding to 16 bits is seen
+    quick: Any = None
     doc: str = field(default="", compare=False)
 
 
@@ -105,6 +108,7 @@ def _declarator(kind: str) -> Callable[..., Callable[[Any], Any]]:
         truth: Sequence[str] = (),
         index: Sequence[str] = (),
         declines: Callable[..., str | None] | None = None,
+        quick: Any = None,
         name: str | None = None,
     ) -> Callable[[Any], Any]:
         def register(body: Any) -> Any:
@@ -121,6 +125,7 @@ def _declarator(kind: str) -> Callable[..., Callable[[Any], Any]]:
                     truth=tuple(truth),
                     index=tuple(index),
                     declines=declines,
+                    quick=quick,
                     doc=function.__doc__ or "",
                 )
             )

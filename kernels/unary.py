@@ -18,7 +18,7 @@ BETWEEN = T(4, 33, low=0.05, high=0.95)
 HALVES = T(4, 33, low=-9, high=9)
 
 
-@pointwise("aten.exp.default", samples=[call(X)])
+@pointwise("aten.exp.default", samples=[call(X)], quick=mathlib.quick_exp)
 @triton.jit
 def exp(x):
     """e ** x."""
@@ -259,7 +259,7 @@ def frac(x):
     return x - mathlib.trunc(x)
 
 
-@pointwise("aten.sigmoid.default", samples=[call(X)])
+@pointwise("aten.sigmoid.default", samples=[call(X)], quick=mathlib.quick_sigmoid)
 @triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x))."""

@@ -22,6 +22,7 @@ from .indexing import ZERO, Index, NeedSplit, Size, is_one, is_static, quotient,
 from .ir import FLOATING, INTEGERS, SIXTEEN_BIT, SizeArg, Value, computing_dtype
 from .patch import emit_patch
 from .reduced import accumulate, finish_reduction
+from .rounding import Rounding
 from .scan import emit_scan
 from .spelling import (
     EmitError,
@@ -49,6 +50,7 @@ class Emitter:
         self.wide_atoms = set(group.reduced)
         self.walked = set(group.parallel) if group.sweeps else set()  # a program's rows
         self.counter = 0
+        self.rounding = Rounding(group, self._computes)
 
     # driver --------------------------------------------------------------------------------
 
@@ -75,12 +77,15 @@ class Emitter:
         if known is None:
             if v.kind == "view":
                 known = self.level(v.args[0])
-            elif v not in self.members and v not in self.inlined:
+            elif not self._computes(v):
                 known = 0
             else:
                 known = max((self.level(a) for a in v.inputs), default=0) + v.reduces
             self.levels[v] = known
         return known
+
+    def _computes(self, v: Value) -> bool:
+        return v in self.members or v in self.inlined
 
     def _is_wide(self, v: Value) -> bool:
         frame = self.group.frame(v)
@@ -197,7 +202,7 @@ class Emitter:
         level: int,
         section: tuple[str, int],
     ) -> str:
-        if v not in self.members and v not in self.inlined:
+        if not self._computes(v):
             return self._load(v, coords, cond, section)
         method = getattr(self, f"_{v.kind}", None)
         if method is None or v.reduces:
@@ -279,7 +284,8 @@ class Emitter:
                 args.append(f"{self.size_name(a.expr)}.to(tl.{compute})")
             else:
                 args.append(literal(whole(a) if compute in INTEGERS else a))
-        module, function = spelling(op)
+        quick = op.quick is not None and compute == "float32" and self.rounding.may_be_quick(v)
+        module, function = spelling(op, quick)
         self.body.modules.add(module)
         result = f"{module}.{function}({', '.join(args)})"
         return self.line(section, self.rounded(result, v.dtype, compute, v), comment=line_of(v))
@@ -376,7 +382,8 @@ class Emitter:
         salt = f"salt{sum(n.startswith('salt') for n, _, _ in self.body.params)}"
         self.body.params.append((salt, "size", v.args[1]))  # an argument: equal layers, one kernel
         self.body.modules.add("random")
-        return self.line(section, f"random.uniform({seed}, {salt}, {{i0}})", [self._known(linear)])
+        text = f"random.kept({seed}, {salt}, {{i0}}, {v.args[2]}, {{fours}}, {{nvidia}})"
+        return self.line(section, text, [self._known(linear)], comment=line_of(v))
 
     def _concat(
         self,

@@ -69,7 +69,7 @@ class Value:
     gather     -                     (base, index, ...): see Builder.gather
     store      -                     (values, index, ...): see Builder.store
     iota, full -                     literals
-    random     -                     (seed, salt): uniform in [0, 1)
+    random     -                     (seed, salt, threshold): see Builder.kept
     """
 
     __slots__ = ("args", "dtype", "id", "kind", "node", "op", "params", "shape", "strides")
@@ -165,9 +165,9 @@ class Builder:
         """The coordinate along ``axis``, as a tensor of ``shape``."""
         return Value("iota", None, (), shape, dtype, params=axis)
 
-    def random(self, shape: Sequence[Size], seed: Value, salt: int) -> Value:
-        """Uniform float32 in [0, 1), a function of the seed, the salt and the position."""
-        return Value("random", None, (seed, salt), shape, "float32")
+    def kept(self, shape: Sequence[Size], seed: Value, salt: int, threshold: int) -> Value:
+        """Whether a random 32-bit word, a function of seed, salt and place, is at least that."""
+        return Value("random", None, (seed, salt, threshold), shape, "bool")
 
     # reductions ----------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from .accumulators import Accumulators
 from .body import Body, Instr
+from .fours import axis_of_fours, whole_axis
 from .group import SHARE
 from .indexing import Index, Size, is_static, product, simplify
 from .ir import BITS, SIXTEEN_BIT, Value
@@ -20,8 +21,9 @@ LIMIT_32 = 2**31 - 1
 
 
 class Renderer(Accumulators):
-    def __init__(self, body: Body, name: str, multiprocessors: int) -> None:
+    def __init__(self, body: Body, name: str, multiprocessors: int, backend: str = "") -> None:
         self.body, self.name = body, name
+        self.nvidia = backend == "cuda"  # whose assembly may stand in a kernel
         self.group = body.group
         self.multiprocessors = multiprocessors
         self.sizes: dict[str, Size] = {a: self.group.size(a) for a in self.group.domain}
@@ -95,7 +97,8 @@ class Renderer(Accumulators):
             return column_tile(rows, reduced, self.body.looped, self._loaded_bytes())
         if self.sweeps:
             return sweep_tile(reduced, self._loaded_bytes())
-        loads = len({i.text for i in self._instrs() if i.kind == "load"})
+        # a number (a seed, say) takes one register
+        loads = len({i.text for i in self._instrs() if i.kind == "load" and i.indices[0].atoms})
         return row_tile(rows, reduced, loads, self.body.looped, self.multiprocessors)
 
     def _loaded_bytes(self) -> int:
@@ -368,6 +371,9 @@ class Renderer(Accumulators):
         text = instr.text
         for k, index in enumerate(instr.indices):
             text = text.replace(f"{{i{k}}}", self._coordinate(index))
+        if "{fours}" in text:
+            text = text.replace("{fours}", str(axis_of_fours(self, instr.indices[0])))
+            text = text.replace("{nvidia}", str(self.nvidia))
         text = text.replace("{ones}", "1, 1" if self._two_dims else "1")
         self.lines.add(f"{instr.out} = {text}", instr.comment)
 
@@ -377,7 +383,7 @@ class Renderer(Accumulators):
 
     def _coordinate(self, index: Index) -> str:
         """An index as a tile of numbers (never a bare literal)."""
-        text = self.index(index)
+        text = whole_axis(self, index) or self.index(index)
         return f"(x * 0 + {text})" if not index.atoms else f"({text})"
 
     def _load(self, instr: Instr) -> None:

@@ -117,9 +117,10 @@ def parameters(op: Any) -> list[str]:
 _PARAMETERS: dict[str, list[str]] = {}
 
 
-def spelling(op: Any) -> tuple[str, str]:
-    """(module, function) of an op's body."""
-    function = getattr(op.body, "fn", op.body)
+def spelling(op: Any, quick: bool = False) -> tuple[str, str]:
+    """(module, function) of an op's body, or of its quick one."""
+    body = op.quick if quick else op.body
+    function = getattr(body, "fn", body)
     return function.__module__.rpartition(".")[2], function.__name__
 
 

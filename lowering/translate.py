@@ -357,7 +357,7 @@ for _name in (
     "copy",
     "full",
     "iota",
-    "random",
+    "kept",
     "_reduce",
     "_partial",
     "_scan",

@@ -92,3 +92,59 @@ def test_random_ops_are_reproducible():
         assert torch.equal(a, b)
     uniform = first[0] - x
     assert uniform.min() >= -1e-6 and uniform.max() <= 1 + 1e-6
+
+
+def mask_of(shape, p, seed, salt=1):
+    """The mask that a graph's dropout number ``salt`` draws, by the ATen implementation."""
+    torch.manual_seed(seed)
+    drawn = torch.ops.gems.seed(torch.device(DEVICE))
+    return torch.ops.gems.dropout_mask(drawn, shape, p, salt)
+
+
+TILES = {
+    "flat": lambda x: x * 1.0,
+    "flat, with columns": lambda x: x + torch.arange(x.shape[-1], device=x.device),
+    "rows": lambda x: x.softmax(-1),
+    "transposed": lambda x: x.transpose(-1, -2).contiguous(),
+    "sliced": lambda x: x[..., 3:] * 2.0,
+    "columns": lambda x: x.sum(0),
+    "both": lambda x: (x * 1.0, x.sum(-1), x.sum(0)),
+}
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("shape", [(6, 64), (5, 33), (2, 3, 20)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_mask_is_the_same_in_every_tile(tile, shape, dynamic):
+    x = rand(*shape)
+    torch.manual_seed(11)
+    got = compile_(lambda x: TILES[tile](F.dropout(x, 0.4)), dynamic=dynamic)(x)
+    want = TILES[tile](x * mask_of(shape, 0.4, seed=11) * (1 / 0.6))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_is_the_same_in_a_looped_row_and_in_a_sweep():
+    """A row too long for the chip; rows that a program walks over, adding up their columns."""
+    for shape in ((2, 20000), (640, 32)):
+        x = rand(*shape, grad=True)
+        torch.manual_seed(3)
+        compile_(lambda x: F.softmax(F.dropout(x, 0.3), -1).square().sum())(x).backward()
+        mask = mask_of(shape, 0.3, seed=3)
+        twin = x.detach().requires_grad_()
+        F.softmax(twin * mask / 0.7, -1).square().sum().backward()
+        torch.testing.assert_close(x.grad, twin.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("p", [1e-4, 0.9999])
+def test_dropout_at_extreme_rates(p):
+    keep = mask_of((1 << 20,), p, seed=1).float().mean().item()
+    assert abs(keep - (1 - p)) < 6 * (p * (1 - p) / (1 << 20)) ** 0.5
+
+
+def test_neighbours_and_dropouts_are_not_correlated():
+    """The words of one counter, of counters side by side, and of two dropouts of a graph."""
+    n = 1 << 18
+    a, b = (mask_of((n,), 0.5, 7, salt).float() - 0.5 for salt in (1, 2))
+    for lag in (1, 2, 3, 4, 5, 8, 1024):
+        assert abs((a[lag:] * a[:-lag]).mean()) * 4 < 5 / n**0.5
+    assert abs((a * b).mean()) * 4 < 5 / n**0.5

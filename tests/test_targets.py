@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -317,3 +318,20 @@ def test_models(workers: Pool, tmp_path: Path) -> None:
         folder = tmp_path / name
         folder.mkdir()
         compile_all(of_models(), target, workers, folder)
+
+
+def test_dropout_moves_no_element_between_threads(workers: Pool, tmp_path: Path) -> None:
+    """Its words are made and joined in the registers of the thread that has their elements."""
+    wide = dataclasses.replace(INTERPRETER, multiprocessors=132, backend="cuda")
+    programs = {
+        "flat": lambda x, row: torch.native_dropout(x, 0.1, True)[0],
+        "two axes": lambda x, row: torch.native_dropout(x + row, 0.1, True)[0],
+    }
+    for name, fn in programs.items():
+        _, report = compile_graph(trace(fn, rand(2048, 4096), rand(4096)), [], options(target=wide))
+        (source,) = report.sources
+        folder = tmp_path / name
+        folder.mkdir()
+        compile_all({source.key: source}, TARGETS["sm_90"], workers, folder)
+        facts = json.loads((folder / f"{source.key}.json").read_text())
+        assert ", 0, True)" in source.text and facts["shared"] == 0
