@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .group import Group
 from .indexing import Index, Size
+
+#: more loads at once would take more registers than their latency is worth
+MOST_EARLY_LOADS = 8
 
 
 @dataclass
@@ -41,3 +46,40 @@ class Body:
     params: list[tuple[str, str, Any]] = field(default_factory=list)  # (name, role, what)
     modules: set[str] = field(default_factory=set)
     wide: set[str] = field(default_factory=set)  # registers and derived atoms that vary along r
+
+
+def loads_first(steps: Sequence[Instr], derived: dict[str, Any]) -> list[Instr]:
+    """The steps, with loads (and what masks them) that wait for no other step in front.
+
+    ``derived`` is the body's. The compiler moves no load across the branches of libdevice's
+    functions: a load behind one waits until it is computed (GeGLU, H200: 174 us, 161 with both
+    loads in front).
+    """
+    made = {i.out for i in steps if i.out}
+    early: set[str] = set()
+    loads = 0
+    for instr in steps:
+        if instr.kind == "load":
+            loads += 1
+        elif instr.kind != "line" or instr.out[0] not in "cm":  # coordinates, and masks of them
+            continue
+        if _read(instr, derived) & made <= early:
+            early.add(instr.out)
+        elif instr.kind == "load":
+            loads -= 1
+    if loads > MOST_EARLY_LOADS:
+        return list(steps)
+    return sorted(steps, key=lambda i: i.out not in early or i.kind not in ("load", "line"))
+
+
+def _read(instr: Instr, derived: dict[str, Any]) -> set[str]:
+    """The registers that a load or a line reads, and the atoms."""
+    found = set() if instr.kind == "load" else set(re.findall(r"\w+", instr.text))
+    found.update([instr.cond] if instr.cond else [])
+    stack = list(instr.indices)
+    while stack:
+        for atom in stack.pop().atoms:
+            found.add(atom)
+            if atom in derived:
+                stack.append(derived[atom][1])
+    return found

@@ -23,6 +23,7 @@ from .group import Group, Plan
 from .horizontal import Combined, Part, combine, combined_source, find_parts, may_share
 from .indexing import is_static, product
 from .ir import SIXTEEN_BIT, Value, base_of
+from .layout import changes_layout
 from .load import CompileError, Loading
 from .options import Options
 from .partition import share_seeds
@@ -253,6 +254,8 @@ def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
         return False
     (node,) = nodes
     if any(_is_worth_it(base_of(a), fuser) for a in member.inputs) or _is_faster(member):
+        return False
+    if member.kind in ("pointwise", "cast") and changes_layout(member):
         return False
     op = op_of(node.target)
     if node.target is operator.getitem or (op is not None and op.kind == "composite"):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from .accumulators import Accumulators
-from .body import Body, Instr
+from .body import Body, Instr, loads_first
 from .fours import axis_of_fours, whole_axis
 from .group import SHARE
 from .indexing import Index, Size, is_static, product, simplify
@@ -293,11 +293,12 @@ class Renderer(Accumulators):
             return
         top = max((level for _, level in self.body.sections), default=0)
         for level in range(top + 1):
-            for instr in self.body.sections.get(("row", level), ()):
+            steps = self.body.sections.get(("row", level), [])
+            for instr in loads_first(steps, self.body.derived) if self.rank == 1 else steps:
                 self._instr(instr)
-            steps = self.body.sections.get(("loop", level))
+            steps = self.body.sections.get(("loop", level), [])
             if steps:
-                self._loop(steps)
+                self._loop(loads_first(steps, self.body.derived))
 
     def _loop(self, steps: list[Instr]) -> None:
         length = product(self.sizes[a] for a in self.reduced)
