@@ -46,6 +46,7 @@ class Body:
     params: list[tuple[str, str, Any]] = field(default_factory=list)  # (name, role, what)
     modules: set[str] = field(default_factory=set)
     wide: set[str] = field(default_factory=set)  # registers and derived atoms that vary along r
+    cuts: dict[str, set[int]] = field(default_factory=dict)  # atom -> where another part begins
 
 
 def loads_first(steps: Sequence[Instr], derived: dict[str, Any]) -> list[Instr]:

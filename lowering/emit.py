@@ -21,6 +21,7 @@ from .group import Group
 from .indexing import ZERO, Index, NeedSplit, Size, is_one, is_static, quotient, simplify
 from .ir import FLOATING, INTEGERS, SIXTEEN_BIT, SizeArg, Value, computing_dtype
 from .patch import emit_patch
+from .pieces import emit_concat
 from .reduced import accumulate, finish_reduction
 from .rounding import Rounding
 from .scan import emit_scan
@@ -385,38 +386,7 @@ class Emitter:
         text = f"random.kept({seed}, {salt}, {{i0}}, {v.args[2]}, {{fours}}, {{nvidia}})"
         return self.line(section, text, [self._known(linear)], comment=line_of(v))
 
-    def _concat(
-        self,
-        v: Value,
-        coords: Sequence[Index],
-        cond: str | None,
-        level: int,
-        section: tuple[str, int],
-    ) -> str:
-        axis = v.params
-        place = self.line(section, "{i0}", [self._known(coords[axis])], prefix="c")
-        if self._varies(coords[axis]):
-            self.body.wide.add(place)
-        start: Size = 0
-        pieces: list[tuple[str, str]] = []
-        for part in v.args:
-            end = simplify(start + part.shape[axis])
-            inside = f"({place} >= {self.size_name(start)}) & ({place} < {self.size_name(end)})"
-            if cond is not None:
-                inside = f"{inside} & {cond}"
-            mask = self.line(section, inside, prefix="m")
-            if self._varies(coords[axis]) or cond in self.body.wide:
-                self.body.wide.add(mask)
-            own = list(coords)
-            own[axis] = own[axis].shift(-start if is_static(start) else -1 * start)
-            self._known(own[axis])
-            pieces.append((mask, self.eval(part, own, mask, level)))
-            start = end
-        text = pieces[-1][1]
-        for mask, register in reversed(pieces[:-1]):
-            text = f"tl.where({mask}, {register}, {text})"
-        return self.line(section, text)
-
+    _concat = emit_concat
     _patch = emit_patch
     _scan = emit_scan
 

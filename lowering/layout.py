@@ -19,7 +19,7 @@ LEAST = 2**18
 
 
 def changes_layout(v: Value) -> bool:
-    """Whether a pointwise value has another contiguous axis than one of its operands, and is large."""
+    """Whether a large pointwise value has another contiguous axis than one of its operands."""
     if not is_static(*v.shape, *v.strides) or product(v.shape) < LEAST:
         return False
     own = _contiguous_axis(v.shape, v.strides)

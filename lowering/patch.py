@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .indexing import ZERO, Index, Size, is_static, simplify, split_index
 from .ir import Builder, Value
+from .pieces import mask_line, tests, tile
 from .views import Reshape, Slice
 
 if TYPE_CHECKING:
@@ -80,28 +81,23 @@ def emit_patch(
 ) -> str:
     """The register of v: the patch's element where there is one, else what lies under it."""
     under, patch = v.args
-    own, inside = list(coords), [] if cond is None else [cond]
+    own, inside = list(coords), [cond]
     wide = cond in emitter.body.wide
     for axis, start, step in v.params:
         shifted = coords[axis].shift(-start if is_static(start) else -1 * start)
         place, between = split_index(shifted, step, emitter.size, emitter.derive)
         size = patch.shape[axis]
-        at = _tile(emitter, section, place)
-        inside.append(f"({at} >= 0) & ({at} < {emitter.size_name(size)})")
+        asked = tests(emitter, section, place, 0, size)
+        if asked is None:
+            return emitter.eval(under, coords, cond, level)
+        inside += asked
         if between != ZERO:
-            inside.append(f"({_tile(emitter, section, between)} == 0)")
+            inside.append(f"({tile(emitter, section, between)} == 0)")
         wide = wide or emitter._varies(coords[axis])
         own[axis] = ZERO if is_static(size) and size == 1 else place
-    mask = emitter.line(section, " & ".join(inside), prefix="m")
-    if wide:
-        emitter.body.wide.add(mask)
+    mask = mask_line(emitter, section, inside, wide)
     above = emitter.eval(patch, own, mask, level)
+    if mask == cond:
+        return above
     below = emitter.eval(under, coords, cond, level)
     return emitter.line(section, f"tl.where({mask}, {above}, {below})")
-
-
-def _tile(emitter: Emitter, section: tuple[str, int], index: Index) -> str:
-    register = emitter.line(section, "{i0}", [emitter._known(index)], prefix="c")
-    if emitter._varies(index):
-        emitter.body.wide.add(register)
-    return register

@@ -229,6 +229,7 @@ def _pad(b: Builder, val: torch.Tensor, x: Value, pad: Sequence[Any], value: Any
     """Values around x; a negative amount takes away instead."""
     if not all(isinstance(p, int) for p in pad):
         raise Declined("symbolic padding")
+    shape, places = list(x.shape), []
     for k in range(len(pad) // 2):
         axis = x.ndim - 1 - k
         before, after = pad[2 * k], pad[2 * k + 1]
@@ -238,12 +239,10 @@ def _pad(b: Builder, val: torch.Tensor, x: Value, pad: Sequence[Any], value: Any
                 raise Declined("nothing is left of an axis")
             x = b.slice(x, axis, max(0, -before), stop)
             before, after = max(before, 0), max(after, 0)
-        for amount, first in ((before, True), (after, False)):
-            if amount:
-                shape = [amount if a == axis else s for a, s in enumerate(x.shape)]
-                edge = b.full(shape, value or 0, x.dtype)
-                x = b.concat([edge, x] if first else [x, edge], axis)
-    return x
+        shape[axis] = simplify(x.shape[axis] + before + after)
+        if before or after:
+            places.append((axis, before, 1))
+    return b.patch(b.full(shape, value or 0, x.dtype), x, places[::-1]) if places else x
 
 
 def _full(b: Builder, val: torch.Tensor, size: Any, value: Any, *_: Any) -> Value:
