@@ -32,6 +32,15 @@ class Instr:
     wide: bool = False  # of a put: it varies along r
 
 
+@dataclass(frozen=True)
+class Window:
+    """A part of a loop variable."""
+
+    atom: str
+    first: int
+    length: int
+
+
 @dataclass
 class Body:
     """The instructions of one kernel, by section: ("row", level), ("loop", level).
@@ -41,12 +50,23 @@ class Body:
 
     group: Group
     looped: bool
+    window: Window | None = None  # the part of one atom that it runs over; None: all
     sections: dict[tuple[str, int], list[Instr]] = field(default_factory=dict)
     derived: dict[str, tuple[str, Index, Size]] = field(default_factory=dict)
     params: list[tuple[str, str, Any]] = field(default_factory=list)  # (name, role, what)
     modules: set[str] = field(default_factory=set)
     wide: set[str] = field(default_factory=set)  # registers and derived atoms that vary along r
     cuts: dict[str, set[int]] = field(default_factory=dict)  # atom -> where another part begins
+
+    def size(self, atom: str) -> Size:
+        """How long an atom is, as far as this body runs over it."""
+        if self.window is not None and atom == self.window.atom:
+            return self.window.length
+        return self.group.size(atom)
+
+    def first(self, atom: str) -> int:
+        """Where it begins to run over an atom."""
+        return self.window.first if self.window is not None and atom == self.window.atom else 0
 
 
 def loads_first(steps: Sequence[Instr], derived: dict[str, Any]) -> list[Instr]:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..kernels.op import BODIES
-from .body import Body, Instr
+from .body import Body, Instr, Window
 from .group import Group
 from .indexing import ZERO, Index, NeedSplit, Size, is_one, is_static, quotient, simplify
 from .ir import FLOATING, INTEGERS, SIXTEEN_BIT, SizeArg, Value, computing_dtype
@@ -39,10 +39,17 @@ from .writes import emit_store
 
 
 class Emitter:
-    def __init__(self, group: Group, inlined: set[Value], exact: bool, looped: bool) -> None:
+    def __init__(
+        self,
+        group: Group,
+        inlined: set[Value],
+        exact: bool,
+        looped: bool,
+        window: Window | None = None,
+    ) -> None:
         self.group, self.inlined, self.exact = group, inlined, exact
         self.members = set(group.members)
-        self.body = Body(group, looped)
+        self.body = Body(group, looped, window)
         self.memo: dict[Any, str] = {}
         self.levels: dict[Value, int] = {}
         self.reductions: dict[Value, str] = {}  # reduction -> its name in the kernel
@@ -102,10 +109,12 @@ class Emitter:
     def mixed_radix(self, axis: Sequence[str]) -> Index:
         terms: dict[str, Size] = {}
         step: Size = 1
+        first: Size = 0
         for atom in reversed(axis):
             terms[atom] = step
+            first = simplify(first + step * self.body.first(atom))
             step = simplify(step * self.group.size(atom))
-        return Index(terms)
+        return Index(terms, first)
 
     # what views ask for ----------------------------------------------------------------------
 
@@ -116,7 +125,7 @@ class Emitter:
                 return divisor
             top = self._extent(index)
             return quotient(top, divisor) or top
-        return self.group.size(atom) if atom in self.group.sizes else 2**31
+        return self.body.size(atom) if atom in self.group.sizes else 2**31
 
     def _extent(self, index: Index) -> Size:
         top: Size = index.const + 1

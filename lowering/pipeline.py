@@ -28,6 +28,7 @@ from .load import CompileError, Loading
 from .options import Options
 from .partition import share_seeds
 from .passes import PASSES as ATEN_PASSES
+from .piecewise import piecewise
 from .render import Renderer, kernel_name
 from .schedule import needs_loop
 from .source import Source
@@ -208,7 +209,8 @@ def source_for(
     body = emit(group, inlined, options.exact, looped)
     name = kernel_name(group.members)
     target = options.target
-    source = Renderer(body, name, target.multiprocessors, target.backend).run()
+    whole = Renderer(body, name, target.multiprocessors, target.backend)
+    source = piecewise(whole, inlined, options.exact) or whole.run()
     source.meta["exact"] = options.exact
     source.meta["unaligned"] = [
         n for n, role, what in source.params if role == "in" and (what in written)

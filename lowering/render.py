@@ -22,11 +22,11 @@ LIMIT_32 = 2**31 - 1
 
 class Renderer(Accumulators):
     def __init__(self, body: Body, name: str, multiprocessors: int, backend: str = "") -> None:
-        self.body, self.name = body, name
+        self.body, self.name, self.backend = body, name, backend
         self.nvidia = backend == "cuda"  # whose assembly may stand in a kernel
         self.group = body.group
         self.multiprocessors = multiprocessors
-        self.sizes: dict[str, Size] = {a: self.group.size(a) for a in self.group.domain}
+        self.sizes: dict[str, Size] = {a: body.size(a) for a in self.group.domain}
         self.merged: dict[str, str | None] = {}  # atom -> atom it became, None when it vanished
         self.lines = Lines()
         self.shares, self.sweeps = self.group.shares, self.group.sweeps

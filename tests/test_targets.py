@@ -145,6 +145,10 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Tensor, ...]]]]
         with_gradients(lambda x, w, b: F.silu(F.group_norm(x, 4, w, b))),
         lambda: (rand(4, 32, 14, 14), rand(32), rand(32)),
     ),
+    "cat_of_long_parts": (
+        lambda a, b: torch.cat([F.gelu(a), b.sigmoid() * 2], 1) - 1,
+        lambda: (rand(40, 2048), rand(40, 2056)),
+    ),
     "dropout": (dropout, lambda: (rand(64, 512),)),
     "transpose": (
         lambda x, y: (x.transpose(0, 1) * 2 + y).contiguous(),
