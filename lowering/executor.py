@@ -260,9 +260,11 @@ class Writer:
             self.add(f"{kernel}({grid}, 1, 1, stream, {args})", source.name)
         else:
             self.add(f"if grid: {kernel}(grid, 1, 1, stream, {args})", source.name)
-        for memory in group.stores.values():
-            own, read = self.use(self.names[memory]), self.use(self.aligned[memory])
-            self.add(f"if {read} is not {own}: {own}.copy_({read})")
+        places = [base_of(m.params[0]) for m in group.members if m.kind == "store"]
+        for memory in dict.fromkeys([*group.stores.values(), *places]):
+            if memory in self.aligned:
+                own, read = self.use(self.names[memory]), self.use(self.aligned[memory])
+                self.add(f"if {read} is not {own}: {own}.copy_({read})")
 
     def _allocate(self, out: Value) -> None:
         if out in self.in_place:

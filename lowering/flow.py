@@ -123,6 +123,12 @@ def order_edges(program: Program, graph: Any) -> tuple[dict[Value, list[Value]],
     return waits, set(written_by)
 
 
+def written_by_aten(program: Program, graph: Any) -> set[Value]:
+    """Memory that calls of ATen write."""
+    nodes = (n for n in graph.nodes if n in program.aten and has_effect(n))
+    return {base for node in nodes for base in _written_bases(node, program)}
+
+
 def copies_alone(program: Program, graph: Any) -> dict[Node, str | None]:
     """Each ``copy_`` -> why it is not the only write of an input that all readers name, or None."""
     copies = [n for n in graph.nodes if n.target is torch.ops.aten.copy_.default]

@@ -16,7 +16,7 @@ from ..kernels import load_ops
 from . import executor
 from .align import align_products
 from .emit import emit
-from .flow import find_escapes
+from .flow import find_escapes, written_by_aten
 from .foreach import take_foreach_apart
 from .fuse import Fuser
 from .group import Group, Plan
@@ -116,13 +116,14 @@ def _attempt(
     store_copies(gm.graph, program, fuser)
     likely = may_share(groups)
     groups = _without_lone(groups, program, fuser, options, likely)
+    written = written_by_aten(program, gm.graph)
     clock.lap(report, "fuse")
     sources: dict[Group, Source] = {}
     loading: dict[Group, Loading] = {}
     index = device.index if device.type != "cpu" else None
     for group in groups:
         try:
-            sources[group] = source_for(group, fuser.inlined, options, fuser.written)
+            sources[group] = source_for(group, fuser.inlined, options, written)
         except Exception as e:
             return group, e
         if group not in likely:  # it compiles while the others are written
@@ -148,7 +149,7 @@ def _attempt(
         dict(program.aten),
         fuser.unfused,
         fuser.inlined,
-        fuser.written,
+        written,
         find_escapes(program, gm.graph),  # more than before: groups may have gone back to ATen
     )
     report.plan = plan

@@ -167,6 +167,25 @@ def test_write_out_of_range_is_dropped(undetermined: None) -> None:
     assert_same_values(whole, want)
 
 
+@pytest.mark.parametrize("start", [0, 1, 8])
+def test_write_off_the_16_byte_boundary(start: int, undetermined: None) -> None:
+    """The kernel writes an aligned copy, which goes back before ATen reads the cache."""
+
+    def fn(cache: Tensor, k: Tensor, at: Tensor) -> Any:
+        cache.index_copy_(0, at, k * 3)
+        return cache.cumsum(0), cache * 2
+
+    whole, k, at = rand(80, dtype=torch.bfloat16), rand(3, 5, dtype=torch.bfloat16), [5, 0, 3]
+    want, places = whole.clone(), torch.tensor(at, device=whole.device)
+    with torch.no_grad():
+        got = compile_(fn)(whole[start : start + 60].view(12, 5), k, places)
+    for a, b in zip(got, fn(want[start : start + 60].view(12, 5), k, places), strict=True):
+        assert_same_values(a, b)
+    assert_same_values(whole, want)
+    (report,) = gems_compile.reports()
+    assert not any(source.meta["unaligned"] for source in report.sources)
+
+
 def test_write_is_atens() -> None:
     """With deterministic algorithms, with sums, and where the kernel would only copy."""
 
