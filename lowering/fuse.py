@@ -100,16 +100,20 @@ class Fuser:
                 if a.kind != "view" and not (a.kind == "cast" and a in self.inlined):
                     break
                 a = a.args[0]
-        if v.reduces:
-            twin = self.twins.get(self._twin_key(v))
-            if twin is not None and twin.members:
-                siblings[twin] = None
+        twin = self.twins.get(self._twin_key(v))
+        if twin is not None and twin.members:
+            siblings[twin] = None
         # a reduction first: it takes in a pointwise group, not the other way round
         order = sorted(producers, key=lambda g: (not g.reduced, -g.last))
         return order, sorted((g for g in siblings if g not in producers), key=lambda g: -g.last)
 
     def _twin_key(self, v: Value) -> Any:
-        """Reductions alike over results of one kernel can share the next kernel."""
+        """Reductions alike over results of one kernel can share the next kernel, and writes to the
+        same places of two inputs one (keys and values of a cache)."""
+        if v.kind == "store":
+            return ("store", v.shape, v.params[1], *map(base_of, v.args[1:]))
+        if not v.reduces:
+            return None
         x = v.args[0]
         producer = self.home.get(base_of(x))
         return producer and (producer.number, x.shape, x.strides, v.params)
@@ -122,7 +126,7 @@ class Fuser:
                 continue
             if joined is None:
                 frame = frame_for(group, v)
-                if frame is None and v.reduces:
+                if frame is None:
                     frame = self.twin_frames.get((group, self._twin_key(v)))
                 why = self.why_not(group, v, frame, sibling=group not in producers)
                 if why is None:
@@ -281,10 +285,6 @@ class Fuser:
             if v.kind == "partial":
                 self._share(group, v)
             self._frame_operand(group, v.args[0], frame)
-            key = self._twin_key(v)
-            if key is not None:
-                self.twins[key] = group
-                self.twin_frames[(group, key)] = frame
             kept = tuple(() if k in v.params else f for k, f in enumerate(frame))
             group.frames[v] = kept if v.kind == "reduce" else ((SHARE,), *kept)
         else:
@@ -298,6 +298,10 @@ class Fuser:
                 for a in aligned_operands(v):
                     if a.shape == v.shape:
                         self._frame_operand(group, a, frame)
+        key = self._twin_key(v)
+        if key is not None:
+            self.twins[key] = group
+            self.twin_frames[(group, key)] = frame
         group.members.append(v)
         group.tied = find_tied([v], group.tied)
         group.last = max(group.last, self.place[v])

@@ -167,6 +167,26 @@ def test_write_out_of_range_is_dropped(undetermined: None) -> None:
     assert_same_values(whole, want)
 
 
+def test_keys_and_values_are_written_by_one_kernel(undetermined: None) -> None:
+    """They share nothing but the places."""
+
+    def fn(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, cos: Tensor, at: Tensor) -> None:
+        keys.index_copy_(2, at, rope(k, cos))
+        values.index_copy_(2, at, v.transpose(1, 2))
+
+    cos, at = rand(3, 8), torch.tensor([3, 4, 9], device=rand(1).device)
+    inputs = rand(2, 3, 3, 8), rand(2, 3, 3, 8), cos, at
+    want = [rand(2, 3, 12, 8), rand(2, 3, 12, 8)]
+    got = [x.clone() for x in want]
+    fn(*want, *inputs)
+    with torch.no_grad():
+        compile_(fn)(*got, *inputs)
+    assert_same_values(got[0], want[0])
+    assert_same_values(got[1], want[1])
+    (report,) = gems_compile.reports()
+    assert (report.launches, report.aten_calls) == (1, 0), report.aten
+
+
 @pytest.mark.parametrize("start", [0, 1, 8])
 def test_write_off_the_16_byte_boundary(start: int, undetermined: None) -> None:
     """The kernel writes an aligned copy, which goes back before ATen reads the cache."""
