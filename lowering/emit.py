@@ -21,7 +21,7 @@ from .group import Group
 from .indexing import ZERO, Index, NeedSplit, Size, is_one, is_static, quotient, simplify
 from .ir import FLOATING, INTEGERS, SIXTEEN_BIT, SizeArg, Value, computing_dtype
 from .patch import emit_patch
-from .pieces import emit_concat
+from .pieces import emit_concat, lies_inside
 from .reduced import accumulate, finish_reduction
 from .rounding import Rounding
 from .scan import emit_scan
@@ -239,6 +239,8 @@ class Emitter:
     ) -> str:
         name = self.buffer_name(v, "in")
         index = self.address(v, coords)
+        if cond is not None and lies_inside(v, coords, self):
+            cond = None
         register = f"t{self.counter}"
         self.counter += 1
         self.body.sections.setdefault(section, []).append(

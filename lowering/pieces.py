@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .indexing import Index, Size, is_static, simplify
+from .indexing import Index, Size, is_static, product, simplify
 from .ir import Value, base_of
 
 if TYPE_CHECKING:
     from .emit import Emitter
 
 Section = tuple[str, int]
+
+#: elements of an operand that stay in a multiprocessor's L1 cache
+SMALL = 4096
 
 
 def bounds(index: Index, emitter: Emitter) -> tuple[int, int] | None:
@@ -28,6 +31,17 @@ def bounds(index: Index, emitter: Emitter) -> tuple[int, int] | None:
             return None
         low, high = low + min(0, c * (size - 1)), high + max(0, c * (size - 1))
     return (low, high) if is_static(low, high) else None
+
+
+def lies_inside(v: Value, coords: Sequence[Index], emitter: Emitter) -> bool:
+    """Whether memory so small that it stays in the L1 cache is read at places that all exist: a
+    mask costs more than the load."""
+    if not is_static(*v.shape) or product(v.shape) > SMALL:
+        return False
+    known = [bounds(c, emitter) for c in coords]
+    return all(
+        k is not None and k[0] >= 0 and k[1] < n for k, n in zip(known, v.shape, strict=True)
+    )
 
 
 def tests(

@@ -356,8 +356,10 @@ class Renderer(Accumulators):
                 self.defined.add(atom)
 
     def index(self, index: Index) -> str:
-        parts = []
-        for atom, c in index.terms:
+        terms, parts = list(index.terms), []
+        if self._is_linear(index):
+            terms, parts = [t for t in terms if t[0] not in self.sizes], ["x"]
+        for atom, c in terms:
             if atom in self.merged:
                 continue
             unit = is_static(c) and c == 1
@@ -365,6 +367,17 @@ class Renderer(Accumulators):
         if not (is_static(index.const) and index.const == 0):
             parts.append(self.body_size(index.const))
         return " + ".join(parts) or "0"
+
+    def _is_linear(self, index: Index) -> bool:
+        """Whether the loop variables run through memory in order, so that ``x`` says where."""
+        if self.rank != 1 or self.square is not None or len(self.parallel) < 2:
+            return False
+        step: Size = 1
+        for atom in reversed(self.parallel):
+            if index.coefficient(atom) != step:
+                return False
+            step = simplify(step * self.sizes[atom])
+        return True
 
     # instructions --------------------------------------------------------------------------------
 

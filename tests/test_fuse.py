@@ -106,6 +106,39 @@ def test_matmul_stays_between() -> None:
     fused(fn, rand(8, 16), rand(16, 12), kernels=2, aten=1)
 
 
+CHANGES = {
+    "add of a transposed": lambda x: x[0] + x[1].t(),
+    "to channels last": lambda x: x.view(2, 8, 64, 512).clone(memory_format=torch.channels_last),
+    "to contiguous": lambda x: (
+        x.view(2, 64, 512, 8)
+        .permute(0, 3, 1, 2)
+        .to(torch.bfloat16, memory_format=torch.contiguous_format)
+    ),
+    "transposed": lambda x: x[0].t().contiguous(),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_lone_change_of_layout_has_a_tile_of_both_axes(case: str) -> None:
+    """ATen reads a line of memory for each element."""
+    report = fused(CHANGES[case], rand(2, 512, 512), kernels=1)
+    assert "YBLOCK" in report.sources[0].text
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: x[0] + x[1],
+        lambda x: x[0].t() + x[1].t(),
+        lambda x: x[0] + x[1, :, :1],
+        lambda x: x[:, :64, :64].transpose(1, 2).contiguous(),
+    ],
+    ids=["one layout", "also one", "broadcast", "small"],
+)
+def test_lone_op_of_one_layout_is_atens(fn: Callable[[Tensor], Tensor]) -> None:
+    fused(fn, rand(2, 512, 512), kernels=0, aten=1)
+
+
 def test_op_without_neighbours_is_atens() -> None:
     fused(lambda x, w: (x * 2) @ w, rand(8, 16), rand(16, 12), kernels=0, aten=2)
 

@@ -107,7 +107,10 @@ def test_what_sizes_decide_is_not_asked() -> None:
 
 def test_a_frame_is_one_patch() -> None:
     x = rand(2, 3, 14, 14)
-    text = text_of(lambda x: F.pad(x.relu(), (1, 2, 3, 4)) * 0.5, x)
+    scale = rand(3, 1, 1)
+    text = text_of(lambda x, s: F.pad((x * s).relu(), (1, 2, 3, 4)) * 0.5, x, scale)
     assert text.count("tl.where(m") == 1
+    assert "tl.load(in1 + (a1), mask=xmask" in text  # so small: no mask but the tile's
+    assert "tl.store(out0 + (x)" in text  # what is contiguous is addressed as such
     for pad in ((1, 0), (0, 2), (-1, 3), (2, -1, 0, 1), (-2, -3), (0, 0, 1, 1)):
         check(lambda x, pad=pad: F.pad(x + 1, pad, value=2.0) * 3, x)
