@@ -298,7 +298,7 @@ class Renderer(Accumulators):
                 self._instr(instr)
             steps = self.body.sections.get(("loop", level), [])
             if steps:
-                self._loop(loads_first(steps, self.body.derived))
+                self._loop(steps)
 
     def _loop(self, steps: list[Instr]) -> None:
         length = product(self.sizes[a] for a in self.reduced)
