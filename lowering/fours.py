@@ -26,7 +26,7 @@ def whole_axis(kernel: Renderer, place: Index) -> str | None:
     if kernel.square is not None or set(place.atoms) - {*kernel.parallel, *kernel.merged}:
         return None
     steps = {a: place.coefficient(a) for a in place.atoms if a not in kernel.merged}
-    plain = _is_plain(kernel, steps, kernel.parallel) and is_static(place.const)
+    plain = is_plain(kernel, steps, kernel.parallel) and is_static(place.const)
     return "x" if steps and plain and place.const == 0 else None
 
 
@@ -50,14 +50,14 @@ def _runs(kernel: Renderer, place: Index, atoms: list[str]) -> bool:
     """Whether place moves by one where the last of an axis' atoms does, four times in a row."""
     steps = {a: place.coefficient(a) for a in place.atoms if a not in kernel.merged}
     steps["the start"] = place.const
-    if _is_plain(kernel, steps, atoms):
+    if is_plain(kernel, steps, atoms):
         steps = {a: s for a, s in steps.items() if a not in atoms}
     elif steps.pop(atoms[-1], 0) != 1 or not _is_multiple(kernel.sizes[atoms[-1]]):
         return False
     return all(map(_is_multiple, steps.values()))
 
 
-def _is_plain(kernel: Renderer, steps: dict[str, object], atoms: list[str]) -> bool:
+def is_plain(kernel: Renderer, steps: dict[str, object], atoms: list[str]) -> bool:
     """Whether the atoms are the digits of the place itself: a run may go over their ends."""
     inner = [product(kernel.sizes[b] for b in atoms[k + 1 :]) for k in range(len(atoms))]
     return all(steps.get(a, 0) == simplify(size) for a, size in zip(atoms, inner, strict=True))

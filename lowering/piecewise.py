@@ -114,7 +114,7 @@ def _source(
     kernel = _dispatch(pieces, counts, any(p.wide64 for p in pieces))
     modules = ", ".join(sorted(set().union(*(p.body.modules for p in pieces))))
     imports = f"\nfrom gems_compile.kernels import {modules}\n" if modules else ""
-    heads = [f"def {p.name}({', '.join(p.parameters())}, x, XBLOCK: tl.constexpr):" for p in pieces]
+    heads = [f"def {p.name}({', '.join([*p.parameters(), 'x'])}):" for p in pieces]
     heads.append(f"def {whole.name}({', '.join([n for n, _, _ in params])}, XBLOCK: tl.constexpr):")
     functions = [*(p.lines for p in pieces), kernel]
     texts = [
@@ -148,7 +148,7 @@ def _dispatch(pieces: Sequence[_Piece], counts: Sequence[int], wide: bool) -> Li
         lines.add("else:" if last else f"{'el' if k else ''}if place < {start + count}:")
         lines.depth += 1
         lines.add(f"x = (row * {count} + place - {start}) * XBLOCK + tl.arange(0, XBLOCK)")
-        lines.add(f"{piece.name}({', '.join(piece.parameters())}, x, XBLOCK)")
+        lines.add(f"{piece.name}({', '.join([*piece.parameters(), 'x'])})")
         lines.depth -= 1
         start += count
     return lines

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from .accumulators import Accumulators
 from .body import Body, Instr, loads_first
-from .fours import axis_of_fours, whole_axis
+from .fours import axis_of_fours, is_plain, whole_axis
 from .group import SHARE
 from .indexing import Index, Size, is_static, product, simplify
 from .ir import BITS, SIXTEEN_BIT, Value
@@ -370,14 +370,8 @@ class Renderer(Accumulators):
 
     def _is_linear(self, index: Index) -> bool:
         """Whether the loop variables run through memory in order, so that ``x`` says where."""
-        if self.rank != 1 or self.square is not None or len(self.parallel) < 2:
-            return False
-        step: Size = 1
-        for atom in reversed(self.parallel):
-            if index.coefficient(atom) != step:
-                return False
-            step = simplify(step * self.sizes[atom])
-        return True
+        one = self.rank == 1 and self.square is None and len(self.parallel) > 1
+        return one and is_plain(self, dict(index.terms), self.parallel)
 
     # instructions --------------------------------------------------------------------------------
 
