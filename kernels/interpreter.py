@@ -22,7 +22,8 @@ def repair() -> None:
     - A comparison of two scalars is a truth value to what follows, not a float.
     - Integers wrap, as on a GPU, where the interpreter asserts that int32 does not overflow.
     - No NumPy warnings from masked lanes.
-    - A scan with a function of ours combines whole rows, not one element after another.
+    - A scan or a reduction with a function of ours combines whole rows, not one element after
+      another.
     """
     if not triton.knobs.runtime.interpret:
         return
@@ -68,6 +69,7 @@ def repair() -> None:
     builder.cast_impl = quiet(cast_impl)
     builder.create_fma = quiet(create_fma)
     interpreter.ScanOps.generic_scan = _scan_by_doubling
+    interpreter.ReduceOps.generic_reduce = _reduce_by_halving
     options = interpreter.InterpreterOptions(sanitize_overflow=False)
     interpreter.interpreter_builder.options = options
     builder.repaired_by_gems = True
@@ -88,6 +90,23 @@ def _scan_by_doubling(self: Any, given: Any) -> list[Any]:
         made = made if isinstance(made, tuple) else (made,)
         state = [np.where(place < step, d, m.handle.data) for d, m in zip(state, made, strict=True)]
         step *= 2
+    return [self.to_tensor(d, t) for d, t in zip(state, dtypes, strict=True)]
+
+
+def _reduce_by_halving(self: Any, given: Any) -> list[Any]:
+    """Upper halves combined with lower ones until one element is left: tiles are powers of two."""
+    import numpy as np
+
+    axis = self.axis
+    dtypes, state = [t.dtype for t in given], [t.handle.data for t in given]
+    while state[0].shape[axis] > 1:
+        halves = [np.split(d, 2, axis) for d in state]
+        parts = (*(low for low, _ in halves), *(high for _, high in halves))
+        made = self.combine_fn.fn(*map(self.to_tensor, parts, (*dtypes, *dtypes)))
+        made = made if isinstance(made, tuple) else (made,)
+        state = [m.handle.data for m in made]
+    if not self.keep_dims:
+        state = [np.squeeze(d, axis) for d in state]
     return [self.to_tensor(d, t) for d, t in zip(state, dtypes, strict=True)]
 
 

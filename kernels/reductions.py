@@ -8,21 +8,27 @@ import triton.language as tl
 
 from . import mathlib
 
+# ruff: noqa: RET505 - Triton compiles what follows a static if, a return in it or not
+
+NAN_WINS = tl.constexpr(tl.PropagateNan.ALL)
+
 
 @triton.jit
 def larger(a, b):
     """max(a, b); NaN wins, as in ATen."""
     if a.dtype.is_floating():
-        return tl.where((a > b) | (a != a), a, b)
-    return tl.where(a > b, a, b)
+        return tl.maximum(a, b, propagate_nan=NAN_WINS)
+    else:
+        return tl.where(a > b, a, b)
 
 
 @triton.jit
 def smaller(a, b):
     """min(a, b); NaN wins, as in ATen."""
     if a.dtype.is_floating():
-        return tl.where((a < b) | (a != a), a, b)
-    return tl.where(a < b, a, b)
+        return tl.minimum(a, b, propagate_nan=NAN_WINS)
+    else:
+        return tl.where(a < b, a, b)
 
 
 @triton.jit
@@ -44,18 +50,18 @@ def row_prod(x):
 def row_amax(x):
     """Largest of each row; NaN if the row has one."""
     if x.dtype.is_floating():
-        bad = tl.max((x != x).to(tl.int32), 1, keep_dims=True)
-        return tl.where(bad > 0, float("nan"), tl.max(x, 1, keep_dims=True))
-    return tl.max(x, 1, keep_dims=True)
+        return tl.reduce(x, 1, larger, keep_dims=True)
+    else:
+        return tl.max(x, 1, keep_dims=True)
 
 
 @triton.jit
 def row_amin(x):
     """Smallest of each row; NaN if the row has one."""
     if x.dtype.is_floating():
-        bad = tl.max((x != x).to(tl.int32), 1, keep_dims=True)
-        return tl.where(bad > 0, float("nan"), tl.min(x, 1, keep_dims=True))
-    return tl.min(x, 1, keep_dims=True)
+        return tl.reduce(x, 1, smaller, keep_dims=True)
+    else:
+        return tl.min(x, 1, keep_dims=True)
 
 
 @triton.jit
@@ -99,27 +105,57 @@ def column_all(x):
 
 
 @triton.jit
+def _finite(top):
+    """What is subtracted from exponents of at most ``top``: inf - inf would be NaN."""
+    return tl.where(tl.abs(top) == float("inf"), 0.0, top)
+
+
+@triton.jit
+def _term(x):
+    """e ** x within 2**-23 * (1 + |x|) of itself, in a third of ``exp``'s instructions, which would
+    bound the loop: the terms of a large -x do not matter to a sum that is at least 1."""
+    if x.dtype == tl.float32:
+        return tl.exp2(x * 1.4426950408889634)
+    else:
+        return mathlib.exp(x)
+
+
+@triton.jit
 def row_logsumexp(m, s):
     """log(sum(s * exp(m))) of each row, for running maxima m and sums s."""
-    top = row_amax(m)
-    base = tl.where(tl.abs(top) == float("inf"), 0.0, top)
+    base = _finite(row_amax(m))
     return base + mathlib.log(tl.sum(s * mathlib.exp(m - base), 1, keep_dims=True))
+
+
+@triton.jit
+def row_expsum(m, s):
+    """sum(s * exp(m - max(m))) of each row; NaN where the maximum is infinite."""
+    top = row_amax(m)
+    total = tl.sum(s * mathlib.exp(m - top), 1, keep_dims=True)
+    return tl.where(tl.abs(top) == float("inf"), float("nan"), total)
 
 
 @triton.jit
 def row_logsum(m, s):
     """log(sum(s * exp(m - max(m)))) of each row; NaN where the maximum is infinite."""
-    top = row_amax(m)
-    total = mathlib.log(tl.sum(s * mathlib.exp(m - top), 1, keep_dims=True))
-    return tl.where(tl.abs(top) == float("inf"), float("nan"), total)
+    return mathlib.log(row_expsum(m, s))
 
 
 @triton.jit
 def running_logsumexp(m, s, x):
-    """One more operand for each lane: (larger maximum, sum rescaled to it)."""
-    top = larger(m, x)
-    base = tl.where(tl.abs(top) == float("inf"), 0.0, top)
-    return top, s * mathlib.exp(m - base) + mathlib.exp(x - base)
+    """More operands for the lanes of m and s, as many for each: (larger maximum, sum rescaled to
+    it). One exponential for each operand, and one for each lane."""
+    EACH: tl.constexpr = x.shape[1] // m.shape[1]
+    if EACH == 1:
+        top = larger(m, x)
+        base = _finite(top)
+        step = _term(x - base)
+    else:
+        x = tl.reshape(x, [x.shape[0], EACH, m.shape[1]])
+        top = larger(m, tl.reduce(x, 1, larger))
+        base = _finite(top)
+        step = tl.sum(_term(x - tl.expand_dims(base, 1)), 1)
+    return top, s * _term(m - base) + step
 
 
 @triton.jit

@@ -19,7 +19,8 @@ def softmax(b: Any, x: Any, dim: int, half_to_float: bool) -> Any:
     """exp(x - max(x)) / sum(exp(x - max(x)))."""
     x = wide(b, x)
     e = b.exp(b.sub(x, b.amax(x, [dim]), 1))
-    return b.div(e, b.sum(e, [dim]))
+    # one division a row: the sum is at least 1, so that its reciprocal neither overflows nor loses
+    return b.mul(e, b.reciprocal(b.sum(e, [dim])))
 
 
 @composite(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .body import Body, Instr
 from .indexing import Index
+from .schedule import Tile
 from .source import Lines
 from .spelling import ONLINE, REDUCTIONS, identity
 
@@ -17,6 +18,7 @@ class Accumulators:
 
     body: Body
     lines: Lines
+    tile: Tile
     xmask: str | None
     rmask: str | None
 
@@ -32,8 +34,6 @@ class Accumulators:
         self.lines.add(f"acc_{instr.out} = tl.full({shape}, {start}, tl.{dtype})")
         if op in ("argmax", "argmin"):
             self.lines.add(f"at_{instr.out} = tl.full({shape}, {2**62}, tl.int64)")
-        if op in ONLINE:
-            self.lines.add(f"sum_{instr.out} = tl.full({shape}, 0, tl.{dtype})")
 
     def _step(self, instr: Instr) -> None:
         add, out, op = self.lines.add, instr.out, instr.text
@@ -54,10 +54,27 @@ class Accumulators:
                 add(f"{x} = tl.where({self.rmask}, {x}, {ident})")
         if not self.body.looped:
             return
-        if op in ONLINE:
-            add(f"{acc}, sum_{out} = reductions.running_logsumexp({acc}, sum_{out}, {x})")
-        else:
-            add(f"{acc} = {REDUCTIONS[op][0].format(acc, x)}")
+        add(f"{acc} = {REDUCTIONS[op][0].format(acc, x)}")
+
+    def _online_begin(self, instr: Instr) -> None:
+        shape = f"[XBLOCK, {self.tile.r // self.tile.each}]"
+        start = identity("logsumexp", instr.dtype)
+        self.lines.add(f"acc_{instr.out} = tl.full({shape}, {start}, tl.{instr.dtype})")
+        self.lines.add(f"sum_{instr.out} = tl.full({shape}, 0, tl.{instr.dtype})")
+
+    def _online_step(self, instr: Instr) -> None:
+        add, out = self.lines.add, instr.out
+        x, pair = f"x_{out}", f"acc_{out}, sum_{out}"
+        add(f"{x} = tl.broadcast_to({instr.cond}, [XBLOCK, RBLOCK])")
+        if self.rmask:
+            add(f"{x} = tl.where({self.rmask}, {x}, {identity('logsumexp', instr.dtype)})")
+        add(f"{pair} = reductions.running_logsumexp({pair}, {x})")
+
+    def _online_end(self, instr: Instr) -> None:
+        pair = (
+            f"acc_{instr.cond}" if instr.text == "amax" else f"acc_{instr.cond}, sum_{instr.cond}"
+        )
+        self.lines.add(f"{instr.out} = reductions.row_{instr.text}({pair})")
 
     def _argbest_step(self, instr: Instr) -> None:
         add, out = self.lines.add, instr.out
@@ -79,10 +96,8 @@ class Accumulators:
             x, at = (f"acc_{out}", f"at_{out}") if looped else (f"x_{out}", f"place_{out}")
             add(f"{out} = reductions.row_argbest({x}, {at}, {op == 'argmax'})")
         elif op in ONLINE:
-            m, s = (f"acc_{out}", f"sum_{out}") if looped else (f"x_{out}", f"x_{out} * 0 + 1")
-            if not looped:
-                s = f"tl.full([XBLOCK, RBLOCK], 1, tl.{instr.dtype})"
-            add(f"{out} = reductions.row_{op}({m}, {s})")
+            ones = f"tl.full([XBLOCK, RBLOCK], 1, tl.{instr.dtype})"
+            add(f"{out} = reductions.row_{op}(x_{out}, {ones})")
         else:
             add(f"{out} = {REDUCTIONS[op][3]}({'acc' if looped else 'x'}_{out})")
 

@@ -20,6 +20,7 @@ from .body import Body, Instr, Window
 from .group import Group
 from .indexing import ZERO, Index, NeedSplit, Size, is_one, is_static, quotient, simplify
 from .ir import FLOATING, INTEGERS, SIXTEEN_BIT, SizeArg, Value, computing_dtype
+from .online import Pair, find_online
 from .patch import emit_patch
 from .pieces import emit_concat, lies_inside
 from .reduced import accumulate, finish_reduction
@@ -54,6 +55,8 @@ class Emitter:
         self.levels: dict[Value, int] = {}
         self.reductions: dict[Value, str] = {}  # reduction -> its name in the kernel
         self.results: dict[Value, str] = {}  # reduction -> register of its result
+        self.online = find_online(group) if looped else {}
+        self.running: dict[Pair, str] = {}  # operand -> name of its running maximum and sum
         self.names: dict[Any, str] = {}  # buffer or size expression -> kernel parameter
         self.wide_atoms = set(group.reduced)
         self.walked = set(group.parallel) if group.sweeps else set()  # a program's rows
@@ -87,6 +90,8 @@ class Emitter:
                 known = self.level(v.args[0])
             elif not self._computes(v):
                 known = 0
+            elif v in self.online:
+                known = self.level(self.online[v][1][0]) + 1
             else:
                 known = max((self.level(a) for a in v.inputs), default=0) + v.reduces
             self.levels[v] = known

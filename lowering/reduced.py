@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def accumulate(emitter: Emitter, r: Value, level: int) -> None:
     """Take r's operand, which is of ``level``, into its accumulator."""
     assert r.op is not None  # a name in REDUCTIONS, for a reduction
-    x, body = r.args[0], emitter.body
+    _, (x, _) = emitter.online.get(r, (r.op, (r.args[0], r.params)))
+    body = emitter.body
     coords = emitter.coords(x)
     register = emitter.eval(x, coords, None, level)
     hold = accumulator_dtype(r)
@@ -33,6 +34,9 @@ def accumulate(emitter: Emitter, r: Value, level: int) -> None:
     if emitter._over_rows(r):
         _sweep(emitter, r, name, register, hold)
         return
+    if r in emitter.online:
+        _run_online(emitter, r, name, register, hold, level)
+        return
     for kind in ("begin", "step", "end"):
         where = ("row", level) if kind == "begin" else ("loop", level)
         if not body.looped:
@@ -42,6 +46,21 @@ def accumulate(emitter: Emitter, r: Value, level: int) -> None:
         body.sections.setdefault(where, []).append(
             Instr(kind, name, r.op, (place,), cond=register, dtype=hold)
         )
+
+
+def _run_online(
+    emitter: Emitter, r: Value, name: str, register: str, hold: str, level: int
+) -> None:
+    """Finish r from the running maximum and sum of its operand, which the first to ask begins."""
+    which, pair = emitter.online[r]
+    sections, running = emitter.body.sections, emitter.running
+    if pair not in running:
+        running[pair] = name
+        for kind, where in (("begin", "row"), ("step", "loop")):
+            step = Instr(f"online_{kind}", name, cond=register, text="", dtype=hold)
+            sections.setdefault((where, level), []).append(step)
+    end = Instr("online_end", name, which, cond=running[pair])
+    sections.setdefault(("row", level + 1), []).append(end)
 
 
 def _sweep(emitter: Emitter, r: Value, name: str, register: str, hold: str) -> None:

@@ -10,9 +10,18 @@ from .body import Body, Instr, loads_first
 from .fours import axis_of_fours, is_plain, whole_axis
 from .group import SHARE
 from .indexing import Index, Size, is_static, product, simplify
-from .ir import BITS, SIXTEEN_BIT, Value
+from .ir import SIXTEEN_BIT, Value
+from .loops import Loops
 from .scan import render_carry, render_scan
-from .schedule import Tile, column_tile, pointwise_tile, row_tile, sweep_tile, transpose_tile
+from .schedule import (
+    Tile,
+    column_tile,
+    looped_row_tile,
+    pointwise_tile,
+    row_tile,
+    sweep_tile,
+    transpose_tile,
+)
 from .source import POINTER, Lines, Source
 from .writes import render_put
 
@@ -20,7 +29,7 @@ HEADER = "import triton\nimport triton.language as tl\n"
 LIMIT_32 = 2**31 - 1
 
 
-class Renderer(Accumulators):
+class Renderer(Accumulators, Loops):
     def __init__(self, body: Body, name: str, multiprocessors: int, backend: str = "") -> None:
         self.body, self.name, self.backend = body, name, backend
         self.nvidia = backend == "cuda"  # whose assembly may stand in a kernel
@@ -97,24 +106,17 @@ class Renderer(Accumulators):
             return column_tile(rows, reduced, self.body.looped, self._loaded_bytes())
         if self.sweeps:
             return sweep_tile(reduced, self._loaded_bytes())
-        # a number (a seed, say) takes one register
-        loads = len({i.text for i in self._instrs() if i.kind == "load" and i.indices[0].atoms})
-        return row_tile(rows, reduced, loads, self.body.looped, self.multiprocessors)
+        if self.body.looped:
+            online = any(i.kind == "online_step" for i in self._instrs())
+            return looped_row_tile(reduced, self._loaded_bytes(), self._bytes_again(), online)
+        loads = {i.text for i in self._instrs() if i.kind == "load" and self._is_whole(i)}
+        return row_tile(rows, reduced, len(loads), self.multiprocessors)
 
-    def _loaded_bytes(self) -> int:
-        """What a step of a loop loads for one element of the tile, at the most."""
-        loop = "row" if self.sweeps else "loop"
-        steps = [s for (kind, _), s in self.body.sections.items() if kind == loop]
-        reduced = set(self.reduced)
-        loads = [
-            {
-                (i.text, i.indices): BITS[i.dtype] // 8
-                for i in s
-                if i.kind == "load" and reduced.intersection(i.indices[0].atoms)
-            }
-            for s in steps
-        ]
-        return max((sum(sizes.values()) for sizes in loads), default=0)
+    def _is_whole(self, instr: Instr) -> bool:
+        """Whether an operand has an element for each of the tile's."""
+        index = instr.indices[0]
+        spans = self._spans(index)
+        return any(map(self._varies, index.atoms)) and (spans["x"] or spans["other"])
 
     def _transposed(self) -> tuple[str, str] | None:
         """The axes along which the output and some operand are contiguous, when they differ."""
@@ -267,12 +269,12 @@ class Renderer(Accumulators):
             self.lines.add(f"{atom} = {text}")
             inner = simplify(inner * self.sizes[atom])
 
-    def _reduced_vars(self) -> None:
+    def _reduced_vars(self, masked: bool = True) -> None:
         length = product(self.sizes[a] for a in self.reduced)
         if self.shares and not self.sweeps:
             self.lines.add("rmask = r < end")
             self.rmask = "rmask"
-        elif not (is_static(length) and length % self.tile.r == 0):
+        elif masked and not (is_static(length) and length % self.tile.r == 0):
             self.lines.add(f"rmask = r < {self.body_size(length)}")
             self.rmask = "rmask"
         self._unravel("r", self.reduced)
@@ -298,25 +300,7 @@ class Renderer(Accumulators):
                 self._instr(instr)
             steps = self.body.sections.get(("loop", level), [])
             if steps:
-                self._loop(steps)
-
-    def _loop(self, steps: list[Instr]) -> None:
-        length = product(self.sizes[a] for a in self.reduced)
-        outside = set(self.defined)
-        bounds = "first, end" if self.shares else f"0, {self.body_size(length)}"
-        starts = f"range({bounds}, RBLOCK)"
-        if self.tile.stages > 1:
-            starts = f"tl.{starts[:-1]}, num_stages={self.tile.stages})"
-        self.lines.add(f"for start in {starts}:")
-        self.lines.depth += 1
-        lane = "tl.arange(0, RBLOCK)[None, :]"
-        lane = f"{lane}.to(tl.int64)" if self.wide64 and not is_static(length) else lane
-        self.lines.add(f"r = start + {lane}")
-        self._reduced_vars()
-        for instr in steps:
-            self._instr(instr)
-        self.lines.depth -= 1
-        self.defined = outside
+                self._loop(steps, level)
 
     def _sweep(self) -> None:
         """What is the same for all rows, the loop over them, and the sums over them."""
@@ -404,7 +388,7 @@ class Renderer(Accumulators):
         if instr.cond is not None or (masks and self._spans(index)["other"]):
             pointer += self._missing(index, wide)  # a loaded place may be one number for the tile
         mask = f", mask={' & '.join(masks)}, other=0" if masks else ""
-        text = f"tl.load({instr.text} + ({pointer}){mask})"
+        text = f"tl.load({instr.text} + ({pointer}){mask}{self._policy(instr)})"
         if instr.dtype in SIXTEEN_BIT:
             text += ".to(tl.float32)"
         self.lines.add(f"{instr.out} = {text}")
@@ -454,7 +438,8 @@ class Renderer(Accumulators):
         pointer = self.index(index) + self._missing(index, wide)
         masks = [m for m in (self.xmask, self.ymask, self.rmask if wide else None) if m]
         mask = f", mask={' & '.join(masks)}" if masks else ""
-        self.lines.add(f"tl.store({instr.text} + ({pointer}), {instr.out}{mask})")
+        policy = self._policy(instr)
+        self.lines.add(f"tl.store({instr.text} + ({pointer}), {instr.out}{mask}{policy})")
 
     _carry, _scan, _put = render_carry, render_scan, render_put
 

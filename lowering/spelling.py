@@ -25,8 +25,8 @@ REDUCTIONS = {
 }
 
 
-#: reductions that carry a running maximum and a sum rescaled to it
-ONLINE = ("logsumexp", "logsum")
+#: reductions that carry a running maximum and a sum of exponentials rescaled to it
+ONLINE = ("logsumexp", "logsum", "expsum")
 
 _LIMITS = {
     "int64": (-(2**63), 2**63 - 1),

@@ -1,0 +1,95 @@
+"""Rows too long for one program's registers: how often they are read, and the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import DEVICE, assert_same_values, gems_only, ints, rand
+from opcheck import lower
+from torch import Tensor
+
+pytestmark = gems_only
+
+ROWS = 16 if DEVICE == "cpu" else 600  # enough that no row is reduced in parts
+LENGTHS = [20000, 16385, 32768]  # steps and a rest, a rest of one element, whole steps
+
+
+def _by_hand(x: Tensor) -> Tensor:
+    e = (x - x.amax(-1).unsqueeze(-1)).exp()
+    return e / e.sum(-1, keepdim=True)
+
+
+def _with_odd_rows(length: int) -> Tensor:
+    """Infinities and a NaN, at the ends too."""
+    x = rand(ROWS, length)
+    x[1] = float("-inf")
+    x[2, length - 1] = float("inf")
+    x[3, 5] = float("nan")
+    x[4, :-1] = float("-inf")
+    x[5] = 3e4 * x[5]
+    return x
+
+
+SOFTMAX: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda x: torch.softmax(x, -1),
+    "by_hand": _by_hand,
+    "log_softmax": lambda x: torch.log_softmax(x, -1),
+    "logsumexp": lambda x: torch.logsumexp(x, -1),
+}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("name", SOFTMAX)
+def test_softmax(name: str, length: int) -> None:
+    x = _with_odd_rows(length)
+    got, report = lower(SOFTMAX[name], x, alone=True)
+    assert report.launches == 1
+    assert_same_values(got[0], SOFTMAX[name](x.double()).float(), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["softmax", "by_hand"])
+def test_softmax_reads_its_row_twice(name: str) -> None:
+    """Maximum and sum from one loop, the results from another that finds the row in cache."""
+    _, report = lower(SOFTMAX[name], rand(ROWS, 32768), alone=True)
+    text = report.sources[0].text
+    assert text.count("for start in") == 2
+    assert text.count("evict_last") == 1
+
+
+def test_a_maximum_of_other_rows_is_not_the_row_s_own() -> None:
+    """x[i, j] - max(x[j]), which only looks like a softmax."""
+
+    def fn(x: Tensor) -> Tensor:
+        return (x - x.amax(-1)).exp().sum(-1)
+
+    x = rand(64, 64)
+    got, _ = lower(fn, x, alone=True)
+    assert_same_values(got[0], fn(x), rtol=1e-5, atol=1e-5)
+
+
+def test_rounded_exponents_are_summed_as_they_are() -> None:
+    """Where eager rounds to 16 bits between the steps, so do we."""
+    x = rand(ROWS, 20000, dtype=torch.bfloat16)
+    got, report = lower(_by_hand, x, alone=True)
+    assert report.launches == 1
+    assert_same_values(got[0], _by_hand(x), rtol=2**-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_cross_entropy(length: int) -> None:
+    """The loss of bfloat16 logits, whose statistics take one loop."""
+    logits = rand(ROWS, length, dtype=torch.bfloat16)
+    labels = ints(ROWS, high=length)
+    labels[3] = -100
+
+    def fn(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels)
+
+    got, report = lower(fn, logits, labels, alone=True)
+    (first, *_) = [s.text for s in report.sources if "for start in" in s.text]
+    assert first.count("for start in") == 1
+    assert first.count("running_logsumexp") == (1 if length == 32768 else 2)
+    assert_same_values(got[0], F.cross_entropy(logits.double(), labels).float(), rtol=1e-5)
