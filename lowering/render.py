@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from .accumulators import Accumulators
 from .body import Body, Instr, loads_first
+from .by_rows import row_of, row_prologue
 from .fours import axis_of_fours, is_plain, whole_axis
 from .group import SHARE
 from .indexing import Index, Size, is_static, product, simplify
@@ -46,6 +47,7 @@ class Renderer(Accumulators, Loops):
         self.rank = 2 if self.reduced or self.group.reduced or self._is_reduction() else 1
         self.wide64 = self._needs_int64()
         self.square: tuple[str, str] | None = None  # (x atom, y atom) of a 2-D pointwise tile
+        self.along: str | None = None  # the atom of a row that pointwise programs have parts of
         self.tile = self._choose_tile()
         self.outside_sweep = False  # where there is no row, and no x
 
@@ -100,6 +102,10 @@ class Renderer(Accumulators, Loops):
             if self.square is not None:
                 x, y = (self.sizes[a] for a in self.square)
                 return transpose_tile(x, y)
+            by_rows = row_of(self)
+            if by_rows is not None:
+                self.along, tile = by_rows
+                return tile
             return pointwise_tile(rows, self.multiprocessors)
         if self.group.column:
             reduced = self.group.reduced_length
@@ -203,6 +209,8 @@ class Renderer(Accumulators, Loops):
         self.defined: set[str] = set()
         if self.square is not None:
             return self._square_prologue(pid)
+        if self.along is not None:
+            return row_prologue(self, self.along, pid)
         if self.sweeps:
             return self._sweep_prologue(pid, rows)
         column = "[:, None]" if self.rank == 2 else ""
@@ -416,7 +424,7 @@ class Renderer(Accumulators, Loops):
             if self.square is not None and atom in self.square:
                 out["x" if atom == self.square[0] else "y"] = True
             elif atom in self.parallel:
-                out["x"] = out["x"] or self.square is None
+                out["x"] = out["x"] or (self.square is None and self.along in (None, atom))
             elif atom == SHARE:
                 continue  # one number for all of a program
             elif atom not in self.reduced:

@@ -51,6 +51,26 @@ def test_several_outputs() -> None:
     fused(fn, rand(7, 33), rand(7, 33), kernels=1)
 
 
+@pytest.mark.parametrize("shape", [(20, 2000), (3, 7, 2048), (9, 4093)])
+def test_a_number_for_each_row(shape: tuple[int, ...]) -> None:
+    """Programs have parts of rows, and load a row's numbers once."""
+    *rows, length = shape
+
+    def fn(x: Tensor, scale: Tensor, place: Tensor, rows: Tensor) -> Any:
+        columns = torch.arange(length, device=x.device)
+        return torch.where(columns == place, -1.0, x * scale) + rows[:, None], x * scale.exp()
+
+    x, scale = rand(*shape), rand(*rows, 1)
+    report = fused(fn, x, scale, ints(*rows, 1, high=length), rand(rows[-1]), kernels=1)
+    assert "z = pid // " in report.sources[0].text
+
+
+def test_a_number_for_each_of_many_short_rows() -> None:
+    """A part of a row would leave lanes idle: programs take places one after the other."""
+    report = fused(lambda x, y: x * y, rand(300, 100), rand(300, 1), kernels=1, alone=True)
+    assert "z = pid // " not in report.sources[0].text
+
+
 def test_broadcast() -> None:
     def fn(x: Tensor, row: Tensor, column: Tensor, one: Tensor) -> Tensor:
         return (x + row) * column - one

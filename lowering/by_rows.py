@@ -1,0 +1,60 @@
+"""Pointwise kernels whose programs have a part of one row each.
+
+What is read once a row (a row's statistics, a token's label) is then one number for a program. In a
+program of 1024 places wherever they lie, each place divides to find its row, and loads its numbers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .indexing import Size, is_static, product
+from .schedule import Tile
+
+if TYPE_CHECKING:
+    from .render import Renderer
+
+#: lanes beyond the row's end, as a share of it, that cost less than the divisions
+IDLE = 1 / 16
+
+
+def row_of(renderer: Renderer) -> tuple[str, Tile] | None:
+    """(the atom that runs along a row, the tile of one), if the kernel is better run by rows."""
+    sizes = [renderer.sizes[a] for a in renderer.parallel]
+    if len(sizes) < 2 or not is_static(*sizes):
+        return None
+    numel, length, inner = product(sizes), sizes[-1], renderer.parallel[-1]
+    if numel < 4096 * renderer.multiprocessors:
+        return None
+    tile = next((t for t in (2048, 1024) if -(-length // t) * t <= length * (1 + IDLE)), None)
+    if tile is None or not _has_row_values(renderer, inner):
+        return None
+    return inner, Tile(tile)
+
+
+def _has_row_values(renderer: Renderer, inner: str) -> bool:
+    """Whether something is loaded once a row, and all that is stored runs along one."""
+    outer = set(renderer.parallel) - {inner}
+    once = False
+    for instr in renderer._instrs():
+        atoms = set(instr.indices[0].atoms) if instr.indices else set()
+        if instr.kind in ("store", "put") and inner not in atoms:
+            return False
+        once |= instr.kind == "load" and bool(atoms) and atoms <= outer
+    return once
+
+
+def row_prologue(renderer: Renderer, inner: str, pid: str) -> Size:
+    """Define where the program is in its row, and in which; returns the grid."""
+    add, length, block = renderer.lines.add, renderer.sizes[inner], renderer.tile.x
+    parts = -(-length // block)
+    add(f"pid = {pid}")
+    add(f"x = (pid % {parts}) * XBLOCK + tl.arange(0, XBLOCK)")
+    if length % block:
+        add(f"xmask = x < {length}")
+        renderer.xmask = "xmask"
+    add(f"{inner} = x")
+    rest = renderer.parallel[:-1]
+    add(f"z = pid // {parts}")
+    renderer._unravel("z", rest)
+    return parts * product(renderer.sizes[a] for a in rest)
