@@ -10,6 +10,9 @@ from typing import Any
 
 from .op import ALL, NUMBERS, Call, T, call, composite, reduction
 
+#: elements of a part of a row whose best place is looked for
+LONGEST_PART = 8192
+
 _DIMS = [call(T(4, 33), [1]), call(T(4, 33), [0], True), call(T(3, 5, 17), [0, 2])]
 
 
@@ -121,7 +124,7 @@ def _one_dim_or_flat(x: Any, dim: int | None = None, *_: Any) -> str | None:
 )
 def argmax(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
     """Place of the largest element (of the first NaN, if there is one)."""
-    return b.reduce("argmax", x, axes, dtype)
+    return _best(b, x, axes, "amax", "argmax")[1]
 
 
 @reduction(
@@ -132,7 +135,7 @@ def argmax(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
 )
 def argmin(b: Any, x: Any, axes: tuple[int, ...], dtype: str) -> Any:
     """Place of the smallest element (of the first NaN, if there is one)."""
-    return b.reduce("argmin", x, axes, dtype)
+    return _best(b, x, axes, "amin", "argmin")[1]
 
 
 def _no_order(x: Any, *_: Any) -> str | None:
@@ -150,20 +153,33 @@ _ONE_DIM = [call(T(4, 33), 1), call(T(4, 33), 0, True), call(T(2, 3, 150), -1)]
 )
 def max_dim(b: Any, x: Any, dim: int, keepdim: bool) -> Any:
     """(largest element, place of the first one); NaN if there is one."""
-    return _best(b, x, dim, keepdim, "amax", "argmax")
+    return _keep_both(b, _best(b, x, [dim], "amax", "argmax"), dim, keepdim)
 
 
 @composite("aten.min.dim", dtypes=NUMBERS, declines=_no_order, samples=_ONE_DIM)
 def min_dim(b: Any, x: Any, dim: int, keepdim: bool) -> Any:
     """(smallest element, place of the first one); NaN if there is one."""
-    return _best(b, x, dim, keepdim, "amin", "argmin")
+    return _keep_both(b, _best(b, x, [dim], "amin", "argmin"), dim, keepdim)
 
 
-def _best(b: Any, x: Any, dim: int, keepdim: bool, best: str, place: str) -> Any:
-    # places are not put together from parts, and one kernel gives both
-    value = b.reduce(best, x, [dim], split=False)
-    at = b.reduce(place, x, [dim], "int64")
-    return _keep(b, value, [dim], keepdim), _keep(b, at, [dim], keepdim)
+def _best(b: Any, x: Any, axes: Any, best: str, place: str) -> tuple[Any, Any]:
+    """(best element, place of the first one). Few long rows are cut in parts of one size: the best
+    of the parts' best is looked up among their places."""
+    parts = b.even_parts(x, axes, LONGEST_PART) if len(axes) == 1 else 1
+    if parts == 1:
+        return b.reduce(best, x, axes, split=False), b.reduce(place, x, axes, "int64")
+    axis = axes[0] % x.ndim
+    cut, within, across = b.split(x, [axis], parts)
+    tops, places = b.reduce(best, cut, within, split=False), b.reduce(place, cut, within, "int64")
+    part = b.reduce(place, tops, across, "int64")
+    own = [None if k in across else k for k in range(cut.ndim)]
+    inside = b.gather(places, [(across[0], part)], own, part.shape, wrap=False)
+    at = b.add(inside, b.mul(part, cut.shape[within[0]]), 1)
+    return tuple(b.squeeze(v, across) for v in (b.reduce(best, tops, across, split=False), at))
+
+
+def _keep_both(b: Any, found: tuple[Any, Any], dim: int, keepdim: bool) -> tuple[Any, Any]:
+    return _keep(b, found[0], [dim], keepdim), _keep(b, found[1], [dim], keepdim)
 
 
 @reduction("aten.logsumexp.default", samples=[call(T(4, 33), [1]), call(T(3, 9), [0], True)])

@@ -259,12 +259,15 @@ class Builder:
     def count(self, x: Value, axes: Sequence[int]) -> Size:
         return count_of(x, axes)
 
-    def even_parts(self, x: Value, axes: Sequence[int]) -> int:
-        """In how many parts of one size a reduction should run: what ``split`` takes."""
+    def even_parts(self, x: Value, axes: Sequence[int], longest: int | None = None) -> int:
+        """In how many parts of one size, about ``longest`` at the most, a reduction should run:
+        what ``split`` takes."""
         axes = normalize_axes(axes, x.ndim)
         wanted = parts_wanted(x, axes, self.multiprocessors)
         if wanted == 1 or not is_static(*x.shape):
             return 1
+        if longest is not None:
+            wanted = max(wanted, -(-count_of(x, axes) // longest))
         return parts_of(x, axes, wanted, count_of(x, axes) // 32)
 
     def sum_of_parts(self, x: Value, axes: Sequence[int]) -> Value:

@@ -30,6 +30,7 @@ from .partition import share_seeds
 from .passes import PASSES as ATEN_PASSES
 from .piecewise import piecewise
 from .render import Renderer, kernel_name
+from .scan import scans_rows
 from .schedule import needs_loop
 from .source import Source
 from .stores import store_copies
@@ -259,6 +260,8 @@ def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
     if any(_is_worth_it(base_of(a), fuser) for a in member.inputs) or _is_faster(member):
         return False
     if member.kind in ("pointwise", "cast") and changes_layout(member):
+        return False
+    if member.kind == "scan" and scans_rows(member, fuser.multiprocessors):
         return False
     op = op_of(node.target)
     if node.target is operator.getitem or (op is not None and op.kind == "composite"):

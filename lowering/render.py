@@ -28,6 +28,8 @@ from .writes import render_put
 
 HEADER = "import triton\nimport triton.language as tl\n"
 LIMIT_32 = 2**31 - 1
+#: rows of a tile that make an operand of one row small beside it
+SHARED = 8
 
 
 class Renderer(Accumulators, Loops):
@@ -304,11 +306,23 @@ class Renderer(Accumulators, Loops):
         top = max((level for _, level in self.body.sections), default=0)
         for level in range(top + 1):
             steps = self.body.sections.get(("row", level), [])
-            for instr in loads_first(steps, self.body.derived) if self.rank == 1 else steps:
+            first = loads_first(steps, self.body.derived) if self.rank == 1 else None
+            for instr in self._shared_first(steps) if first is None else first:
                 self._instr(instr)
             steps = self.body.sections.get(("loop", level), [])
             if steps:
                 self._loop(steps, level)
+
+    def _shared_first(self, steps: list[Instr]) -> list[Instr]:
+        """What all rows of a tile read at the same places comes first, and arrives with the rows:
+        of few rows it would hold registers through the reductions."""
+        if self.rank == 1 or self.tile.x < SHARED or self.group.column:
+            return steps
+        row = set(self.reduced)
+        shared = [
+            i for i in steps if i.kind == "load" and not i.cond and {*i.indices[0].atoms} <= row
+        ]
+        return shared + [i for i in steps if i not in shared]
 
     def _sweep(self) -> None:
         """What is the same for all rows, the loop over them, and the sums over them."""
@@ -362,8 +376,8 @@ class Renderer(Accumulators, Loops):
 
     def _is_linear(self, index: Index) -> bool:
         """Whether the loop variables run through memory in order, so that ``x`` says where."""
-        one = self.rank == 1 and self.square is None and len(self.parallel) > 1
-        return one and is_plain(self, dict(index.terms), self.parallel)
+        one = self.rank == 1 and self.square is None and self.along is None
+        return one and len(self.parallel) > 1 and is_plain(self, dict(index.terms), self.parallel)
 
     # instructions --------------------------------------------------------------------------------
 

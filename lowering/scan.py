@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING
 
 from .body import Instr
 from .group import Group
-from .indexing import Index
+from .indexing import Index, is_static, product
 from .ir import Value, computing_dtype
+from .parts import contiguous_axis
 from .spelling import EmitError, accumulator_dtype, identity, line_of
 from .views import Frame
 
 if TYPE_CHECKING:
     from .emit import Emitter
     from .render import Renderer
+
+#: elements of a row from which on a lone scan is ours
+LEAST_SCAN = 512
 
 #: (scan of a tile, combine of two states, start of the second part of the state)
 SCANS = {
@@ -41,6 +45,18 @@ def why_not_scan(group: Group, v: Value, frame: Frame) -> str | None:
     if group.shares:
         return "the group's programs have a share of the rows each"
     return None
+
+
+def scans_rows(v: Value, multiprocessors: int) -> bool:
+    """Whether v runs along memory, in rows enough to keep the GPU busy: a kernel of ours is faster
+    than ATen's (8192 x 8192 float32, H200: 136 us, 413)."""
+    x, axis = v.args[0], v.params[0]
+    return (
+        is_static(*x.shape)
+        and contiguous_axis(x) == axis
+        and product(x.shape) >= 2 * multiprocessors * x.shape[axis]
+        and x.shape[axis] >= LEAST_SCAN
+    )
 
 
 def emit_scan(

@@ -93,3 +93,39 @@ def test_cross_entropy(length: int) -> None:
     assert first.count("for start in") == 1
     assert first.count("running_logsumexp") == (1 if length == 32768 else 2)
     assert_same_values(got[0], F.cross_entropy(logits.double(), labels).float(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [32768, 17 * 1801, 16411])
+@pytest.mark.parametrize("name", ["argmax", "argmin"])
+def test_places_from_parts(name: str, length: int) -> None:
+    """Few long rows are cut in parts, among which are the first of equals and the first NaN."""
+    worst = float("-inf") if name == "argmax" else float("inf")
+    x = torch.full((5, length), worst, device=DEVICE)
+    x[1] = ints(length, high=3).float()
+    x[2, 20000 % length], x[2, 9000] = float("nan"), float("nan")
+    x[3, length - 1], x[3, 700] = 1.0, 1.0
+    x[4, 9001] = -worst
+    op = getattr(torch, name)
+    best = torch.max if name == "argmax" else torch.min
+    got, report = lower(lambda x: (op(x, -1), op(x[1]), *best(x, -1)), x, alone=True)
+    assert report.aten_calls == 0
+    expected = (op(x, -1), op(x[1]), *best(x, -1))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a.nan_to_num(9), b.nan_to_num(9)), f"{a}, eager: {b}"
+
+
+def test_a_lone_place_comes_from_parts() -> None:
+    x = rand(3, 32768, dtype=torch.bfloat16)
+    got, report = lower(lambda x: x.argmax(-1, keepdim=True), x)
+    assert (report.launches, report.aten_calls) == (2, 0)
+    assert torch.equal(got[0], x.argmax(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("shape, ours", [((16, 600), True), ((16, 9), False), ((3, 600), False)])
+def test_a_lone_scan(shape: tuple[int, ...], ours: bool) -> None:
+    """Of rows enough to keep the GPU busy it is a kernel of ours."""
+    rows, length = shape
+    x = rand(rows if DEVICE == "cpu" or not ours else 600, length)
+    got, report = lower(lambda x: x.cumsum(-1), x)
+    assert (report.launches, report.aten_calls) == ((1, 0) if ours else (0, 1))
+    assert_same_values(got[0], x.double().cumsum(-1).float(), rtol=1e-5, atol=1e-5)
