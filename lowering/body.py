@@ -55,6 +55,7 @@ class Body:
     derived: dict[str, tuple[str, Index, Size]] = field(default_factory=dict)
     params: list[tuple[str, str, Any]] = field(default_factory=list)  # (name, role, what)
     modules: set[str] = field(default_factory=set)
+    unaligned: list[str] = field(default_factory=list)  # parameters that may begin anywhere
     wide: set[str] = field(default_factory=set)  # registers and derived atoms that vary along r
     cuts: dict[str, set[int]] = field(default_factory=dict)  # atom -> where another part begins
 

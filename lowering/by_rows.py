@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .aligned import LANES, begin, ends, inside
 from .indexing import Size, is_static, product
 from .schedule import Tile
 
@@ -47,14 +48,23 @@ def _has_row_values(renderer: Renderer, inner: str) -> bool:
 def row_prologue(renderer: Renderer, inner: str, pid: str) -> Size:
     """Define where the program is in its row, and in which; returns the grid."""
     add, length, block = renderer.lines.add, renderer.sizes[inner], renderer.tile.x
-    parts = -(-length // block)
+    aligned, rest = renderer.aligned, renderer.parallel[:-1]
+    most = length + LANES - 1 if aligned is not None and aligned.shifted else length
+    parts = -(-most // block)
     add(f"pid = {pid}")
-    add(f"x = (pid % {parts}) * XBLOCK + tl.arange(0, XBLOCK)")
-    if length % block:
-        add(f"xmask = x < {length}")
-        renderer.xmask = "xmask"
-    add(f"{inner} = x")
-    rest = renderer.parallel[:-1]
     add(f"z = pid // {parts}")
     renderer._unravel("z", rest)
+    first, lane = f"(pid % {parts}) * XBLOCK", "tl.arange(0, XBLOCK)"
+    if aligned is None:
+        add(f"x = {first} + {lane}")
+    else:
+        begin(renderer)
+        add(f"q = {first} + {lane}")
+        add("x = q - shift")
+        add(f"at_end = (pid % {parts} == 0) | (pid % {parts} * XBLOCK > {length} - XBLOCK)")
+    add(f"{inner} = x")
+    if aligned is not None or length % block:
+        add(f"xmask = {f'x < {length}' if aligned is None else inside(length)}")
+        renderer.xmask = "xmask"
+    ends(renderer)
     return parts * product(renderer.sizes[a] for a in rest)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .aligned import LANES, Aligned
 from .body import Body, Instr
 from .indexing import Index, Size, is_static, product
 from .ir import BITS
@@ -29,6 +30,7 @@ class Loops:
     shares: int
     sweeps: bool
     wide64: bool
+    aligned: Aligned | None
     rmask: str | None
     defined: set[str]
     level: int | None = None  # of the loop that is being written
@@ -84,6 +86,10 @@ class Loops:
     def _loop(self, steps: Sequence[Instr], level: int) -> None:
         length = product(self.sizes[a] for a in self.reduced)
         self.level = level
+        if self.aligned is not None:
+            self._aligned_loop(steps, length)
+            self.level = None
+            return
         whole = length // self.tile.r * self.tile.r if is_static(length) and not self.shares else 0
         bounds = "first, end" if self.shares else f"0, {self.body_size(whole or length)}"
         starts = f"range({bounds}, RBLOCK)"
@@ -99,10 +105,28 @@ class Loops:
             self._step_at(str(whole), lane, steps, masked=True)
         self.level = None
 
+    def _aligned_loop(self, steps: Sequence[Instr], length: int) -> None:
+        """Both ends of the row, where lanes may lie beside it, and what is between them."""
+        block, lane = self.tile.r, "tl.arange(0, RBLOCK)[None, :]"
+        last = length // block * block
+        edges = 2 if length % block + LANES - 1 <= block else 3
+        self.lines.add(f"for edge in range({edges}):")
+        self.lines.depth += 1
+        self.lines.add(f"start = tl.where(edge == 0, 0, {last - block} + edge * RBLOCK)")
+        self._step_at("start", lane, steps, masked=True)
+        self.lines.depth -= 1
+        self.lines.add(f"for start in range(RBLOCK, {last}, RBLOCK):")
+        self.lines.depth += 1
+        self._step_at("start", lane, steps, masked=False)
+        self.lines.depth -= 1
+
     def _step_at(self, start: str, lane: str, steps: Sequence[Instr], masked: bool) -> None:
         outside = set(self.defined)
         self.rmask = None
-        self.lines.add(f"r = {start} + {lane}")
+        at = "r" if self.aligned is None else "q"
+        self.lines.add(f"{at} = {start} + {lane}")
+        if self.aligned is not None:
+            self.lines.add("r = q - shift")
         self._reduced_vars(masked)
         for instr in steps:
             self._instr(instr)

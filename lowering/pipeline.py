@@ -209,14 +209,13 @@ def source_for(
     is_reduction = any(m.reduces or m.kind == "scan" for m in group.members)
     looped = is_reduction and needs_loop(rows, group.reduced_length, group.column)
     body = emit(group, inlined, options.exact, looped)
+    body.unaligned = [n for n, role, what in body.params if role == "in" and what in written]
     name = kernel_name(group.members)
     target = options.target
     whole = Renderer(body, name, target.multiprocessors, target.backend)
     source = piecewise(whole, inlined, options.exact) or whole.run()
     source.meta["exact"] = options.exact
-    source.meta["unaligned"] = [
-        n for n, role, what in source.params if role == "in" and (what in written)
-    ]
+    source.meta["unaligned"] = body.unaligned
     source.body = body
     return source
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from .accumulators import Accumulators
+from .aligned import aligned_of, begin, ends, inside, promise, vector
 from .body import Body, Instr, loads_first
 from .by_rows import row_of, row_prologue
 from .fours import axis_of_fours, is_plain, whole_axis
@@ -51,6 +52,7 @@ class Renderer(Accumulators, Loops):
         self.square: tuple[str, str] | None = None  # (x atom, y atom) of a 2-D pointwise tile
         self.along: str | None = None  # the atom of a row that pointwise programs have parts of
         self.tile = self._choose_tile()
+        self.aligned = aligned_of(self)
         self.outside_sweep = False  # where there is no row, and no x
 
     def _is_reduction(self) -> bool:
@@ -227,6 +229,7 @@ class Renderer(Accumulators, Loops):
         self._unravel("x", self.parallel)
         if self.shares:
             self._share_bounds(product(self.sizes[a] for a in self.reduced))
+        begin(self)
         if self.rank == 2 and not self.body.looped:
             first = "first + " if self.shares else ""
             add(f"r = {first}tl.arange(0, RBLOCK)[None, :]")
@@ -284,10 +287,15 @@ class Renderer(Accumulators, Loops):
         if self.shares and not self.sweeps:
             self.lines.add("rmask = r < end")
             self.rmask = "rmask"
+        elif masked and self.aligned is not None:
+            self.lines.add(f"rmask = {inside(length)}")
+            self.rmask = "rmask"
         elif masked and not (is_static(length) and length % self.tile.r == 0):
             self.lines.add(f"rmask = r < {self.body_size(length)}")
             self.rmask = "rmask"
         self._unravel("r", self.reduced)
+        if masked:
+            ends(self)
 
     def body_size(self, size: Size) -> str:
         if is_static(size):
@@ -409,6 +417,10 @@ class Renderer(Accumulators, Loops):
             masks.append(instr.cond)
         if instr.cond is not None or (masks and self._spans(index)["other"]):
             pointer += self._missing(index, wide)  # a loaded place may be one number for the tile
+        lanes = vector(self, instr)
+        if lanes:
+            pointer = promise(self, pointer, lanes)
+            masks = [f"some{lanes}" if m in (self.rmask, self.xmask) else m for m in masks]
         mask = f", mask={' & '.join(masks)}, other=0" if masks else ""
         text = f"tl.load({instr.text} + ({pointer}){mask}{self._policy(instr)})"
         if instr.dtype in SIXTEEN_BIT:
@@ -461,7 +473,22 @@ class Renderer(Accumulators, Loops):
         masks = [m for m in (self.xmask, self.ymask, self.rmask if wide else None) if m]
         mask = f", mask={' & '.join(masks)}" if masks else ""
         policy = self._policy(instr)
-        self.lines.add(f"tl.store({instr.text} + ({pointer}), {instr.out}{mask}{policy})")
+        lanes = vector(self, instr)
+        if lanes:
+            pointer = promise(self, pointer, lanes)
+        if lanes and masks:
+            self._store_ends(f"{instr.text} + ({pointer}), {instr.out}", mask, policy, lanes)
+        else:
+            self.lines.add(f"tl.store({instr.text} + ({pointer}), {instr.out}{mask}{policy})")
+
+    def _store_ends(self, what: str, mask: str, policy: str, lanes: int) -> None:
+        """Whole vectors as such, and what is left of the row's first and last one."""
+        self.lines.add(f"tl.store({what}, mask=whole{lanes}{policy})")
+        if self.along is not None:
+            self.lines.add("if at_end:")
+        self.lines.depth += self.along is not None
+        self.lines.add(f"tl.store({what}{mask} & (whole{lanes} == 0){policy})")
+        self.lines.depth -= self.along is not None
 
     _carry, _scan, _put = render_carry, render_scan, render_put
 

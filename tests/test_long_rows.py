@@ -129,3 +129,43 @@ def test_a_lone_scan(shape: tuple[int, ...], ours: bool) -> None:
     got, report = lower(lambda x: x.cumsum(-1), x)
     assert (report.launches, report.aten_calls) == ((1, 0) if ours else (0, 1))
     assert_same_values(got[0], x.double().cumsum(-1).float(), rtol=1e-5, atol=1e-5)
+
+
+ODD: dict[str, Callable[[Tensor], Tensor]] = {
+    "whole": lambda x: x,
+    "part": lambda x: x[:, 3:-2],  # rows that begin at any address, with more behind them
+    "every_other": lambda x: x[::2],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [32773, 49151])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_rows(name: str, length: int, dtype: torch.dtype) -> None:
+    """Rows that are no whole number of 16 bytes: whole vectors, and nothing beside the row."""
+    x = rand(ROWS, length, dtype=dtype)
+    x[2, 7], x[4, -4] = float("inf"), float("nan")  # seen by their own rows only
+
+    def fn(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.softmax(ODD[name](x), -1), ODD[name](x).logsumexp(-1)
+
+    near = {"rtol": 2e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-3}
+    for k in (0, 1):
+        (got,), report = lower(lambda x, k=k: fn(x)[k], x, alone=True)
+        assert_same_values(got, fn(x.double())[k].to(got.dtype), name, **near)
+        moved = any("tl.multiple_of" in s.text for s in report.sources)
+        assert moved == (name == "whole" or k == 1)  # else its results' rows begin elsewhere
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [4093, 4097, 2047, 6140])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_rows_with_a_number_each(name: str, length: int, dtype: torch.dtype) -> None:
+    x, scale = rand(20, length, dtype=dtype), rand(20, 1)
+    scale = scale[::2].contiguous() if name == "every_other" else scale
+
+    def fn(x: Tensor, scale: Tensor) -> Tensor:
+        return (ODD[name](x) * scale).to(dtype)
+
+    got, _ = lower(fn, x, scale, alone=True)
+    assert_same_values(got[0], fn(x, scale))
