@@ -115,7 +115,7 @@ def _term(x):
     """e ** x within 2**-23 * (1 + |x|) of itself, in a third of ``exp``'s instructions, which would
     bound the loop: the terms of a large -x do not matter to a sum that is at least 1."""
     if x.dtype == tl.float32:
-        return tl.exp2(x * 1.4426950408889634)
+        return mathlib.quick_exp(x)
     else:
         return mathlib.exp(x)
 

@@ -130,3 +130,14 @@ def promise(renderer: Renderer, pointer: str, lanes: int) -> str:
     """The offsets, of which Triton cannot see that vectors of them are aligned."""
     each = f"[1, {lanes}]" if renderer._two_dims else f"[{lanes}]"
     return f"tl.multiple_of({pointer}, {each})"
+
+
+def store_ends(renderer: Renderer, what: str, mask: str, policy: str, lanes: int) -> None:
+    """Whole vectors as such, and what is left of the row's first and last one."""
+    lines = renderer.lines
+    lines.add(f"tl.store({what}, mask=whole{lanes}{policy})")
+    if renderer.along is not None:
+        lines.add("if at_end:")
+    lines.depth += renderer.along is not None
+    lines.add(f"tl.store({what}{mask} & (whole{lanes} == 0){policy})")
+    lines.depth -= renderer.along is not None

@@ -23,7 +23,11 @@ def axis_of_fours(kernel: Renderer, place: Index) -> int | None:
 
 def whole_axis(kernel: Renderer, place: Index) -> str | None:
     """``x`` where a place is the program's own x: no digits are taken, to be put together again."""
-    if kernel.square is not None or set(place.atoms) - {*kernel.parallel, *kernel.merged}:
+    if (
+        kernel.square is not None
+        or kernel.along is not None
+        or set(place.atoms) - {*kernel.parallel, *kernel.merged}
+    ):
         return None
     steps = {a: place.coefficient(a) for a in place.atoms if a not in kernel.merged}
     plain = is_plain(kernel, steps, kernel.parallel) and is_static(place.const)
@@ -33,12 +37,14 @@ def whole_axis(kernel: Renderer, place: Index) -> str | None:
 def _axes(kernel: Renderer) -> Iterator[tuple[int, list[str], int]]:
     """Each axis that starts at a multiple of its block: (axis, its atoms, block)."""
     tile = kernel.tile
+    if kernel.aligned is not None:
+        return  # it starts where memory does
     if kernel.square is not None:
         x, y = kernel.square
         yield 1, [x], tile.x
         yield 0, [y], tile.r
     elif kernel.rank == 1:
-        yield 0, kernel.parallel, tile.x
+        yield 0, kernel.parallel if kernel.along is None else [kernel.along], tile.x
     else:
         if kernel.sweeps or not kernel.shares:  # else each share starts where it starts
             yield 1, kernel.reduced, tile.r

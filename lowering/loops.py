@@ -7,6 +7,7 @@ programs run at once than the cache has room for; the loads say which data is wa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from .aligned import LANES, Aligned
 from .body import Body, Instr
@@ -14,6 +15,12 @@ from .indexing import Index, Size, is_static, product
 from .ir import BITS
 from .schedule import Tile
 from .source import Lines
+
+if TYPE_CHECKING:
+    from .render import Renderer
+
+#: rows of a tile that make an operand of one row small beside it
+SHARED = 8
 
 Load = tuple[str, tuple[Index, ...], str]  # buffer, place, dtype
 
@@ -84,44 +91,52 @@ class Loops:
         return ""
 
     def _loop(self, steps: Sequence[Instr], level: int) -> None:
-        length = product(self.sizes[a] for a in self.reduced)
+        length, block = product(self.sizes[a] for a in self.reduced), self.tile.r
         self.level = level
         if self.aligned is not None:
-            self._aligned_loop(steps, length)
-            self.level = None
-            return
-        whole = length // self.tile.r * self.tile.r if is_static(length) and not self.shares else 0
-        bounds = "first, end" if self.shares else f"0, {self.body_size(whole or length)}"
-        starts = f"range({bounds}, RBLOCK)"
-        if self.tile.stages > 1:
-            starts = f"tl.{starts[:-1]}, num_stages={self.tile.stages})"
-        self.lines.add(f"for start in {starts}:")
-        self.lines.depth += 1
-        lane = "tl.arange(0, RBLOCK)[None, :]"
-        lane = f"{lane}.to(tl.int64)" if self.wide64 and not is_static(length) else lane
-        self._step_at("start", lane, steps, masked=not whole)
-        self.lines.depth -= 1
-        if whole and whole != length:  # only the last step looks where the row ends
-            self._step_at(str(whole), lane, steps, masked=True)
+            last = length // block * block
+            self._ends_of_row(steps, length, last)
+            self._run(steps, block, last)
+        elif self.shares or not is_static(length) or length < block:
+            bounds = "first, end" if self.shares else f"0, {self.body_size(length)}"
+            self.lines.add(f"for start in {self._range(bounds)}:")
+            self.lines.depth += 1
+            self._step_at("start", steps, masked=True)
+            self.lines.depth -= 1
+        else:  # only the last step looks where the row ends
+            whole = length // block * block
+            self._run(steps, 0, whole)
+            if whole != length:
+                self._step_at(str(whole), steps, masked=True)
         self.level = None
 
-    def _aligned_loop(self, steps: Sequence[Instr], length: int) -> None:
-        """Both ends of the row, where lanes may lie beside it, and what is between them."""
-        block, lane = self.tile.r, "tl.arange(0, RBLOCK)[None, :]"
-        last = length // block * block
-        edges = 2 if length % block + LANES - 1 <= block else 3
-        self.lines.add(f"for edge in range({edges}):")
+    def _range(self, bounds: str) -> str:
+        if self.tile.stages > 1:
+            return f"tl.range({bounds}, RBLOCK, num_stages={self.tile.stages})"
+        return f"range({bounds}, RBLOCK)"
+
+    def _run(self, steps: Sequence[Instr], first: int, last: int) -> None:
+        """Whole steps from first to last."""
+        self.lines.add(f"for start in {self._range(f'{first}, {last}')}:")
         self.lines.depth += 1
-        self.lines.add(f"start = tl.where(edge == 0, 0, {last - block} + edge * RBLOCK)")
-        self._step_at("start", lane, steps, masked=True)
-        self.lines.depth -= 1
-        self.lines.add(f"for start in range(RBLOCK, {last}, RBLOCK):")
-        self.lines.depth += 1
-        self._step_at("start", lane, steps, masked=False)
+        self._step_at("start", steps, masked=False)
         self.lines.depth -= 1
 
-    def _step_at(self, start: str, lane: str, steps: Sequence[Instr], masked: bool) -> None:
+    def _ends_of_row(self, steps: Sequence[Instr], length: int, last: int) -> None:
+        """The steps where lanes may lie beside the row: the first, and the last one or two."""
+        block = self.tile.r
+        count = 2 if length % block + LANES - 1 <= block else 3
+        self.lines.add(f"for edge in range({count}):")
+        self.lines.depth += 1
+        self.lines.add(f"start = tl.where(edge == 0, 0, {last - block} + edge * RBLOCK)")
+        self._step_at("start", steps, masked=True)
+        self.lines.depth -= 1
+
+    def _step_at(self, start: str, steps: Sequence[Instr], masked: bool) -> None:
         outside = set(self.defined)
+        static = is_static(product(self.sizes[a] for a in self.reduced))
+        lane = "tl.arange(0, RBLOCK)[None, :]"
+        lane = f"{lane}.to(tl.int64)" if self.wide64 and not static else lane
         self.rmask = None
         at = "r" if self.aligned is None else "q"
         self.lines.add(f"{at} = {start} + {lane}")
@@ -135,3 +150,13 @@ class Loops:
 
 def _bytes(loads: set[Load]) -> int:
     return sum(BITS[dtype] // 8 for _, _, dtype in loads)
+
+
+def shared_first(renderer: Renderer, steps: list[Instr]) -> list[Instr]:
+    """What all rows of a tile read at the same places comes first, and arrives with the rows: of
+    few rows it would hold registers through the reductions."""
+    if renderer.rank == 1 or renderer.tile.x < SHARED or renderer.group.column:
+        return steps
+    row = set(renderer.reduced)
+    shared = [i for i in steps if i.kind == "load" and not i.cond and {*i.indices[0].atoms} <= row]
+    return shared + [i for i in steps if i not in shared]

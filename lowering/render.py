@@ -6,14 +6,14 @@ import re
 from collections.abc import Sequence
 
 from .accumulators import Accumulators
-from .aligned import aligned_of, begin, ends, inside, promise, vector
+from .aligned import aligned_of, begin, ends, inside, promise, store_ends, vector
 from .body import Body, Instr, loads_first
 from .by_rows import row_of, row_prologue
 from .fours import axis_of_fours, is_plain, whole_axis
 from .group import SHARE
 from .indexing import Index, Size, is_static, product, simplify
 from .ir import SIXTEEN_BIT, Value
-from .loops import Loops
+from .loops import Loops, shared_first
 from .scan import render_carry, render_scan
 from .schedule import (
     Tile,
@@ -29,8 +29,6 @@ from .writes import render_put
 
 HEADER = "import triton\nimport triton.language as tl\n"
 LIMIT_32 = 2**31 - 1
-#: rows of a tile that make an operand of one row small beside it
-SHARED = 8
 
 
 class Renderer(Accumulators, Loops):
@@ -119,8 +117,14 @@ class Renderer(Accumulators, Loops):
         if self.body.looped:
             online = any(i.kind == "online_step" for i in self._instrs())
             return looped_row_tile(reduced, self._loaded_bytes(), self._bytes_again(), online)
-        loads = {i.text for i in self._instrs() if i.kind == "load" and self._is_whole(i)}
-        return row_tile(rows, reduced, len(loads), self.multiprocessors)
+        whole = [i for i in self._instrs() if i.kind == "load" and self._is_whole(i)]
+        gathers = any(
+            a not in self.sizes and a not in self.body.derived
+            for i in whole
+            for a in i.indices[0].atoms
+        )
+        loads = len({i.text for i in whole})
+        return row_tile(rows, reduced, loads, self.multiprocessors, gathers)
 
     def _is_whole(self, instr: Instr) -> bool:
         """Whether an operand has an element for each of the tile's."""
@@ -315,22 +319,11 @@ class Renderer(Accumulators, Loops):
         for level in range(top + 1):
             steps = self.body.sections.get(("row", level), [])
             first = loads_first(steps, self.body.derived) if self.rank == 1 else None
-            for instr in self._shared_first(steps) if first is None else first:
+            for instr in shared_first(self, steps) if first is None else first:
                 self._instr(instr)
             steps = self.body.sections.get(("loop", level), [])
             if steps:
                 self._loop(steps, level)
-
-    def _shared_first(self, steps: list[Instr]) -> list[Instr]:
-        """What all rows of a tile read at the same places comes first, and arrives with the rows:
-        of few rows it would hold registers through the reductions."""
-        if self.rank == 1 or self.tile.x < SHARED or self.group.column:
-            return steps
-        row = set(self.reduced)
-        shared = [
-            i for i in steps if i.kind == "load" and not i.cond and {*i.indices[0].atoms} <= row
-        ]
-        return shared + [i for i in steps if i not in shared]
 
     def _sweep(self) -> None:
         """What is the same for all rows, the loop over them, and the sums over them."""
@@ -477,18 +470,9 @@ class Renderer(Accumulators, Loops):
         if lanes:
             pointer = promise(self, pointer, lanes)
         if lanes and masks:
-            self._store_ends(f"{instr.text} + ({pointer}), {instr.out}", mask, policy, lanes)
+            store_ends(self, f"{instr.text} + ({pointer}), {instr.out}", mask, policy, lanes)
         else:
             self.lines.add(f"tl.store({instr.text} + ({pointer}), {instr.out}{mask}{policy})")
-
-    def _store_ends(self, what: str, mask: str, policy: str, lanes: int) -> None:
-        """Whole vectors as such, and what is left of the row's first and last one."""
-        self.lines.add(f"tl.store({what}, mask=whole{lanes}{policy})")
-        if self.along is not None:
-            self.lines.add("if at_end:")
-        self.lines.depth += self.along is not None
-        self.lines.add(f"tl.store({what}{mask} & (whole{lanes} == 0){policy})")
-        self.lines.depth -= self.along is not None
 
     _carry, _scan, _put = render_carry, render_scan, render_put
 

@@ -64,23 +64,27 @@ def looped_row_tile(reduced: Size, loaded: int, again: int, online: bool) -> Til
     once more, of the whole row; ``online``: whether a step updates a running maximum and sum.
 
     Programs of more warps are fewer: as many at once as the second-level cache has room for their
-    rows (softmax of 8192 x 65536 in bfloat16, H200: 540 us; 1100 with small programs).
+    rows (softmax of 8192 x 65536 in bfloat16, H200: 550 us; 1100 with small programs).
     """
     if not is_static(reduced):
         return Tile(1, 1024, warps=4)
     rows = CACHED // max(1, again * reduced)
     if again and rows:
         warps = 32 // min(4, 1 << (rows.bit_length() - 1))
-        length = min(power_of_two(reduced), warps * (1024 if loaded <= 2 else 512))
+        most = warps * 1024 if loaded <= 2 else min(warps * 512, 8192)
+        length = min(power_of_two(reduced), most)
         return Tile(1, length, warps, each=max(1, length // (256 * warps)), cached=True)
     if online:
-        length = min(8192, power_of_two(reduced))
-        return Tile(1, length, warps=8, each=max(1, length // 2048))
+        length = min(4096, power_of_two(reduced))
+        return Tile(1, length, warps=4, each=max(1, length // 1024))
     return Tile(1, min(4096, power_of_two(reduced)), warps=8)
 
 
-def row_tile(rows: Size, reduced: int, loads: int, multiprocessors: int) -> Tile:
-    """``loads``: how many operands of the tile's size there are."""
+def row_tile(
+    rows: Size, reduced: int, loads: int, multiprocessors: int, gathers: bool = False
+) -> Tile:
+    """``loads``: how many operands of the tile's size there are; ``gathers``: whether some are read
+    where another one says, so that more has to be on its way at once."""
     length = power_of_two(reduced)
     together = max(1, 2048 // length)
     if is_static(rows):
@@ -88,6 +92,8 @@ def row_tile(rows: Size, reduced: int, loads: int, multiprocessors: int) -> Tile
             together //= 2
         together = min(together, power_of_two(rows))
     per_thread = 16 if loads <= 4 else 8
+    if gathers and not (is_static(rows) and rows < 4 * multiprocessors * together):
+        per_thread *= 2
     warps = max(1, min(16, together * length // (32 * per_thread)))
     return Tile(together, length, warps)
 
