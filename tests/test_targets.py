@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -339,3 +340,23 @@ def test_dropout_moves_no_element_between_threads(workers: Pool, tmp_path: Path)
         compile_all({source.key: source}, TARGETS["sm_90"], workers, folder)
         facts = json.loads((folder / f"{source.key}.json").read_text())
         assert ", 0, True)" in source.text and facts["shared"] == 0
+
+
+def test_odd_rows_are_moved_in_vectors(workers: Pool, tmp_path: Path) -> None:
+    """A row of 50257 begins at any even address; the loads are of 16 bytes all the same."""
+    wide = dataclasses.replace(INTERPRETER, multiprocessors=132)
+    programs = {
+        "looped": lambda x, scale: torch.softmax(x, -1),
+        "by rows": lambda x, scale: x * scale,
+    }
+    for name, fn in programs.items():
+        inputs = rand(300, 50257), rand(300, 1)
+        _, report = compile_graph(trace(fn, *inputs), [], options(target=wide, alone=True))
+        (source,) = report.sources
+        folder = tmp_path / name
+        folder.mkdir()
+        compile_all({source.key: source}, TARGETS["sm_90"], workers, folder)
+        (ptx,) = Path(os.environ["TRITON_CACHE_DIR"]).rglob(f"{source.name}.ptx")
+        text = ptx.read_text()
+        assert re.search(r"ld\.global\S*\.v4\.b32", text), name
+        assert len(re.findall(r"ld\.global\S*\.b16", text)) <= 1, name  # a row's own number
