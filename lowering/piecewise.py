@@ -83,7 +83,8 @@ class _Piece(Renderer):
 
     def __init__(self, body: Body, name: str, whole: Renderer) -> None:
         super().__init__(body, name, whole.multiprocessors, whole.backend)
-        self.square, self.tile = None, whole.tile
+        self.square = self.along = self.aligned = None  # x counts all its places
+        self.tile = whole.tile
         self.numel: int = product(self.sizes[a] for a in self.parallel)
 
     def write(self, masked: bool) -> None:

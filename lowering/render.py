@@ -318,8 +318,10 @@ class Renderer(Accumulators, Loops):
         top = max((level for _, level in self.body.sections), default=0)
         for level in range(top + 1):
             steps = self.body.sections.get(("row", level), [])
-            first = loads_first(steps, self.body.derived) if self.rank == 1 else None
-            for instr in shared_first(self, steps) if first is None else first:
+            flat = self.rank == 1
+            for instr in (
+                loads_first(steps, self.body.derived) if flat else shared_first(self, steps)
+            ):
                 self._instr(instr)
             steps = self.body.sections.get(("loop", level), [])
             if steps:

@@ -49,9 +49,14 @@ def scattered(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return torch.slice_scatter(a * 2, b.exp() + c, 0, 5, 13).relu()
 
 
+def with_a_number_a_row(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return torch.cat([a * c, b + c], 1)
+
+
 LONG: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], int]] = {
     "two chains, even": (two_chains, [(16, 2048)] * 3, 2),
     "two chains, odd": (two_chains, [(17, 2051)] * 3, 2),
+    "rows": (with_a_number_a_row, [(40, 4096), (40, 2048), (40, 1)], 2),
     "three parts": (three_parts, [(20, 999), (1, 999), (50, 999)], 3),
     "channels": (channels, [(2, 5, 40, 40), (2, 9, 40, 40), (2, 7, 40, 40)], 3),
     "nested": (nested, [(4, 6000), (4, 6000), (4, 8000)], 3),
