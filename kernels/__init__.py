@@ -18,7 +18,7 @@ OP_FILES = (
     "loss",
     "indexing",
     "dropout",
-    "aligned",
+    "product",
 )
 
 

@@ -48,9 +48,9 @@ def register_torch_ops() -> None:
     library.define("log_softmax_stats(Tensor x, int dim) -> (Tensor top, Tensor logsum)", tags=tags)
     library.impl("log_softmax_stats", _log_softmax_stats, "CompositeExplicitAutograd")
     torch.library.register_fake("gems::log_softmax_stats", _log_softmax_stats_fake, lib=library)
-    from . import aligned, dropout
+    from . import dropout, product
 
-    aligned.define(library)
+    product.define(library)
     dropout.define(library)
     _LIBRARY = library
 

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from ..kernels import load_ops
 from ..kernels.op import OPS
 from . import private
-from .align import align_products
+from .products import align_products
 
 
 def partition(joint: GraphModule, inputs: Sequence[Any], **how: Any) -> tuple[Any, Any]:

@@ -14,7 +14,6 @@ from torch.fx import GraphModule, Node
 
 from ..kernels import load_ops
 from . import executor
-from .align import align_products
 from .emit import emit
 from .flow import find_escapes, written_by_aten
 from .foreach import take_foreach_apart
@@ -29,6 +28,7 @@ from .options import Options
 from .partition import share_seeds
 from .passes import PASSES as ATEN_PASSES
 from .piecewise import piecewise
+from .products import align_products
 from .render import Renderer, kernel_name
 from .scan import scans_rows
 from .schedule import needs_loop

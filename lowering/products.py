@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..kernels.aligned import VECTOR, has_odd_ends, padded
+from ..kernels.product import VECTOR, has_odd_ends, padded
 from .graph import is_tensor, is_view, mutated_arguments, output_node, value_of
 from .rewrite import call_on_fakes
 from .translate import op_of

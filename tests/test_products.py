@@ -12,8 +12,8 @@ from helpers import DEVICE, gems_only
 from torch import Tensor, nn
 
 import gems_compile
-from gems_compile.kernels.aligned import padded
-from gems_compile.lowering import align
+from gems_compile.kernels.product import padded
+from gems_compile.lowering import products as lowering
 
 pytestmark = gems_only
 ODD = 53
@@ -21,7 +21,7 @@ ODD = 53
 
 @pytest.fixture(autouse=True)
 def _small_products_too(monkeypatch: Any) -> None:
-    monkeypatch.setattr(align, "LEAST", 1)
+    monkeypatch.setattr(lowering, "LEAST", 1)
 
 
 class Head(nn.Module):
@@ -120,7 +120,7 @@ def test_aligned_rows_and_wide_numbers_are_left(size: int, dtype: torch.dtype) -
 
 
 def test_small_products_are_left(monkeypatch: Any) -> None:
-    monkeypatch.setattr(align, "LEAST", 24 * 16 * ODD + 1)
+    monkeypatch.setattr(lowering, "LEAST", 24 * 16 * ODD + 1)
     a = torch.randn(24, 16, device=DEVICE).bfloat16()
     b = torch.randn(16, ODD, device=DEVICE).bfloat16()
     torch.compile(lambda a, b: (a @ b).exp(), backend="gems")(a, b)
