@@ -206,7 +206,9 @@ def source_for(
     """One kernel's text."""
     rows = product(group.sizes[a] for a in group.parallel)
     is_reduction = any(m.reduces or m.kind == "scan" for m in group.members)
-    looped = is_reduction and needs_loop(rows, group.reduced_length, group.column)
+    looped = is_reduction and needs_loop(
+        rows, group.reduced_length, group.column, group.shares
+    )
     body = emit(group, inlined, options.exact, looped)
     name = kernel_name(group.members)
     target = options.target

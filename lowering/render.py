@@ -94,7 +94,7 @@ class Renderer(Accumulators):
             return pointwise_tile(rows, self.multiprocessors)
         if self.group.column:
             reduced = self.group.reduced_length
-            return column_tile(rows, reduced, self.body.looped, self._loaded_bytes())
+            return column_tile(rows, reduced, self.shares, self.body.looped, self._loaded_bytes())
         if self.sweeps:
             return sweep_tile(reduced, self._loaded_bytes())
         # a number (a seed, say) takes one register
