@@ -12,7 +12,15 @@ from .group import SHARE
 from .indexing import Index, Size, is_static, product, simplify
 from .ir import BITS, SIXTEEN_BIT, Value
 from .scan import render_carry, render_scan
-from .schedule import Tile, column_tile, pointwise_tile, row_tile, sweep_tile, transpose_tile
+from .schedule import (
+    MAX_IN_FLIGHT,
+    Tile,
+    column_tile,
+    pointwise_tile,
+    row_tile,
+    sweep_tile,
+    transpose_tile,
+)
 from .source import POINTER, Lines, Source
 from .writes import render_put
 
@@ -21,11 +29,18 @@ LIMIT_32 = 2**31 - 1
 
 
 class Renderer(Accumulators):
-    def __init__(self, body: Body, name: str, multiprocessors: int, backend: str = "") -> None:
+    def __init__(
+        self,
+        body: Body,
+        name: str,
+        multiprocessors: int,
+        backend: str = "",
+        shared: int = MAX_IN_FLIGHT,
+    ) -> None:
         self.body, self.name, self.backend = body, name, backend
         self.nvidia = backend == "cuda"  # whose assembly may stand in a kernel
         self.group = body.group
-        self.multiprocessors = multiprocessors
+        self.multiprocessors, self.shared = multiprocessors, shared
         self.sizes: dict[str, Size] = {a: body.size(a) for a in self.group.domain}
         self.merged: dict[str, str | None] = {}  # atom -> atom it became, None when it vanished
         self.lines = Lines()
@@ -96,7 +111,7 @@ class Renderer(Accumulators):
             reduced = self.group.reduced_length
             return column_tile(rows, reduced, self.shares, self.body.looped, self._loaded_bytes())
         if self.sweeps:
-            return sweep_tile(reduced, self._loaded_bytes())
+            return sweep_tile(reduced, self._loaded_bytes(), self.shared)
         # a number (a seed, say) takes one register
         loads = len({i.text for i in self._instrs() if i.kind == "load" and i.indices[0].atoms})
         return row_tile(rows, reduced, loads, self.body.looped, self.multiprocessors)
