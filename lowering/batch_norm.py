@@ -69,9 +69,7 @@ def _compare_before_relu(y: Node) -> None:
 
 
 def _is_gradient(node: Node, relu: Node) -> bool:
-    return (
-        node.target is aten.threshold_backward.default
-        and node.args[1] is relu
-        and node.args[0] is not relu
-        and node.args[2] == 0
-    )
+    if node.target is not aten.threshold_backward.default:
+        return False
+    dy, result, threshold = node.args
+    return result is relu and dy is not relu and type(threshold) in (int, float) and threshold == 0

@@ -24,7 +24,7 @@ KINDS = ("pointwise", "cast")
 
 @dataclass
 class Chain:
-    """What a value is computed from: ``leaves`` in memory, through ``inner`` values of its kernel."""
+    """How a value is computed: from ``leaves`` in memory, through ``inner`` of its kernel."""
 
     inner: set[Value] = field(default_factory=set)
     leaves: set[Value] = field(default_factory=set)

@@ -6,8 +6,11 @@ import re
 from collections.abc import Sequence
 
 from .accumulators import Accumulators
+from .body import Body, Instr
 from .body import Body, Instr, loads_first
+from .flight import asks_for_little
 from .fours import axis_of_fours, is_plain, whole_axis
+from .fours import axis_of_fours, whole_axis
 from .group import SHARE
 from .indexing import Index, Size, is_static, product, simplify
 from .ir import BITS, SIXTEEN_BIT, Value
@@ -106,7 +109,7 @@ class Renderer(Accumulators):
             if self.square is not None:
                 x, y = (self.sizes[a] for a in self.square)
                 return transpose_tile(x, y)
-            return pointwise_tile(rows, self.multiprocessors)
+            return pointwise_tile(rows, self.multiprocessors, asks_for_little(self))
         if self.group.column:
             reduced = self.group.reduced_length
             return column_tile(rows, reduced, self.shares, self.body.looped, self._loaded_bytes())
