@@ -71,5 +71,5 @@ def _compare_before_relu(y: Node) -> None:
 def _is_gradient(node: Node, relu: Node) -> bool:
     if node.target is not aten.threshold_backward.default:
         return False
-    dy, result, threshold = node.args
-    return result is relu and dy is not relu and type(threshold) in (int, float) and threshold == 0
+    args: Any = node.args
+    return args[1] is relu and args[0] is not relu and bool(args[2] == 0)
