@@ -6,11 +6,9 @@ import re
 from collections.abc import Sequence
 
 from .accumulators import Accumulators
-from .body import Body, Instr
 from .body import Body, Instr, loads_first
 from .flight import asks_for_little
 from .fours import axis_of_fours, is_plain, whole_axis
-from .fours import axis_of_fours, whole_axis
 from .group import SHARE
 from .indexing import Index, Size, is_static, product, simplify
 from .ir import BITS, SIXTEEN_BIT, Value
