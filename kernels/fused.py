@@ -12,7 +12,7 @@ _LIBRARY: Any = None
 
 
 def register_torch_ops() -> None:
-    """Register ``gems::rms_norm``, its backward and ``gems::log_softmax_stats`` with torch, once.
+    """Register the ops of ``gems::`` with torch, once.
 
     rms_norm
     Formula: h = float32(x); n = h * rsqrt(mean(h^2, -1) + eps)
@@ -48,6 +48,15 @@ def register_torch_ops() -> None:
     library.define("log_softmax_stats(Tensor x, int dim) -> (Tensor top, Tensor logsum)", tags=tags)
     library.impl("log_softmax_stats", _log_softmax_stats, "CompositeExplicitAutograd")
     torch.library.register_fake("gems::log_softmax_stats", _log_softmax_stats_fake, lib=library)
+    library.define(
+        "batch_norm_apply(Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias)"
+        " -> Tensor",
+        tags=tags,
+    )
+    library.impl("batch_norm_apply", _batch_norm_apply, "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        "gems::batch_norm_apply", lambda x, *_: torch.empty_like(x), lib=library
+    )
     from . import dropout, product
 
     product.define(library)
@@ -153,3 +162,16 @@ def _log_softmax_stats_fake(x: Any, dim: int) -> tuple[Any, Any]:
     shape[dim] = 1
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
     return x.new_empty(shape, dtype=wide), x.new_empty(shape, dtype=wide)
+
+
+def _batch_norm_apply(x: Any, mean: Any, rstd: Any, weight: Any, bias: Any) -> Any:
+    """(x - mean) * rstd * weight + bias, each of them [C], in x's dtype and layout."""
+    import torch
+
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    y = (_wide(x) - mean.reshape(shape)) * rstd.reshape(shape)
+    if weight is not None:
+        y = y * _wide(weight).reshape(shape)
+    if bias is not None:
+        y = y + _wide(bias).reshape(shape)
+    return torch.empty_like(x).copy_(y)

@@ -141,6 +141,7 @@ def gems_rms_norm(b: Any, x: Any, weight: Any, eps: float, weight_after_cast: bo
 
 
 _RSTD = T(4, 1, dtype="float32", low=0.5, high=2)
+_RSTD_OF_CHANNEL = T(4, dtype="float32", low=0.5, high=2)
 
 
 @composite(
@@ -171,6 +172,33 @@ def gems_rms_norm_backward(
     )
 
 
+def moments_of_parts(b: Any, x: Any, axes: list[int]) -> tuple[Any, Any]:
+    """(var, mean) of float32 x, axes kept.
+
+    Where a row is too long for one program: in parts, each read once, whose moments are then
+    combined (Chan et al. 1979). A part's moments are taken about its first element, which lies at
+    most sqrt(n) standard deviations from the mean of its n: the variance loses little to
+    cancellation, and typically nothing.
+    """
+    parts = b.even_parts(x, axes)
+    if parts == 1:
+        return moments(b, x, axes, 0)
+    cut, inner, outer = b.split(x, axes, parts)
+    first = cut
+    for a in inner:
+        first = b.slice(first, a, 0, 1)
+    diff = b.sub(cut, first, 1)
+    n = b.count(cut, inner)
+    shift = b.div(b.sum_of_parts(diff, inner), n)
+    spread = b.sub(b.div(b.sum_of_parts(b.mul(diff, diff), inner), n), b.mul(shift, shift), 1)
+    center = b.add(first, shift, 1)
+    mean = b.div(b.sum_of_parts(center, outer), parts)
+    off = b.sub(center, mean, 1)
+    var = b.div(b.sum_of_parts(b.add(spread, b.mul(off, off), 1), outer), parts)
+    kept = [1 if a in axes else s for a, s in enumerate(x.shape)]
+    return b.reshape(var, kept), b.reshape(mean, kept)
+
+
 @composite(
     "aten.native_group_norm.default",
     samples=[
@@ -186,7 +214,7 @@ def group_norm(
     n, c = shape[0], shape[1]
     split = b.reshape(wide(b, x), (n, group, c // group, *shape[2:]))
     axes = list(range(2, split.ndim))
-    var, mean = moments(b, split, axes, 0)
+    var, mean = moments_of_parts(b, split, axes)
     rstd = b.rsqrt(b.add(var, eps, 1))
     y = b.reshape(b.mul(b.sub(split, mean, 1), rstd), shape)
     y = _per_channel(b, y, weight, bias)
@@ -221,32 +249,40 @@ def group_norm_backward(
     group: int,
     mask: Any,
 ) -> Any:
-    """The gradients of group norm: (dx, dw, db)."""
+    """The gradients of group norm, (dx, dw, db), from the sums over each channel of each sample.
+
+    With g = dy * weight:
+    dx = rstd * (g - mean(g) - (x - mean) * rstd^2 * mean(g * (x - mean)))
+    """
     shape = x.shape
     n, c = shape[0], shape[1]
     parts = (n, group, c // group, *shape[2:])
-    axes = list(range(2, len(parts)))
-    keep = [n, group] + [1] * len(axes)
-    others = [a for a in range(x.ndim) if a != 1]
+    plane = list(range(3, len(parts)))
+    keep = [n, group] + [1] * (len(parts) - 2)
+    d, stat = b.reshape(wide(b, dy), parts), [b.reshape(wide(b, s), keep) for s in (mean, rstd)]
 
-    def normalized() -> Any:
-        m, r = b.reshape(wide(b, mean), keep), b.reshape(wide(b, rstd), keep)
-        return b.mul(b.sub(b.reshape(wide(b, x), parts), m, 1), r)
+    def over_plane(v: Any) -> Any:
+        return b.sum(v, plane) if plane else v
 
+    def centered() -> Any:
+        return b.sub(b.reshape(wide(b, x), parts), stat[0], 1)
+
+    def weighted(v: Any) -> Any:
+        if weight is None:
+            return v
+        return b.mul(v, b.reshape(wide(b, weight), [1, group, c // group] + [1] * len(plane)))
+
+    level, along = over_plane(d), b.mul(over_plane(b.mul(d, centered())), stat[1])
     dx = dw = db = None
     if mask[0]:
-        g = wide(b, dy)
-        if weight is not None:
-            g = b.mul(g, _channels(b, weight, x.ndim))
-        g, xhat = b.reshape(g, parts), normalized()
-        along = b.mul(xhat, b.mean(b.mul(g, xhat), axes))
-        dx = b.sub(b.sub(g, b.mean(g, axes), 1), along, 1)
-        dx = b.reshape(b.mul(dx, b.reshape(wide(b, rstd), keep)), shape)
+        count = b.size_number(b.count(d, [2, *plane]))
+        slope = b.mul(stat[1], b.div(b.sum(weighted(along), [2]), count))
+        g = b.sub(weighted(d), b.div(b.sum(weighted(level), [2]), count), 1)
+        dx = b.reshape(b.mul(b.sub(g, b.mul(centered(), slope), 1), stat[1]), shape)
     if mask[1]:
-        xhat = b.reshape(normalized(), shape)
-        dw = b.squeeze(b.sum(b.mul(wide(b, dy), xhat), others), others)
+        dw = b.squeeze(b.sum(b.reshape(along, [n, c]), [0]), [0])
     if mask[2]:
-        db = b.squeeze(b.sum(wide(b, dy), others), others)
+        db = b.squeeze(b.sum(b.reshape(level, [n, c]), [0]), [0])
     return dx, dw, db
 
 
@@ -275,33 +311,23 @@ def batch_norm_inference(
     return _normalize(b, x, mean, rstd, weight, bias), None, None
 
 
-def batch_moments(b: Any, x: Any) -> tuple[Any, Any, Any]:
-    """(var, mean, how many) of each channel of float32 x, axes kept.
+@composite(
+    "gems.batch_norm_apply.default",
+    samples=[
+        call(T(3, 4, 5), T(4, dtype="float32"), _RSTD_OF_CHANNEL, T(4), T(4)),
+        call(T(3, 4), T(4, dtype="float32"), _RSTD_OF_CHANNEL, None, None),
+    ],
+)
+def batch_norm_apply(b: Any, x: Any, mean: Any, rstd: Any, weight: Any, bias: Any) -> Any:
+    """(x - mean) * rstd * weight + bias along axis 1: batch norm, its statistics given."""
+    mean, rstd = _channels(b, mean, x.ndim), _channels(b, rstd, x.ndim)
+    return _normalize(b, x, mean, rstd, weight, bias)
 
-    Where a channel is too long for one program: in parts, each read once, whose moments are then
-    combined (Chan et al. 1979). A part's moments are taken about its first element, which lies at
-    most sqrt(n) standard deviations from the mean of its n: the variance loses little to
-    cancellation, and typically nothing.
-    """
+
+def batch_moments(b: Any, x: Any) -> tuple[Any, Any, Any]:
+    """(var, mean, how many) of each channel of float32 x, axes kept."""
     axes = [a for a in range(x.ndim) if a != 1]
-    count = b.count(x, axes)
-    parts = b.even_parts(x, axes)
-    if parts == 1:
-        return (*moments(b, x, axes, 0), count)
-    cut, inner, outer = b.split(x, axes, parts)
-    first = cut
-    for a in inner:
-        first = b.slice(first, a, 0, 1)
-    diff = b.sub(cut, first, 1)
-    n = b.count(cut, inner)
-    shift = b.div(b.sum_of_parts(diff, inner), n)
-    spread = b.sub(b.div(b.sum_of_parts(b.mul(diff, diff), inner), n), b.mul(shift, shift), 1)
-    center = b.add(first, shift, 1)
-    mean = b.div(b.sum_of_parts(center, outer), parts)
-    off = b.sub(center, mean, 1)
-    var = b.div(b.sum_of_parts(b.add(spread, b.mul(off, off), 1), outer), parts)
-    kept = [s if a == 1 else 1 for a, s in enumerate(x.shape)]
-    return b.reshape(var, kept), b.reshape(mean, kept), count
+    return (*moments_of_parts(b, x, axes), b.count(x, axes))
 
 
 @composite(
@@ -356,7 +382,10 @@ def batch_norm_backward(
     eps: float,
     mask: Any,
 ) -> Any:
-    """The gradients of batch norm: (dx, dw, db)."""
+    """The gradients of batch norm, (dx, dw, db), with one read of x and dy for each of two steps.
+
+    dx = rstd * weight * (dy - mean(dy) - (x - mean) * rstd^2 * mean(dy * (x - mean)))
+    """
     others = [a for a in range(x.ndim) if a != 1]
     count = b.size_number(b.count(x, others))
     if train:
@@ -365,18 +394,20 @@ def batch_norm_backward(
         mean = _channels(b, running_mean, x.ndim)
         rstd = b.rsqrt(b.add(_channels(b, running_var, x.ndim), eps, 1))
 
-    def normalized() -> Any:
-        return b.mul(b.sub(wide(b, x), mean, 1), rstd)
+    def centered() -> Any:
+        return b.sub(wide(b, x), mean, 1)
 
     db = b.sum(wide(b, dy), others)
-    dw = b.sum(b.mul(wide(b, dy), normalized()), others)
+    along = b.sum(b.mul(wide(b, dy), centered()), others)  # dw / rstd
     dx = None
     if mask[0]:
         g = wide(b, dy)
-        if train:
-            g = b.sub(g, b.div(b.add(db, b.mul(normalized(), dw), 1), count), 1)
+        if train:  # what is one number a channel is computed once a channel
+            slope = b.mul(b.mul(rstd, rstd), b.div(along, count))
+            g = b.sub(b.sub(g, b.div(db, count), 1), b.mul(centered(), slope), 1)
         scale = rstd if weight is None else b.mul(rstd, _channels(b, weight, x.ndim))
         dx = b.mul(g, scale)
+    dw = b.mul(along, rstd)
     return (
         dx,
         b.squeeze(dw, others) if mask[1] else None,

@@ -40,6 +40,7 @@ class Target:
     warp:            threads that step together
     multiprocessors: how many programs run at once, at the least
     max_persistent:  the longest row, in elements, that one program keeps on the chip
+    shared:          bytes of shared memory of a multiprocessor that one program may take
     dtypes:          what kernels may load, store and compute with
     """
 
@@ -51,6 +52,7 @@ class Target:
     warp: int
     multiprocessors: int
     max_persistent: int = 16384
+    shared: int = 2**16
     dtypes: tuple[str, ...] = ALL
 
     @property
@@ -92,6 +94,16 @@ MULTIPROCESSORS: dict[int | str, int] = {
     "gfx90a": 104,
     "gfx942": 304,
     "gfx950": 256,
+}
+
+# NVIDIA architecture -> bytes of shared memory; elsewhere 64 KiB
+SHARED: dict[int | str, int] = {
+    80: 163 * 2**10,
+    86: 99 * 2**10,
+    89: 99 * 2**10,
+    90: 227 * 2**10,
+    100: 227 * 2**10,
+    120: 99 * 2**10,
 }
 
 
@@ -194,6 +206,7 @@ def _nvidia(arch: int, multiprocessors: int) -> Target:
         warp=32,
         multiprocessors=multiprocessors,
         dtypes=dtypes,
+        shared=SHARED.get(arch, 2**16),
     )
 
 

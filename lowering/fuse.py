@@ -14,9 +14,10 @@ from .inline import Inliner
 from .ir import Value, base_of, is_dense
 from .parts import sweep_parts
 from .places import Crossings, find_tied, reads_through, strays
+from .recompute import recompute
 from .scan import why_not_scan
 from .schedule import COLUMNS
-from .sweep import is_column, on_chip, set_shares, why_not_sweep
+from .sweep import is_column, on_chip, reduction_of, set_shares, why_not_sweep
 from .translate import Program
 from .views import Frame
 
@@ -59,6 +60,7 @@ class Fuser:
             self.upstream[v] = waits
             if v.computes and v not in self.inlined:
                 self._place(v)
+        recompute(self)
         live = [g for g in self.groups if g.members]
         for group in live:
             group.outputs = [m for m in group.members if self._stored(m, group)]
@@ -134,7 +136,11 @@ class Fuser:
                     self._join(group, v, frame)
                     joined = group
                     continue
-            elif group in producers or (v in self.column_feeds and group.column):
+            elif (
+                group in producers
+                or (v in self.column_feeds and group.column)
+                or self._reduces_with(group, v)
+            ):
                 why = self._merge(joined, group, v)
                 if why is None:
                     continue
@@ -144,6 +150,16 @@ class Fuser:
                 self._note(group, v, why)
         if joined is None:
             self._open(v)
+
+    def _reduces_with(self, group: Group, v: Value) -> bool:
+        """Whether v is only there to be reduced as the group's rows are, of the same data."""
+        if not group.reduced or group.column or group.scans:
+            return False
+        if not all(r.kind == "reduce" for r, _ in self.readers.get(v, ())):
+            return False
+        frame = frame_for(group, v)
+        found = None if frame is None else reduction_of(group, v, frame, self.readers)
+        return found is not None and set(found[1]) == set(group.reduced)
 
     def _note(self, group: Group, v: Value, why: str) -> None:
         for a in v.inputs:

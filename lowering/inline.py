@@ -39,6 +39,11 @@ HEAVY = {
 CONSTANT = ("full", "iota")
 
 
+def op_cost(v: Value) -> int:
+    """What computing one element costs, its operands given."""
+    return 4 if v.op in HEAVY else 2 if v.kind == "gather" else 1
+
+
 def column_feeds(program: Program, readers: Readers, escapes: set[Value]) -> set[Value]:
     """Values that only column reductions need: worth a kernel with those, not a store."""
     feeds: set[Value] = set()
@@ -91,9 +96,8 @@ class Inliner:
                 inlined.add(v)
                 cost[v] = 2
             elif v in worth:
-                own = 4 if v.op in HEAVY else 2 if v.kind == "gather" else 1
                 inputs = [base_of(a) for a in v.inputs]
-                cost[v] = own + sum(cost[a] for a in inputs if a in inlined)
+                cost[v] = op_cost(v) + sum(cost[a] for a in inputs if a in inlined)
                 whole = [a for a in inputs if not a.reduces]  # a row's results are small beside it
                 if (
                     cost[v] * uses[v] <= INLINE_BUDGET

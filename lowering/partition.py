@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from ..kernels import load_ops
 from ..kernels.op import OPS
 from . import private
+from .batch_norm import APPLY, take_batch_norms_apart
 from .products import align_products
 
 
@@ -22,6 +23,7 @@ def partition(joint: GraphModule, inputs: Sequence[Any], **how: Any) -> tuple[An
 
     share_seeds(joint)
     align_products(joint)  # before it is split: what is saved for backward keeps its rows
+    take_batch_norms_apart(joint)
     for node in joint.graph.nodes:
         if _is(node, "gems.seed.default"):
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -42,7 +44,7 @@ def _declared() -> tuple[frozenset[Any], frozenset[Any], frozenset[Any]]:
         space, packet, _ = name.split(".")
         target = getattr(getattr(torch.ops, space), packet, None)
         if target is not None:
-            found[op.kind].add(target)
+            found["pointwise" if name == APPLY else op.kind].add(target)
     views = frozenset({torch.ops.aten.transpose, torch.ops.aten.detach})
     return frozenset(found["pointwise"]), frozenset().union(*found.values()), views
 

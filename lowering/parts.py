@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .indexing import Size, is_static, product
-from .schedule import COLUMNS
+from .schedule import COLUMNS, SWEPT_BY_TWO, sweeps_together
 
 if TYPE_CHECKING:
     from .ir import Value
 
 #: the longest row of a kernel that walks over rows and reduces their columns beside
-MAX_SWEPT_ROW = 8192
+MAX_SWEPT_ROW = 2 * SWEPT_BY_TWO
+#: shares of the rows are whole steps of a loop over columns
+STEP = 64
 
 
 def normalize_axes(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
@@ -48,14 +50,16 @@ def column_parts(columns: Size, reduced: Size, stored: bool, multiprocessors: in
     programs = -(-columns // COLUMNS)
     if programs >= 2 * multiprocessors:
         return 1
-    wanted = -(-(8 if stored else 4) * multiprocessors // programs)
-    return min(wanted, reduced // 32) if is_static(reduced) else wanted
+    wanted = (8 if stored else 4) * multiprocessors // programs
+    if not is_static(reduced):
+        return wanted
+    share = -(-reduced // (wanted * STEP)) * STEP
+    return -(-reduced // share)
 
 
 def sweep_parts(length: int, multiprocessors: int) -> int:
-    """Shares of the rows, ``length`` long, for programs that walk over whole rows: two on each
-    multiprocessor, or one where a row takes more registers than two have room for."""
-    return multiprocessors * (2 if length <= MAX_SWEPT_ROW // 2 else 1)
+    """Shares of the rows, ``length`` long, for programs that walk over whole rows."""
+    return multiprocessors * sweeps_together(length)
 
 
 def _is_stored(x: Value) -> bool:

@@ -205,14 +205,14 @@ def source_for(
     group: Group, inlined: set[Value], options: Options, written: Collection[Value] = ()
 ) -> Source:
     """One kernel's text."""
+    target = options.target
     rows = product(group.sizes[a] for a in group.parallel)
     is_reduction = any(m.reduces or m.kind == "scan" for m in group.members)
-    looped = is_reduction and needs_loop(rows, group.reduced_length, group.column)
+    looped = is_reduction and needs_loop(rows, group.reduced_length, group.column, group.shares)
     body = emit(group, inlined, options.exact, looped)
     body.unaligned = [n for n, role, what in body.params if role == "in" and what in written]
     name = kernel_name(group.members)
-    target = options.target
-    whole = Renderer(body, name, target.multiprocessors, target.backend)
+    whole = Renderer(body, name, target.multiprocessors, target.backend, target.shared)
     source = piecewise(whole, inlined, options.exact) or whole.run()
     source.meta["exact"] = options.exact
     source.meta["unaligned"] = body.unaligned

@@ -9,6 +9,7 @@ from .accumulators import Accumulators
 from .aligned import aligned_of, begin, ends, inside, promise, store_ends, vector
 from .body import Body, Instr, loads_first
 from .by_rows import row_of, row_prologue
+from .flight import asks_for_little
 from .fours import axis_of_fours, is_plain, whole_axis
 from .group import SHARE
 from .indexing import Index, Size, is_static, product, simplify
@@ -16,6 +17,7 @@ from .ir import SIXTEEN_BIT, Value
 from .loops import Loops, shared_first
 from .scan import render_carry, render_scan
 from .schedule import (
+    MAX_IN_FLIGHT,
     Tile,
     column_tile,
     looped_row_tile,
@@ -32,11 +34,18 @@ LIMIT_32 = 2**31 - 1
 
 
 class Renderer(Accumulators, Loops):
-    def __init__(self, body: Body, name: str, multiprocessors: int, backend: str = "") -> None:
+    def __init__(
+        self,
+        body: Body,
+        name: str,
+        multiprocessors: int,
+        backend: str = "",
+        shared: int = MAX_IN_FLIGHT,
+    ) -> None:
         self.body, self.name, self.backend = body, name, backend
         self.nvidia = backend == "cuda"  # whose assembly may stand in a kernel
         self.group = body.group
-        self.multiprocessors = multiprocessors
+        self.multiprocessors, self.shared = multiprocessors, shared
         self.sizes: dict[str, Size] = {a: body.size(a) for a in self.group.domain}
         self.merged: dict[str, str | None] = {}  # atom -> atom it became, None when it vanished
         self.lines = Lines()
@@ -108,12 +117,12 @@ class Renderer(Accumulators, Loops):
             if by_rows is not None:
                 self.along, tile = by_rows
                 return tile
-            return pointwise_tile(rows, self.multiprocessors)
+            return pointwise_tile(rows, self.multiprocessors, asks_for_little(self))
         if self.group.column:
             reduced = self.group.reduced_length
-            return column_tile(rows, reduced, self.body.looped, self._loaded_bytes())
+            return column_tile(rows, reduced, self.shares, self.body.looped, self._loaded_bytes())
         if self.sweeps:
-            return sweep_tile(reduced, self._loaded_bytes())
+            return sweep_tile(reduced, self._loaded_bytes(), self.shared)
         if self.body.looped:
             online = any(i.kind == "online_step" for i in self._instrs())
             return looped_row_tile(reduced, self._loaded_bytes(), self._bytes_again(), online)

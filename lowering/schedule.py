@@ -17,6 +17,10 @@ MAX_IN_FLIGHT = 2**16
 #: bytes of rows in flight, for each multiprocessor, that stay in the second-level cache: two thirds
 #: of an H200's
 CACHED = 2**18
+#: bytes of shared memory that reductions take beside them, at the most
+SCRATCH = 2**11
+#: the longest row of which two programs fit on a multiprocessor, each with sums of its columns
+SWEPT_BY_TWO = 4096
 #: elements of an operand that take longer to ask for than to carry
 SMALL_OPERAND = 2**21
 
@@ -35,20 +39,22 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def needs_loop(rows: Size, reduced: Size, column: bool) -> bool:
+def needs_loop(rows: Size, reduced: Size, column: bool, shares: int = 0) -> bool:
     """Whether a reduction runs over its row in steps."""
     if not is_static(reduced):
         return True
     if column:
-        return columns_together(rows, reduced) * power_of_two(reduced) > MAX_COLUMN_TILE
+        across = columns_together(rows, reduced, shares)
+        return across * power_of_two(reduced) > MAX_COLUMN_TILE
     return power_of_two(reduced) > MAX_PERSISTENT
 
 
-def pointwise_tile(numel: Size, multiprocessors: int) -> Tile:
+def pointwise_tile(numel: Size, multiprocessors: int, little: bool = False) -> Tile:
+    """``little``: a thread's eight elements would be too few loads in flight."""
     if not is_static(numel):
         return Tile(1024)
     if numel >= 1024 * 4 * multiprocessors:
-        return Tile(1024)
+        return Tile(1024, warps=2 if little else 4)
     block = max(64, min(1024, power_of_two(numel // max(1, 2 * multiprocessors))))
     return Tile(block, warps=max(1, min(4, block // 64)))
 
@@ -98,31 +104,42 @@ def row_tile(
     return Tile(together, length, warps)
 
 
-def sweep_tile(reduced: int, loaded: int) -> Tile:
-    """``reduced``: the length of a row; ``loaded``: bytes a step loads for one element."""
+def sweeps_together(length: int) -> int:
+    """Programs that walk over rows so long, on each multiprocessor."""
+    return 2 if length <= SWEPT_BY_TWO else 1
+
+
+def sweep_tile(reduced: int, loaded: int, shared: int) -> Tile:
+    """``reduced``: the length of a row; ``loaded``: bytes a step loads for one element;
+    ``shared``: bytes of shared memory.
+
+    The loads of two steps are in flight while a third is computed with: 8192 rows of 8192, H200:
+    112 us; 156 with those of one step.
+    """
     length = power_of_two(reduced)
     together = max(1, 4096 // length)
     warps = max(1, min(16, together * length // (32 * 16)))
-    stages = MAX_IN_FLIGHT // max(1, together * length * loaded)
+    room = shared // sweeps_together(reduced) - SCRATCH
+    stages = 1 + room // max(1, together * length * loaded)
     return Tile(together, length, warps, stages=max(1, min(3, stages)))
 
 
-def columns_together(columns: Size, reduced: Size) -> int:
-    """How many columns one program reduces.
+def columns_together(columns: Size, reduced: Size, shares: int = 0) -> int:
+    """How many columns one program reduces; ``reduced`` long, in each of the shares of the rows.
 
     Of a small operand (parts of a split reduction, say) fewer, for more programs share its latency.
     """
     if not is_static(columns):
         return COLUMNS
-    few = is_static(reduced) and columns * reduced <= SMALL_OPERAND
+    few = is_static(reduced) and columns * reduced * max(1, shares) <= SMALL_OPERAND
     return min(16 if few else COLUMNS, power_of_two(columns))
 
 
-def column_tile(columns: Size, reduced: Size, looped: bool, loaded: int) -> Tile:
+def column_tile(columns: Size, reduced: Size, shares: int, looped: bool, loaded: int) -> Tile:
     """``loaded``: bytes that a step loads for one element of the tile."""
-    across = columns_together(columns, reduced)
+    across = columns_together(columns, reduced, shares)
     if looped:  # two sums over 64 x 56 x 56 of 256 columns, H200: 62 us; 79 with 8 warps, 1 stage
-        down = max(1, 2048 // across)
+        down = max(1, min(4096, max(2048, 8192 // max(1, loaded))) // across)  # 8 KiB a step
         stages = MAX_IN_FLIGHT // max(1, across * down * loaded)
         return Tile(across, down, warps=4, stages=max(1, min(3, stages)))
     down = power_of_two(reduced)

@@ -23,7 +23,7 @@ Readers = Mapping[Value, Sequence[tuple[Value, bool]]]
 def on_chip(group: Group) -> bool:
     """Whether one program holds all that it reduces, so that the data is read once."""
     rows = product(group.sizes[a] for a in group.parallel)
-    return not needs_loop(rows, group.reduced_length, group.column)
+    return not needs_loop(rows, group.reduced_length, group.column, group.shares)
 
 
 def is_column(v: Value) -> bool:
@@ -37,7 +37,7 @@ def why_not_sweep(group: Group, v: Value, frame: Frame, readers: Readers) -> str
     other = "it reduces other dims than the group does"
     if not group.reduced or group.column or group.scans or not on_chip(group):
         return other
-    found = _reduction_of(group, v, frame, readers)
+    found = reduction_of(group, v, frame, readers)
     if found is None:
         return other
     reduction, atoms = found
@@ -49,10 +49,10 @@ def why_not_sweep(group: Group, v: Value, frame: Frame, readers: Readers) -> str
     return None
 
 
-def _reduction_of(
+def reduction_of(
     group: Group, v: Value, frame: Frame, readers: Readers
 ) -> tuple[Value, list[str]] | None:
-    """(the column reduction that v is or feeds, the atoms it reduces)."""
+    """(the reduction that v is or feeds, the atoms it reduces)."""
     known: Frame | None = frame
     while not v.reduces:
         reader = next((r for r, _ in readers.get(v, ())), None)

@@ -246,6 +246,7 @@ class Translator:
             and base.computes
             and base.node is None
             and base.kind == "reduce"
+            and _long_axes(base) == _long_axes(result)
         )
         if result.dtype != dtype or not (fresh or squeezed):
             result = self._add(Value("cast", None, (result,), result.shape, dtype))
@@ -283,6 +284,10 @@ class Translator:
     def _add(self, value: Value) -> Value:
         self.program.values.append(value)
         return value
+
+
+def _long_axes(v: Value) -> list[Size]:
+    return [s for s in v.shape if not is_one(s)]
 
 
 def _next_stride(strides: Any, sizes: Any) -> Size:
