@@ -32,7 +32,7 @@ def twice(function, x: Tensor) -> Tensor:
 def test_sixteen_bit_results_are_quick() -> None:
     x = rand(4, 33, dtype=HALF)
     assert quick(lambda x: F.gelu(x) * F.silu(x), x) == {"gelu", "silu"}
-    assert quick(lambda x: x.softmax(-1) * 2, x) == {"exp", "div"}
+    assert quick(lambda x: x.softmax(-1) * 2, x) == {"exp"}
 
 
 def test_float32_results_are_not() -> None:
