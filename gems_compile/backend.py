@@ -1,10 +1,11 @@
-"""``backend="gems"``: a Dynamo graph -> AOTAutograd -> ``lowering.compile_graph``."""
+"""``backend="gems"``: a Dynamo graph -> AOTAutograd -> ``lowering.pipeline``."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
@@ -21,7 +22,7 @@ from .lowering.decompose import decompositions
 from .lowering.options import Options
 from .lowering.partition import partition
 from .lowering.passes import draws_random_numbers
-from .lowering.pipeline import Report, compile_graph
+from .lowering.pipeline import Compilation, Report
 from .second_order import Program, with_second_order
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def _compile(
                 program.random = any(map(draws_random_numbers, gm.graph.nodes))
             report.graph, report.kind, report.rewrites = number, kind, rewrites
             with _no_collection():  # a backward may be compiled when it first runs
-                run, report = _compile_one(gm, inputs, options, report, session)
+                run = _compile_one(gm, inputs, options, report, session)
             owner.reports.append(report)
             return run
 
@@ -173,25 +174,61 @@ def lowering_options(config: Config, target: Any) -> Options:
 
 
 def _compile_one(
-    gm: GraphModule, inputs: Sequence[Any], options: Options, head: Report, session: Session | None
-) -> tuple[Callable[..., Any], Report]:
-    """One ATen graph -> (boxed callable, report); ``head`` is the report before the compile."""
-    dump = session.start(head.kind) if session is not None else None
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    report: Report,
+    session: Session | None,
+) -> Callable[[list[Any]], Any]:
+    """One ATen graph -> boxed callable.
+
+    Its kernels are waited for when it is first called: those of a forward compile while AOTAutograd
+    and we go on to its backward.
+    """
+    dump = session.start(report.kind) if session is not None else None
     observe = {"observe": dump.observe} if dump is not None else {}
+
+    def otherwise(e: Exception) -> Callable[[list[Any]], Any]:
+        if options.strict:
+            raise e
+        log.warning("graph %s runs as ATen: %s: %s", report.label, type(e).__name__, e)
+        report.failures.append(f"{type(e).__name__}: {e}")
+        return run_as_aten(gm, inputs)
+
     try:
-        run, report = compile_graph(gm, inputs, options, head.label, **observe)
+        begun = Compilation(gm, options, report, **observe)
+        if dump is None:
+            return _at_first_call(begun.load, otherwise)
+        run = begun.load()
     except Exception as e:
         if dump is not None:
             dump.failed(e)
-        if options.strict:
-            raise
-        log.warning("graph %s runs as ATen: %s: %s", head.label, type(e).__name__, e)
-        run, report = run_as_aten(gm, inputs), head
-        report.failures.append(f"{type(e).__name__}: {e}")
-    report.graph, report.kind, report.rewrites = head.graph, head.kind, head.rewrites
+        run = otherwise(e)
     if dump is not None:
         dump.finish(report)
-    return run, report
+    return run
+
+
+def _at_first_call(
+    load: Callable[[], Callable[[list[Any]], Any]],
+    otherwise: Callable[[Exception], Callable[[list[Any]], Any]],
+) -> Callable[[list[Any]], Any]:
+    lock = threading.Lock()
+    loaded: Callable[[list[Any]], Any] | None = None
+
+    def run(args: list[Any]) -> Any:
+        nonlocal loaded
+        if loaded is None:
+            with lock:
+                if loaded is None:
+                    try:
+                        loaded = load()
+                    except Exception as e:
+                        loaded = otherwise(e)
+        return loaded(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
 
 
 def run_as_aten(gm: GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:

@@ -145,7 +145,7 @@ class Loading:
         self.source, self.options, self.device = source, options, device
         self.key = source.key
         self.answer: queue.Queue[str | None] | None = None
-        self.compiled = False
+        self.compiled, self.asker = False, 0
         target = options.target
         where = options.cache_dir or private_directory()
         self.folder = os.path.join(
@@ -170,7 +170,7 @@ class Loading:
         self.compiled = True
         workers = pool(self.options.threads)
         if workers is not None:
-            self.answer = workers.submit(self._job())
+            self.answer, self.asker = workers.submit(self._job()), os.getpid()
 
     def _job(self) -> dict[str, Any]:
         target = self.options.target
@@ -203,8 +203,9 @@ class Loading:
             return interpreter_launcher(self.path, self.source)
         if self.compiled:
             job = self._job()
-            error = self.answer.get() if self.answer is not None else None
-            if self.answer is None or (error or "").startswith(("OSError", "BrokenPipe")):
+            asked = self.answer is not None and self.asker == os.getpid()  # or its parent did
+            error = self.answer.get() if self.answer is not None and asked else None
+            if not asked or (error or "").startswith(("OSError", "BrokenPipe")):
                 try:
                     compile_file(job["path"], job["meta"], job["target"])
                     error = None

@@ -1,10 +1,11 @@
-"""compile_graph: the story of one graph, on one screen."""
+"""Compilation: the story of one graph."""
 
 from __future__ import annotations
 
 import logging
 import operator
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,122 +78,158 @@ def compile_graph(
     observe: Observer = lambda stage, thing: None,
 ) -> tuple[Callable[[list[Any]], Any], Report]:
     """An ATen graph -> (boxed callable, report)."""
-    load_ops()
-    report, clock = Report(label), _Clock()
-    observe("aten", gm)
-    device = kernel_device(gm, options)
-    if take_foreach_apart(gm, device):
-        observe("take_foreach_apart", gm)
-    for run in PASSES:
-        run(gm)
-        observe(run.__name__, gm)
-    gm.graph.lint()
-    report.nodes = sum(n.op == "call_function" for n in gm.graph.nodes)
-    clock.lap(report, "passes")
-    deny: dict[Node, str] = {}
-    apart: set[Node] = set()
-    while True:
-        failed = _attempt(gm, device, deny, apart, options, report, observe, clock)
-        if isinstance(failed, executor.Writer):
-            return _finish(failed, report, options, label, observe, clock), report
-        group, error = failed
-        _give_up(group, error, deny, apart, options, report)
+    begun = Compilation(gm, options, Report(label), observe)
+    return begun.load(), begun.report
 
 
-def _attempt(
-    gm: GraphModule,
-    device: torch.device,
-    deny: dict[Node, str],
-    apart: set[Node],
-    options: Options,
-    report: Report,
-    observe: Observer,
-    clock: _Clock,
-) -> Any:
-    """The Writer with its launchers, or (the group that failed, why)."""
-    program = Translator(device, deny, options.target.multiprocessors).run(gm.graph)
-    clock.lap(report, "translate")
-    fuser = Fuser(program, gm.graph, options.target.multiprocessors)
-    groups = fuser.run()
-    store_copies(gm.graph, program, fuser)
-    likely = may_share(groups)
-    groups = _without_lone(groups, program, fuser, options, likely)
-    written = written_by_aten(program, gm.graph)
-    clock.lap(report, "fuse")
-    sources: dict[Group, Source] = {}
-    loading: dict[Group, Loading] = {}
-    index = device.index if device.type != "cpu" else None
-    for group in groups:
-        try:
-            sources[group] = source_for(group, fuser.inlined, options, written)
-        except Exception as e:
-            return group, e
-        if group not in likely:  # it compiles while the others are written
-            loading[group] = Loading(sources[group], options, index)
-    candidates = [group for group in groups if group in likely]
-    parts = find_parts(candidates, sources, apart, options.target.multiprocessors)
-    groups = _without_lone(groups, program, fuser, options, parts)
-    steps = _launches(gm, program, fuser, groups, parts, options)
-    groups = [step for step in steps if isinstance(step, Group)]
-    for group in groups:
-        try:
-            if isinstance(group, Combined):
-                together = [parts[g] for g in group.groups]
-                sources[group] = combined_source(together, options.target.multiprocessors)
-        except Exception as e:
-            return group, e
-        if group not in loading:
-            loading[group] = Loading(sources[group], options, index)
-    sources = {group: sources[group] for group in groups}
-    plan = Plan(
-        steps,
-        groups,
-        dict(program.aten),
-        fuser.unfused,
-        fuser.inlined,
-        written,
-        find_escapes(program, gm.graph),  # more than before: groups may have gone back to ATen
-    )
-    report.plan = plan
-    observe("fuse", plan)
-    observe("emit", list(sources.values()))
-    clock.lap(report, "emit")
-    writer = executor.Writer(gm, program, plan, device, sources)
-    report.wrapper = writer.write()
-    clock.lap(report, "wrapper")
-    writer.launchers = {}
-    for group in groups:
-        try:
-            writer.launchers[group] = loading[group].result()
-        except CompileError as e:
-            return group, e
-    clock.lap(report, "triton")
-    report.sources = list({s.key: s for s in sources.values()}.values())
-    report.source_of = sources
-    return writer
+class Compilation:
+    """One graph on its way: planned and written when this is made, while its kernels compile in
+    other processes; ``load`` waits for them.
 
+    A group whose kernel cannot be written or compiled becomes ATen's, and the graph is planned
+    again.
+    """
 
-def _finish(
-    writer: executor.Writer,
-    report: Report,
-    options: Options,
-    label: str,
-    observe: Observer,
-    clock: _Clock,
-) -> Callable[[list[Any]], Any]:
-    run = executor.bind(writer, report.wrapper, writer.launchers, label)
-    plan = report.plan
-    assert plan is not None  # every attempt leaves one
-    report.fused = sum(len(g.nodes) for g in plan.groups)
-    report.kernels, report.launches = len(report.sources), writer.launches
-    report.aten_calls = writer.calls
-    report.constants = {name: _spelled(c) for name, c in writer.constants.items()}
-    for node, why in plan.aten.items():
-        key = f"{node.target}: {why}"
-        report.aten[key] = report.aten.get(key, 0) + 1
-    clock.lap(report, "bind")
-    observe("done", report)
-    return run
+    def __init__(
+        self,
+        gm: GraphModule,
+        options: Options,
+        report: Report,
+        observe: Observer = lambda stage, thing: None,
+    ) -> None:
+        load_ops()
+        self.gm, self.options, self.report, self.observe = gm, options, report, observe
+        self.clock = _Clock()
+        self.deny: dict[Node, str] = {}  # left to ATen, and why
+        self.apart: set[Node] = set()  # of kernels that share no launch
+        observe("aten", gm)
+        self.device = kernel_device(gm, options)
+        if take_foreach_apart(gm, self.device):
+            observe("take_foreach_apart", gm)
+        for run in PASSES:
+            run(gm)
+            observe(run.__name__, gm)
+        gm.graph.lint()
+        report.nodes = sum(n.op == "call_function" for n in gm.graph.nodes)
+        self.clock.lap(report, "passes")
+        self._plan()
+
+    def load(self) -> Callable[[list[Any]], Any]:
+        """The boxed callable, once all kernels are compiled."""
+        self.clock.start()
+        while (launchers := self._launchers()) is None:
+            self._plan()
+        self.clock.lap(self.report, "triton")
+        run = executor.bind(self.writer, self.report.wrapper, launchers, self.report.label)
+        self.clock.lap(self.report, "bind")
+        self.observe("done", self.report)
+        return run
+
+    def _launchers(self) -> dict[Group, Callable[..., None]] | None:
+        """None where a kernel did not compile, whose nodes are now ATen's."""
+        found = {}
+        for group in self.writer.plan.groups:
+            try:
+                found[group] = self.loading[group].result()
+            except CompileError as e:
+                self._give_up(group, e)
+                return None
+        return found
+
+    def _plan(self) -> None:
+        while (failed := self._attempt()) is not None:
+            self._give_up(*failed)
+
+    def _attempt(self) -> tuple[Group, Exception] | None:
+        """Plan, write and start to compile; what failed, and why."""
+        gm, options, clock, report = self.gm, self.options, self.clock, self.report
+        program = Translator(self.device, self.deny, options.target.multiprocessors).run(gm.graph)
+        clock.lap(report, "translate")
+        fuser = Fuser(program, gm.graph, options.target.multiprocessors)
+        groups = fuser.run()
+        store_copies(gm.graph, program, fuser)
+        likely = may_share(groups)
+        groups = _without_lone(groups, program, fuser, options, likely)
+        written = written_by_aten(program, gm.graph)
+        clock.lap(report, "fuse")
+        sources: dict[Group, Source] = {}
+        self.loading: dict[Group, Loading] = {}
+        for group in groups:
+            try:
+                sources[group] = source_for(group, fuser.inlined, options, written)
+            except Exception as e:
+                return group, e
+            if group not in likely:  # it compiles while the others are written
+                self._start(group, sources[group])
+        candidates = [group for group in groups if group in likely]
+        parts = find_parts(candidates, sources, self.apart, options.target.multiprocessors)
+        groups = _without_lone(groups, program, fuser, options, parts)
+        steps = _launches(gm, program, fuser, groups, parts, options)
+        groups = [step for step in steps if isinstance(step, Group)]
+        for group in groups:
+            try:
+                if isinstance(group, Combined):
+                    together = [parts[g] for g in group.groups]
+                    sources[group] = combined_source(together, options.target.multiprocessors)
+            except Exception as e:
+                return group, e
+            if group not in self.loading:
+                self._start(group, sources[group])
+        plan = Plan(
+            steps,
+            groups,
+            dict(program.aten),
+            fuser.unfused,
+            fuser.inlined,
+            written,
+            find_escapes(program, gm.graph),  # more than before: groups may be ATen's again
+        )
+        self._write(program, plan, {group: sources[group] for group in groups})
+        return None
+
+    def _start(self, group: Group, source: Source) -> None:
+        index = self.device.index if self.device.type != "cpu" else None
+        self.loading[group] = Loading(source, self.options, index)
+
+    def _write(self, program: Program, plan: Plan, sources: dict[Group, Source]) -> None:
+        report = self.report
+        self.observe("fuse", plan)
+        self.observe("emit", list(sources.values()))
+        self.clock.lap(report, "emit")
+        self.writer = writer = executor.Writer(self.gm, program, plan, self.device, sources)
+        report.wrapper = writer.write()
+        report.plan, report.source_of = plan, sources
+        report.sources = list({s.key: s for s in sources.values()}.values())
+        report.fused = sum(len(g.nodes) for g in plan.groups)
+        report.kernels, report.launches = len(report.sources), writer.launches
+        report.aten_calls = writer.calls
+        report.constants = {name: _spelled(c) for name, c in writer.constants.items()}
+        reasons = (f"{node.target}: {why}" for node, why in plan.aten.items())
+        report.aten = dict(Counter(reasons))
+        self.clock.lap(report, "wrapper")
+
+    def _give_up(self, group: Group, error: Exception) -> None:
+        """Let ATen run a group's nodes, once and with a warning; strict mode raises.
+
+        Kernels that fail together run each by itself first.
+        """
+        if self.options.strict:
+            raise error
+        nodes = group.nodes
+        if isinstance(group, Combined):
+            self.apart.update(nodes)
+            many = len(group.groups)
+            log.warning("%d kernels in one launch failed, and run apart: %s", many, error)
+            return
+        names = ", ".join(n.name for n in nodes[:6]) + (" ..." if len(nodes) > 6 else "")
+        why = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+        fresh = [n for n in nodes if n not in self.deny]
+        if not fresh:
+            raise error
+        self.deny.update(dict.fromkeys(fresh, f"its kernel failed ({why})"))
+        message = f"{kernel_name(group.members)} ({names}) runs as ATen: {why}"
+        self.report.failures.append(message)
+        log.warning("%s", message)
 
 
 def _spelled(constant: Any) -> str:
@@ -301,36 +338,6 @@ def _is_worth_it(v: Value, fuser: Fuser) -> bool:
     return len(home.members) > 1 or not is_static(size) or size >= MUCH
 
 
-def _give_up(
-    group: Group,
-    error: Exception,
-    deny: dict[Node, str],
-    apart: set[Node],
-    options: Options,
-    report: Report,
-) -> None:
-    """Let ATen run a group's nodes, once and with a warning; strict mode raises.
-
-    Kernels that fail together run each by itself first.
-    """
-    if options.strict:
-        raise error
-    nodes = group.nodes
-    if isinstance(group, Combined):
-        apart.update(nodes)
-        log.warning("%d kernels in one launch failed, and run apart: %s", len(group.groups), error)
-        return
-    names = ", ".join(n.name for n in nodes[:6]) + (" ..." if len(nodes) > 6 else "")
-    why = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-    fresh = [n for n in nodes if n not in deny]
-    if not fresh:
-        raise error
-    deny.update(dict.fromkeys(fresh, f"its kernel failed ({why})"))
-    message = f"{kernel_name(group.members)} ({names}) runs as ATen: {why}"
-    report.failures.append(message)
-    log.warning("%s", message)
-
-
 def kernel_device(gm: GraphModule, options: Options) -> torch.device:
     """The device of the graph's kernels: the first one of the target's type that occurs."""
     for node in gm.graph.nodes:
@@ -345,6 +352,9 @@ class _Clock:
     """Seconds a stage, summed over attempts."""
 
     def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
         self.at = time.perf_counter()
 
     def lap(self, report: Report, stage: str) -> None:
@@ -353,4 +363,4 @@ class _Clock:
         self.at = now
 
 
-__all__ = ["Report", "compile_graph", "source_for"]
+__all__ = ["Compilation", "Report", "compile_graph", "source_for"]

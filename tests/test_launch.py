@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gems_compile.backend import Gems
-from gems_compile.lowering import private
+from gems_compile.lowering import pipeline, private
 from gems_compile.lowering.group import Group
 from gems_compile.lowering.ir import Value
 from gems_compile.lowering.load import _launchers
@@ -212,3 +212,50 @@ def test_updates_of_one_run_do_not_depend_on_each_other():
     ]
     found = [[steps.index(n) for n in batch] for batch in batches(steps)]
     assert found == [[0, 1], [2], [3], [4], [5], [6]]
+
+
+@gems_only
+def test_kernels_are_waited_for_when_they_first_run(monkeypatch):
+    """Those of a forward compile while its backward is planned."""
+    events = []
+    init, load = pipeline.Compilation.__init__, pipeline.Compilation.load
+
+    def begun(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        events.append(f"{self.report.kind} begun")
+
+    def loaded(self):
+        events.append(f"{self.report.kind} loaded")
+        return load(self)
+
+    monkeypatch.setattr(pipeline.Compilation, "__init__", begun)
+    monkeypatch.setattr(pipeline.Compilation, "load", loaded)
+    f = torch.compile(lambda x: (x * 2 + 1).softmax(-1), backend=Gems())
+    for _ in range(2):
+        f(rand(7, 33).requires_grad_()).sum().backward()
+    assert events == ["forward begun", "backward begun", "forward loaded", "backward loaded"]
+
+
+@gems_only
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_kernel_that_does_not_compile_is_atens(monkeypatch, caplog, strict):
+    monkeypatch.setenv("GEMS_STRICT", str(int(strict)))
+    result = pipeline.Loading.result
+
+    def fails(self):
+        if "softmax" in self.source.name or "exp" in self.source.name:
+            raise pipeline.CompileError(self.source, "no room")
+        return result(self)
+
+    monkeypatch.setattr(pipeline.Loading, "result", fails)
+    backend = Gems()
+    f, x = torch.compile(lambda x: (x * 2 + 1).exp(), backend=backend), rand(7, 33)
+    if strict:
+        with pytest.raises(pipeline.CompileError, match="no room"):
+            f(x)
+        return
+    torch.testing.assert_close(f(x), (x * 2 + 1).exp())
+    assert "runs as ATen: CompileError" in caplog.text
+    (report,) = backend.reports
+    assert (report.launches, len(report.failures)) == (0, 1)
+    assert any("its kernel failed" in why for why in report.aten)
