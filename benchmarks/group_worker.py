@@ -290,12 +290,18 @@ class Gate:
     def open_while_compiling(self) -> None:
         """Dynamo says when it starts and ends, with all that the backend does in between.
 
-        A backward that is compiled when it first runs is said, too.
+        A backward that is compiled when it first runs is said, too. gems would wait for its kernels
+        in the first call.
         """
         from torch._dynamo.callback import on_compile_end, on_compile_start
 
-        on_compile_start(lambda args: self.__exit__())
-        on_compile_end(lambda args: self.__enter__())
+        def ended(_: object) -> None:
+            if "gems_compile.backend" in sys.modules:
+                sys.modules["gems_compile.backend"].gems.wait()
+            self.__enter__()
+
+        on_compile_start(lambda _: self.__exit__())
+        on_compile_end(ended)
 
 
 def alive(device: torch.device) -> bool:

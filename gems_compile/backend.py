@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
@@ -23,6 +24,7 @@ from .lowering.options import Options
 from .lowering.partition import partition
 from .lowering.passes import draws_random_numbers
 from .lowering.pipeline import Compilation, Report
+from .lowering.private import backward_at_once
 from .second_order import Program, with_second_order
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ class Gems:
 
     def __init__(self) -> None:
         self.reports: list[Report] = []
+        self.late: weakref.WeakSet[_Late] = weakref.WeakSet()  # compiled, as long as they are used
         self.graphs = count()
 
     def __call__(
@@ -70,9 +73,15 @@ class Gems:
         with _no_collection():
             return _compile(gm, inputs, config, target, self)
 
+    def wait(self) -> None:
+        """Wait for the kernels of all that was compiled so far, before anything runs."""
+        for compiled in list(self.late):
+            compiled.wait()
+
     def reset(self) -> None:
         """``torch._dynamo.reset()`` calls this."""
         self.reports.clear()
+        self.late.clear()
         self.graphs = count()
 
     def __repr__(self) -> str:
@@ -102,20 +111,21 @@ def _compile(
                 program.random = any(map(draws_random_numbers, gm.graph.nodes))
             report.graph, report.kind, report.rewrites = number, kind, rewrites
             with _no_collection():  # a backward may be compiled when it first runs
-                run = _compile_one(gm, inputs, options, report, session)
+                run = _compile_one(gm, inputs, options, report, session, owner.late)
             owner.reports.append(report)
             return run
 
         return compile_one
 
-    compiled = aot_autograd(
-        fw_compiler=compiler("forward"),
-        bw_compiler=compiler("backward"),
-        inference_compiler=compiler("inference"),
-        decompositions=partial(decompositions, options.own_rng),
-        partition_fn=partition,
-        keep_inference_input_mutations=True,
-    )(gm, inputs)
+    with backward_at_once():
+        compiled = aot_autograd(
+            fw_compiler=compiler("forward"),
+            bw_compiler=compiler("backward"),
+            inference_compiler=compiler("inference"),
+            decompositions=partial(decompositions, options.own_rng),
+            partition_fn=partition,
+            keep_inference_input_mutations=True,
+        )(gm, inputs)
     return compiled if program is None else with_second_order(compiled, program)
 
 
@@ -179,6 +189,7 @@ def _compile_one(
     options: Options,
     report: Report,
     session: Session | None,
+    late: weakref.WeakSet[_Late],
 ) -> Callable[[list[Any]], Any]:
     """One ATen graph -> boxed callable.
 
@@ -198,7 +209,9 @@ def _compile_one(
     try:
         begun = Compilation(gm, options, report, **observe)
         if dump is None:
-            return _at_first_call(begun.load, otherwise)
+            waiting = _Late(begun.load, otherwise)
+            late.add(waiting)
+            return waiting.boxed()
         run = begun.load()
     except Exception as e:
         if dump is not None:
@@ -209,26 +222,33 @@ def _compile_one(
     return run
 
 
-def _at_first_call(
-    load: Callable[[], Callable[[list[Any]], Any]],
-    otherwise: Callable[[Exception], Callable[[list[Any]], Any]],
-) -> Callable[[list[Any]], Any]:
-    lock = threading.Lock()
-    loaded: Callable[[list[Any]], Any] | None = None
+class _Late:
+    """A graph whose kernels are waited for when it is first called."""
 
-    def run(args: list[Any]) -> Any:
-        nonlocal loaded
-        if loaded is None:
-            with lock:
-                if loaded is None:
-                    try:
-                        loaded = load()
-                    except Exception as e:
-                        loaded = otherwise(e)
-        return loaded(args)
+    def __init__(
+        self,
+        load: Callable[[], Callable[[list[Any]], Any]],
+        otherwise: Callable[[Exception], Callable[[list[Any]], Any]],
+    ) -> None:
+        self.load, self.otherwise, self.lock = load, otherwise, threading.Lock()
+        self.loaded: Callable[[list[Any]], Any] | None = None
 
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
+    def boxed(self) -> Callable[[list[Any]], Any]:
+        def run(args: list[Any]) -> Any:
+            return (self.loaded or self.wait())(args)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    def wait(self) -> Callable[[list[Any]], Any]:
+        with self.lock:
+            if self.loaded is None:
+                try:
+                    self.loaded = self.load()
+                except Exception as e:
+                    self.loaded = self.otherwise(e)
+                del self.load, self.otherwise  # and with them the graph
+            return self.loaded
 
 
 def run_as_aten(gm: GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:

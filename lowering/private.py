@@ -48,6 +48,16 @@ def known_to_partitioner(
         partitioners.get_default_op_list = known
 
 
+def backward_at_once() -> contextlib.AbstractContextManager[None]:
+    """While a graph is compiled here its backward is, too, and not when it first runs: the kernels
+    of both then compile together."""
+    from torch._functorch import config
+
+    if hasattr(config, "force_non_lazy_backward_lowering"):
+        return config.patch(force_non_lazy_backward_lowering=True)
+    return contextlib.nullcontext()
+
+
 def static_launcher(
     source: Source, record: dict[str, Any], path: str, device: int | None
 ) -> Callable[..., None]:
