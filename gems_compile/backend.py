@@ -24,7 +24,7 @@ from .lowering.options import Options
 from .lowering.partition import partition
 from .lowering.passes import draws_random_numbers
 from .lowering.pipeline import Compilation, Report
-from .lowering.private import backward_at_once
+from .lowering.private import backward_at_once, donate_nothing
 from .second_order import Program, with_second_order
 
 if TYPE_CHECKING:
@@ -107,6 +107,8 @@ def _compile(
     def compiler(kind: str) -> Callable[..., Any]:
         def compile_one(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             report = Report(f"{len(owner.reports)}_{kind}")
+            if kind == "forward":
+                donate_nothing()
             if program is not None and kind == "forward":
                 program.random = any(map(draws_random_numbers, gm.graph.nodes))
             report.graph, report.kind, report.rewrites = number, kind, rewrites

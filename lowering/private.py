@@ -58,6 +58,18 @@ def backward_at_once() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
+def donate_nothing() -> None:
+    """Of the graph that AOTAutograd compiles now: no saved tensor is its backward's own to write.
+
+    Otherwise a backward that was compiled before it is known to run once refuses to run with
+    ``retain_graph``. Our kernels write no saved tensor.
+    """
+    context = torch._guards.TracingContext.try_get()
+    donated = getattr(getattr(context, "fw_metadata", None), "bw_donated_idxs", None)
+    if donated is not None:
+        donated.clear()
+
+
 def static_launcher(
     source: Source, record: dict[str, Any], path: str, device: int | None
 ) -> Callable[..., None]:

@@ -383,3 +383,15 @@ def test_garbage_collection_is_as_it_was() -> None:
             assert gc.isenabled() is enabled
         finally:
             gc.enable()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_backward_twice(dynamic: bool) -> None:
+    """With retain_graph, as in eager mode; what is saved is not written."""
+    f = compile_(lambda x: (x * 2).softmax(-1).square() * x.exp(), dynamic=dynamic)
+    x = rand(7, 33, grad=True)
+    loss = f(x).sum()
+    loss.backward(retain_graph=True)
+    first = x.grad.clone()
+    loss.backward()
+    assert torch.equal(x.grad, first * 2)
