@@ -22,6 +22,7 @@ def repair() -> None:
     - A comparison of two scalars is a truth value to what follows, not a float.
     - Integers wrap, as on a GPU, where the interpreter asserts that int32 does not overflow.
     - No NumPy warnings from masked lanes.
+    - A loop's bound may be a scalar that NumPy holds in an array: Triton 3.6 with NumPy 2.4.
     - A scan or a reduction with a function of ours combines whole rows, not one element after
       another.
     """
@@ -63,6 +64,13 @@ def repair() -> None:
             result.dtype = tl.int1
         return result
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patched_tensor
     builder.binary_op = typed_binary_op
     for name in _QUIET:
         setattr(builder, name, quiet(getattr(builder, name)))
