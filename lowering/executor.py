@@ -15,10 +15,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from . import private
+from .graph import is_view, mutated_arguments
 from .group import Group, Plan
 from .indexing import Size, is_static, size_of
 from .inplace import plan_in_place
 from .ir import SizeArg, Value, base_of, first_place
+from .ledger import Ledger
 from .order import batches, together
 from .scratch import plan_scratch
 from .source import Source
@@ -80,6 +82,7 @@ class Writer:
         self.launchers: dict[Group, Callable[..., None]]  # set when the kernels are compiled
         self.scratch, self.scratch_bytes = plan_scratch(plan.steps, sources, plan.escapes)
         self.in_place = plan_in_place(gm, program, plan, sources, self.scratch)
+        self.ledger = Ledger()
         self.launches = 0
         self.calls = 0
 
@@ -196,6 +199,7 @@ class Writer:
         self.add("args.clear()")
         if self.scratch_bytes:
             dtype = self.constant(torch.uint8, "d")
+            self.ledger.allocate("scratch", len(self.lines), self.scratch_bytes)
             self.add(f"scratch = empty(({self.scratch_bytes},), (1,), {dtype})")
             self.add(f"s0 = {self.use('scratch')}.data_ptr()")
         for node in self.placeholders:
@@ -267,11 +271,20 @@ class Writer:
                 self.add(f"if {read} is not {own}: {own}.copy_({read})")
 
     def _allocate(self, out: Value) -> None:
-        if out in self.in_place:
-            self.names[out] = self.names[self.in_place[out]]
+        name, operand = f"b{out.id}", self.in_place.get(out)
+        if operand is not None and (operand.shape, operand.strides) == (out.shape, out.strides):
+            self.names[out] = self.names[operand]
             return
-        name = self.names[out] = f"b{out.id}"
+        self.names[out] = name
+        if operand is not None:
+            whole = self.use(self.names[operand])
+            self.ledger.share(name, whole)
+            self.add(
+                f"{name} = view({whole}, {self.sizes(out.shape)}, {self.sizes(out.strides)}, 0)"
+            )
+            return
         dtype = self.constant(getattr(torch, out.dtype), "d")
+        self.ledger.allocate(name, len(self.lines), out)
         self.add(f"{name} = empty({self.sizes(out.shape)}, {self.sizes(out.strides)}, {dtype})")
 
     def _operand(self, value: Value) -> str:
@@ -295,6 +308,7 @@ class Writer:
         function = self.constant(node.target, "f")
         args = [self.arg(a) for a in node.args]
         args += [f"{k}={self.arg(v)}" for k, v in node.kwargs.items()]
+        self._enter(name, node)
         if node.target is operator.getitem:
             self.add(f"{name} = {args[0]}[{args[1]}]")
         else:
@@ -308,12 +322,26 @@ class Writer:
             self.symbols.setdefault(str(size_of(val)), name)
             self.kept.add(name)
 
+    def _enter(self, name: str, node: Node) -> None:
+        """Note what memory the result of a call holds."""
+        args: Any = node.args
+        if node.target is operator.getitem:
+            self.ledger.share(name, self.names.get(args[0]), args[1])
+        elif is_view(node) or any(mutated_arguments(node)):
+            whole = node.all_input_nodes[0]
+            value = self.program.of.get(whole)
+            base = base_of(value) if isinstance(value, Value) else whole
+            self.ledger.share(name, self.names.get(whole) or self.names.get(base))
+        else:
+            self.ledger.allocate(name, len(self.lines), node.meta.get("val"))
+
     def _fill(self, name: str, value: Value, node: Node) -> None:
         """A constant tensor; what it was made in the likeness of need not be in memory."""
         dtype = self.constant(getattr(torch, value.dtype), "d")
         number = value.args[0]
         text = self.size(number.expr) if isinstance(number, SizeArg) else self.arg(number)
         shape, strides = self.sizes(value.shape), self.sizes(value.strides)
+        self.ledger.allocate(name, len(self.lines), value)
         self.add(f"{name} = empty({shape}, {strides}, {dtype}).fill_({text})")
         self.calls += 1
         self.names[node] = self.names[value] = name
@@ -381,6 +409,11 @@ class Writer:
                 text = self.value(entry, result)
                 return f"input_{text}" if text.startswith("view(") else text
         return self.arg(result)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most memory that the function's own tensors take at once; None if not known."""
+        return self.ledger.peak(self.uses, len(self.lines))
 
     def _assemble(self) -> str:
         """Put a ``del`` behind every variable's last use."""

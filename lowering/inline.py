@@ -102,7 +102,7 @@ class Inliner:
                 if (
                     cost[v] * uses[v] <= INLINE_BUDGET
                     and all(a in inlined or a.kind == "buffer" for a in whole)
-                    and (len(whole) == len(inputs) or any(a.shape == v.shape for a in whole))
+                    and (len(whole) == len(inputs) or any(_as_large(a, v) for a in whole))
                 ):
                     inlined.add(v)
         return inlined
@@ -146,3 +146,9 @@ class Inliner:
             ):
                 out.add(v)
         return out
+
+
+def _as_large(a: Value, v: Value) -> bool:
+    """Whether a has an element for each of v's; the rows of logits are often counted as one axis
+    behind their cast."""
+    return product(a.shape) == product(v.shape)

@@ -1,14 +1,24 @@
 """Which results are written over an operand that nobody reads any more: half the peak memory of a
-residual add after a convolution.
+residual add after a convolution, or of a GELU between two linear layers.
 
-Only where no program can meet another's writing: a pointwise kernel that reads the operand once, at
-the very place where it writes the result that it computes from it.
+Only where no thread can meet another's writing: the kernel loads the operand once, element for
+element where it writes the result that it computes from it, and never goes through memory twice.
+Then an element's value reaches the store either in the thread that loaded it, which the store waits
+for, or through shared memory, behind a barrier that all loads precede. Other programs touch other
+elements. What threads load besides, for want of whole vectors, they do not use.
+
+A tile of fewer elements than threads is different: threads hold copies of an element, and one that
+comes late loads what another one has stored. In a row kernel its copy of the row's mean would be
+wrong, and Triton may let it store that. Hence ``MOST_THREADS``.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 import re
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -17,11 +27,16 @@ from .body import Body, Instr
 from .flow import flatten
 from .graph import is_tensor, is_view, mutated_arguments, output_node, value_of
 from .group import Group, Plan
+from .indexing import is_one, product
 from .ir import Value, base_of, is_dense
 from .source import Source
 from .translate import Program
 
 _REGISTER = re.compile(r"\bt\d+\b")
+#: of a warp, on any target
+MOST_THREADS = 64
+#: what members compute from loads at places that the kernel's loop variables give
+_PLAIN = {"pointwise", "cast", "random", "reduce", "partial", "gather"}
 
 
 def plan_in_place(
@@ -82,38 +97,50 @@ def _may_hold(node: Node) -> bool:
 
 
 def _is_fresh(node: Node) -> bool:
+    if node.target is operator.getitem:
+        whole: Any = node.args[0]
+        return whole.target is torch.ops.aten.convolution_backward.default
     return node.op == "call_function" and not _may_hold(node) and is_tensor(value_of(node))
 
 
 def _same_room(a: Value, b: Value) -> bool:
-    return (a.shape, a.strides, a.dtype) == (b.shape, b.strides, b.dtype) and is_dense(a)
+    """Whether they take the same bytes, in whatever shapes."""
+    same = a.dtype == b.dtype and product(a.shape) == product(b.shape)
+    return same and is_dense(a) and is_dense(b)
 
 
 def _written_where_read(source: Source, operand: Value, result: Value) -> bool:
-    """Whether each element is read and written by the same thread, in that order."""
+    """Whether each element is read and written by the same program, once, in that order."""
     body = source.body
-    if not isinstance(body, Body) or body.looped or set(body.sections) != {("row", 0)}:
+    if not isinstance(body, Body) or not _fills_warps(source):
         return False
-    if body.group.reduced or any(m.kind not in _PLAIN for m in body.group.members):
+    if not _PLAIN.issuperset(m.kind for m in body.group.members):
         return False
     names = {what: name for name, _, what in source.params}
-    lines = body.sections["row", 0]
+    lines = [i for section in body.sections.values() for i in section]
     loads = [i for i in lines if i.kind == "load" and i.text == names.get(operand)]
     stores = [i for i in lines if i.kind == "store" and i.text == names.get(result)]
     if len(loads) != 1 or len(stores) != 1:
         return False
     (load,), (store,) = loads, stores
-    alike = load.indices == store.indices and load.cond is None and store.cond is None
-    return alike and load.out in _behind(lines, store.out)
+    if load.indices != store.indices or load.cond is not None:
+        return False
+    everywhere = {a for a in body.group.domain if not is_one(body.size(a))}
+    return everywhere.issubset(load.indices[0].atoms) and load.out in _behind(lines, store.out)
 
 
-_PLAIN = ("pointwise", "cast")
+def _fills_warps(source: Source) -> bool:
+    """Whether no two threads hold the same element."""
+    meta = source.meta
+    return math.prod(meta["constants"].values()) >= MOST_THREADS * meta["num_warps"]
 
 
 def _behind(lines: list[Instr], register: str) -> set[str]:
-    """The registers that one is computed from."""
-    known = {register}
-    for line in reversed(lines):
-        if line.out in known:
-            known.update(_REGISTER.findall(line.text))
+    """The registers that one is computed from, element for element."""
+    read = {i.out: _REGISTER.findall(i.text) for i in lines if i.kind == "line"}
+    known, stack = {register}, [register]
+    while stack:
+        fresh = known.symmetric_difference(known.union(read.get(stack.pop(), ())))
+        known |= fresh
+        stack.extend(fresh)
     return known

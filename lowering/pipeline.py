@@ -57,6 +57,7 @@ class Report:
     kernels: int = 0  # distinct
     launches: int = 0  # a call
     aten_calls: int = 0  # a call
+    peak_bytes: int | None = None  # of tensors that the function makes; None: sizes are symbolic
     aten: dict[str, int] = field(default_factory=dict)  # "op: reason" -> how often
     seconds: dict[str, float] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
@@ -197,7 +198,7 @@ class Compilation:
         self.observe("emit", list(sources.values()))
         self.clock.lap(report, "emit")
         self.writer = writer = executor.Writer(self.gm, program, plan, self.device, sources)
-        report.wrapper = writer.write()
+        report.wrapper, report.peak_bytes = writer.write(), writer.peak_bytes
         report.plan, report.source_of = plan, sources
         report.sources = list({s.key: s for s in sources.values()}.values())
         report.fused = sum(len(g.nodes) for g in plan.groups)

@@ -58,6 +58,88 @@ def test_two_results_and_two_operands() -> None:
     assert allocated(both, rand(*X), rand(*W), launches=2) == 1  # the flipped x
 
 
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    return F.linear(x, w)
+
+
+def test_another_shape_of_the_same_memory() -> None:
+    """A product of matrices knows rows and columns, a convolution another order of axes."""
+    x, w = rand(4, 8, 32), rand(32, 32) / 8
+
+    def mlp(x: Tensor, w: Tensor) -> Tensor:
+        return linear(F.gelu(linear(x, w)) * 2, w)
+
+    assert allocated(mlp, x, w) == 0
+    nhwc = rand(*X).to(memory_format=torch.channels_last)
+
+    def block(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        y = linear(conv(x, w).permute(0, 2, 3, 1), v).permute(0, 3, 1, 2)
+        return y * v[0].reshape(1, -1, 1, 1) + x
+
+    assert allocated(block, nhwc, rand(*W), rand(4, 4)) == 0
+
+
+ROWS = (16, 64, 256)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda y: torch.softmax(y * 2, -1),
+        lambda y: F.layer_norm(y, y.shape[-1:]),
+        lambda y: F.layer_norm(y + 1, y.shape[-1:]) * 2,
+        lambda y: F.layer_norm(y, y.shape[-1:]) + torch.softmax(y, -1),
+    ],
+)
+def test_rows(fn: Callable[..., Any]) -> None:
+    """All of a row is loaded before any of it is stored."""
+    assert allocated(lambda x, w: fn(linear(x, w)), rand(*ROWS), rand(256, 256) / 16) == 0
+    short = rand(2, 3, 8), rand(8, 8)  # of fewer elements than threads: they hold copies
+    assert allocated(lambda x, w: fn(linear(x, w)), *short) == 1
+
+
+def test_rows_read_twice() -> None:
+    """A row that is too long for one tile is read anew where it is written."""
+    x, w = rand(64, 16), rand(20000, 16) / 4
+    assert allocated(lambda x, w: torch.softmax(linear(x, w) * 2, -1), x, w) == 1
+
+
+def test_a_gradient_and_its_sums() -> None:
+    """Programs that add up columns as they go visit each element once."""
+
+    def backward(y: Tensor, x: Tensor, w: Tensor) -> Any:
+        dy = linear(y, w) * (x > 0)
+        return dy, dy.reshape(-1, dy.shape[-1]).sum(0)
+
+    def norm(y: Tensor, x: Tensor, w: Tensor) -> Any:
+        dy, size = linear(y, w), [w.shape[0]]
+        mean, var = x.mean(-1, keepdim=True), x.var(-1, correction=0, keepdim=True)
+        rstd = torch.rsqrt(var + 1e-5)
+        grads = torch.ops.aten.native_layer_norm_backward(
+            dy, x, size, mean, rstd, w[0], w[1], [True, True, True]
+        )
+        return tuple(grads)
+
+    rows = rand(64, 64, 256)
+    for fn in (backward, norm):
+        got, report = lower(fn, *(inputs := (rows, rand(64, 64, 256), rand(256, 256) / 16)))
+        wanted = fn(*(x.double() for x in inputs))
+        for a, b in zip(got, wanted, strict=True):
+            assert_same_values(a, b.to(a.dtype), rtol=1e-3, atol=1e-3)
+        assert "empty((64, 64, 256,)" not in report.wrapper, report.wrapper
+
+
+def test_results_of_a_tuple() -> None:
+    """A convolution's backward makes fresh tensors."""
+
+    def backward(y: Tensor, x: Tensor, w: Tensor) -> Any:
+        args = ([0], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False])
+        dx, dw, _ = torch.ops.aten.convolution_backward(y, x, w, *args)
+        return dx * 2 + y, dw
+
+    assert allocated(backward, rand(*X), rand(*X), rand(*W)) == 0
+
+
 @pytest.mark.parametrize(
     "fn",
     [
@@ -68,7 +150,7 @@ def test_two_results_and_two_operands() -> None:
         lambda x, w: (lambda y: y * 2 + y.flip(-1))(conv(x, w)),  # or at two
         lambda x, w: (conv(x, w) * 2 + x).bfloat16(),  # its elements have another size
         lambda x, w: x * 2 + 1 + w[0, 0, 0, 0],  # it is the caller's
-        lambda x, w: torch.softmax(conv(x, w) * 2, -1),  # a row is read before it is written
+        lambda x, w: torch.softmax(conv(x, w) * 2, -1),  # threads hold copies of short rows
     ],
 )
 def test_memory_that_is_needed(fn: Callable[..., Any]) -> None:
@@ -92,3 +174,22 @@ def test_peak_memory_of_a_residual_block() -> None:
 
     assert allocated(block, x, w, launches=3) == 0
     assert x.device.type == DEVICE
+    _, report = lower(block, x, w)
+    assert report.peak_bytes == 2 * x.nbytes  # of the convolution's operand and its result
+
+
+def test_peak_bytes() -> None:
+    """What the function allocates, as long as a variable holds it or a view of it."""
+
+    def peak(fn: Callable[..., Any], *inputs: Tensor) -> int | None:
+        return lower(fn, *inputs)[1].peak_bytes
+
+    x, w = rand(64, 64), rand(64, 64)
+    size = x.nbytes
+    assert peak(lambda x: (x * 2 + 1,), x) == size
+    assert peak(lambda x, w: x @ w @ w @ w, x, w) == 2 * size
+    assert peak(lambda x, w: (x @ w, x @ w @ w @ w), x, w) == 3 * size
+    assert peak(lambda x, w: (x @ w).t() @ w @ w, x, w) == 2 * size
+    assert peak(lambda x: torch.sort(x * 2 + 1, -1)[0] @ x, x) == 4 * size  # int64 places
+    _, report = lower(lambda x: x * 2 + 1, x, dynamic=True)
+    assert report.peak_bytes is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from helpers import compile_, gems_only, rand
 
@@ -32,6 +34,20 @@ def sums_both_ways(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def test_wide_values_are_computed_from_narrow_ones():
     x = rand(600, 17000, dtype=torch.bfloat16)
     assert ("float32", (600, 17000)) not in written(sums_both_ways, x)
+
+
+@gems_only
+def test_log_probabilities_of_the_labels_alone():
+    """A language model's loss: cast, then rows counted as one axis, then one number of each row."""
+    logits = rand(4, 20, 3000, dtype=torch.bfloat16)
+    labels = torch.randint(0, 3000, (80,), device=logits.device)
+    labels[3] = -100
+
+    def loss(logits, labels):
+        flat = logits.float().view(-1, logits.shape[-1])
+        return (torch.nn.functional.cross_entropy(flat, labels),)
+
+    assert all(math.prod(shape) < logits.numel() for _, shape in written(loss, logits, labels))
 
 
 @gems_only
