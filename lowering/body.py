@@ -9,6 +9,7 @@ from typing import Any
 
 from .group import Group
 from .indexing import Index, Size
+from .ir import Value
 
 #: more loads at once would take more registers than their latency is worth
 MOST_EARLY_LOADS = 8
@@ -27,7 +28,7 @@ class Instr:
     text: str
     indices: tuple[Index, ...] = ()
     cond: str | None = None
-    comment: str = ""
+    computes: Value | None = None  # whose line of the user's code is its comment
     dtype: str = ""
     wide: bool = False  # of a put: it varies along r
 

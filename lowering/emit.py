@@ -29,7 +29,6 @@ from .scan import emit_scan
 from .spelling import (
     EmitError,
     computing_type,
-    line_of,
     literal,
     parameters,
     spelling,
@@ -229,13 +228,13 @@ class Emitter:
         section: tuple[str, int],
         text: str,
         indices: Sequence[Index] = (),
-        comment: str = "",
+        computes: Value | None = None,
         prefix: str = "t",
     ) -> str:
         register = f"{prefix}{self.counter}"
         self.counter += 1
         self.body.sections.setdefault(section, []).append(
-            Instr("line", register, text, tuple(indices), comment=comment)
+            Instr("line", register, text, tuple(indices), computes=computes)
         )
         return register
 
@@ -305,7 +304,7 @@ class Emitter:
         module, function = spelling(op, quick)
         self.body.modules.add(module)
         result = f"{module}.{function}({', '.join(args)})"
-        return self.line(section, self.rounded(result, v.dtype, compute, v), comment=line_of(v))
+        return self.line(section, self.rounded(result, v.dtype, compute, v), computes=v)
 
     def _operand(self, register: str, a: Value, want: str, v: Value) -> str:
         if want == "bool":
@@ -337,13 +336,13 @@ class Emitter:
         if a.dtype == v.dtype or (v.dtype == computing_dtype(a.dtype) and v.dtype != "bool"):
             return register
         if v.dtype == "bool":
-            return self.line(section, f"({register} != 0)", comment=line_of(v))
+            return self.line(section, f"({register} != 0)", computes=v)
         if v.dtype in SIXTEEN_BIT and not self.exact and computing_dtype(a.dtype) == "float32":
             return register
         text = register
         if v.dtype in SIXTEEN_BIT:
             text = f"{text}.to(tl.{v.dtype})"
-        return self.line(section, f"{text}.to(tl.{computing_dtype(v.dtype)})", comment=line_of(v))
+        return self.line(section, f"{text}.to(tl.{computing_dtype(v.dtype)})", computes=v)
 
     def _full(
         self,
@@ -400,7 +399,7 @@ class Emitter:
         self.body.params.append((salt, "size", v.args[1]))  # an argument: equal layers, one kernel
         self.body.modules.add("random")
         text = f"random.kept({seed}, {salt}, {{i0}}, {v.args[2]}, {{fours}}, {{nvidia}})"
-        return self.line(section, text, [self._known(linear)], comment=line_of(v))
+        return self.line(section, text, [self._known(linear)], computes=v)
 
     _concat = emit_concat
     _patch = emit_patch

@@ -252,10 +252,9 @@ def combined_source(parts: Sequence[Part], multiprocessors: int) -> Source:
             n for n, _, _ in params if n.rpartition("_")[0] in unaligned or n in unaligned
         ],
     }
-    clean, commented = (
-        "\n".join([head, *select, *lines]) + "\n" for lines in (body.clean, body.commented)
-    )
-    return Source(name, clean, commented, params, sum(programs), meta)
+    above = "\n".join([head, *select]) + "\n"
+    computes = {k: first.own.get(v, v) for k, v in body.below(above).items()}
+    return Source(name, above + body.text, params, sum(programs), meta, computes)
 
 
 def _head(name: str, names: Sequence[str], modules: Iterable[str]) -> str:

@@ -118,22 +118,18 @@ def _source(
     heads = [f"def {p.name}({', '.join([*p.parameters(), 'x'])}):" for p in pieces]
     heads.append(f"def {whole.name}({', '.join([n for n, _, _ in params])}, XBLOCK: tl.constexpr):")
     functions = [*(p.lines for p in pieces), kernel]
-    texts = [
-        HEADER
-        + imports
-        + "".join(
-            f"\n\n@triton.jit\n{head}\n" + "\n".join(getattr(lines, kind)) + "\n"
-            for head, lines in zip(heads, functions, strict=True)
-        )
-        for kind in ("clean", "commented")
-    ]
+    text, computes = HEADER + imports, dict[int, Value]()
+    for head, lines in zip(heads, functions, strict=True):
+        text += f"\n\n@triton.jit\n{head}\n"
+        computes |= lines.below(text)
+        text += lines.text
     meta = {
         "name": whole.name,
         "signature": {n: whole._type(role, what) for n, role, what in params},
         "constants": {"XBLOCK": block},
         "num_warps": whole.tile.warps,
     }
-    return Source(whole.name, texts[0], texts[1], params, rows * sum(counts), meta)
+    return Source(whole.name, text, params, rows * sum(counts), meta, computes)
 
 
 def _dispatch(pieces: Sequence[_Piece], counts: Sequence[int], wide: bool) -> Lines:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .body import Instr
 from .indexing import ZERO
 from .ir import Value, computing_dtype
-from .spelling import accumulator_dtype, line_of
+from .spelling import accumulator_dtype
 
 if TYPE_CHECKING:
     from .emit import Emitter
@@ -82,4 +82,4 @@ def finish_reduction(emitter: Emitter, r: Value) -> None:
     if r.dtype == "bool" and have != "bool":
         text = f"({name} != 0)"
     same = text == name
-    emitter.results[r] = name if same else emitter.line(section, text, comment=line_of(r))
+    emitter.results[r] = name if same else emitter.line(section, text, computes=r)

@@ -204,11 +204,11 @@ class Renderer(Accumulators, Loops):
         head = f"{HEADER}{imports}\n\n@triton.jit\ndef {self.name}({params}):\n"
         return Source(
             self.name,
-            head + "\n".join(self.lines.clean) + "\n",
-            head + "\n".join(self.lines.commented) + "\n",
+            head + self.lines.text,
             self.body.params,
             grid,
             meta,
+            self.lines.below(head),
         )
 
     def _type(self, role: str, what: object) -> str:
@@ -401,7 +401,7 @@ class Renderer(Accumulators, Loops):
             text = text.replace("{fours}", str(axis_of_fours(self, instr.indices[0])))
             text = text.replace("{nvidia}", str(self.nvidia))
         text = text.replace("{ones}", "1, 1" if self._two_dims else "1")
-        self.lines.add(f"{instr.out} = {text}", instr.comment)
+        self.lines.add(f"{instr.out} = {text}", instr.computes)
 
     @property
     def _two_dims(self) -> bool:

@@ -14,7 +14,7 @@ from .group import Group
 from .indexing import Index, is_static, product
 from .ir import Value, computing_dtype
 from .parts import contiguous_axis
-from .spelling import EmitError, accumulator_dtype, identity, line_of
+from .spelling import EmitError, accumulator_dtype, identity
 from .views import Frame
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def emit_scan(
     body.modules.add("scans")
     body.wide.add(name)
     text = emitter.rounded(name, v.dtype, "int64" if v.op in ("argmax", "argmin") else hold, v)
-    return name if text == name else emitter.line(section, text, comment=line_of(v))
+    return name if text == name else emitter.line(section, text, computes=v)
 
 
 def render_carry(renderer: Renderer, instr: Instr) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from .graph import source_line
 from .indexing import Size
+from .ir import Value
 
 POINTER = {
     "float16": "*fp16",
@@ -23,42 +26,67 @@ POINTER = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class Source:
     """``text`` is a whole Python module; equal text means the same kernel.
 
     ``params`` are (name, role, what): role "in", "out" or "size"; what a Value or a size. ``grid``
-    is the number of programs.
+    is the number of programs. ``computes`` says what a line of the text computes. A text that was
+    written for an equal kernel (``like``) speaks of that one's Values there and in ``body``;
+    ``own`` are this kernel's.
     """
 
     name: str
     text: str
-    commented: str
     params: list[tuple[str, str, Any]]
     grid: Size
     meta: dict[str, Any] = field(default_factory=dict)
+    computes: dict[int, Value] = field(default_factory=dict)
     body: Any = None  # the Body it was rendered from
+    like: Source | None = None
+    own: dict[Value, Value] = field(default_factory=dict)
 
     @property
     def pointer_dtypes(self) -> list[str | None]:
         """The dtype behind each pointer argument, None of a number."""
         return [None if role == "size" else what.dtype for _, role, what in self.params]
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
+        if self.like is not None:
+            return self.like.key
         payload = self.text + json.dumps(self.meta, sort_keys=True)
         return hashlib.sha256(payload.encode()).hexdigest()[:24]
 
+    @property
+    def commented(self) -> str:
+        """The text, with the lines of the user's code that it computes."""
+        lines = self.text.split("\n")
+        for place, value in self.computes.items():
+            node = self.own.get(value, value).node
+            comment = source_line(node) if node is not None else ""
+            lines[place] += f"  # {comment}" if comment else ""
+        return "\n".join(lines)
+
 
 class Lines:
-    """Text with indentation; ``clean`` leaves out the comments that name the user's code."""
+    """Text with indentation; ``computes`` says which line computes which Value."""
 
     def __init__(self) -> None:
         self.clean: list[str] = []
-        self.commented: list[str] = []
+        self.computes: dict[int, Value] = {}
         self.depth = 0
 
-    def add(self, text: str, comment: str = "") -> None:
-        line = "    " * self.depth + text
-        self.clean.append(line)
-        self.commented.append(f"{line}  # {comment}" if comment else line)
+    def add(self, text: str, computes: Value | None = None) -> None:
+        if computes is not None:
+            self.computes[len(self.clean)] = computes
+        self.clean.append("    " * self.depth + text)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.clean) + "\n"
+
+    def below(self, head: str) -> dict[int, Value]:
+        """``computes``, where the text stands below ``head``."""
+        above = head.count("\n")
+        return {above + place: value for place, value in self.computes.items()}

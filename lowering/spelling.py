@@ -122,11 +122,3 @@ def spelling(op: Any, quick: bool = False) -> tuple[str, str]:
     body = op.quick if quick else op.body
     function = getattr(body, "fn", body)
     return function.__module__.rpartition(".")[2], function.__name__
-
-
-def line_of(v: Value) -> str:
-    if v.node is None:
-        return ""
-    from .graph import source_line
-
-    return source_line(v.node) or ""

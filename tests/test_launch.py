@@ -38,7 +38,7 @@ def copy_source() -> Source:
         "exact": True,
     }
     params = [("in0", "in", v), ("out0", "out", v), ("ks0", "size", 64)]
-    return Source("copy", KERNEL, KERNEL, params, 1, meta)
+    return Source("copy", KERNEL, params, 1, meta)
 
 
 @gems_only
@@ -102,7 +102,7 @@ def step(number: int, reads: list[Value], writes: list[Value]) -> tuple[Group, S
     group = Group(number)
     group.outputs = writes
     params = [("", "in", v) for v in reads] + [("", "out", v) for v in writes]
-    return group, Source("", "", "", params, 1)
+    return group, Source("", "", params, 1)
 
 
 @st.composite
