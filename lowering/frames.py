@@ -46,8 +46,8 @@ def _complete(group: Group, shape: tuple[Size, ...], frame: list[Any]) -> Frame 
     if all(axis is None for axis in frame) and frame:
         return None
     unknown = [k for k, axis in enumerate(frame) if axis is None]
-    used = set(group.resolve([a for axis in frame if axis for a in axis]))
     if unknown:
+        used = set(group.resolve([a for axis in frame if axis for a in axis]))
         left: tuple[str, ...] = tuple(a for a in group.domain if a not in used)
         for k in reversed(unknown):
             try:
@@ -58,9 +58,9 @@ def _complete(group: Group, shape: tuple[Size, ...], frame: list[Any]) -> Frame 
             return None
     out = tuple(group.resolve(axis) for axis in frame)
     atoms = atoms_of(out)
-    if len(set(atoms)) != len(atoms):
-        return None
     covered = set(atoms)
+    if len(covered) != len(atoms):
+        return None
     if covered == set(group.domain) or (group.reduced and covered == set(group.parallel)):
         return out
     return None

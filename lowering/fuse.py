@@ -45,6 +45,7 @@ class Fuser:
         self.unfused: list[tuple[Value, Value, str]] = []
         self.readers = find_readers(program)
         self.waits, self.written = order_edges(program, graph)
+        self.sources: dict[Value, tuple[Value, ...]] = {}
         self.twins: dict[Any, Group] = {}
         self.twin_frames: dict[Any, Frame] = {}
         inliner = Inliner(program, self.readers, self.escapes, self.waits, self.written)
@@ -69,8 +70,16 @@ class Fuser:
                     out.strides = contiguous_strides(out.shape)
         return live
 
-    def _sources(self, v: Value) -> list[Value]:
-        return [*(base_of(a) for a in v.inputs), *self.waits.get(v, ())]
+    def _sources(self, v: Value) -> tuple[Value, ...]:
+        known = self.sources.get(v)
+        if known is None:
+            known = self.sources[v] = (*map(base_of, v.inputs), *self.waits.get(v, ()))
+        return known
+
+    def turn(self, v: Value, kind: str, args: Sequence[Value] = ()) -> None:
+        """Have a value made otherwise than the graph says."""
+        v.become(kind, None, args)
+        self.sources.pop(v, None)
 
     def _closure(self, v: Value) -> int:
         """Groups that must have run before v can be read."""
@@ -479,5 +488,8 @@ def _alike(r: Value, v: Value) -> bool:
 
 def pointers(group: Group, v: Value) -> int:
     """An upper bound of the tensors the kernel would touch."""
+    most = len(v.inputs) + sum(len(m.inputs) for m in group.members) + len(group.members) // 2
+    if most <= MAX_POINTERS:
+        return most
     seen = {base_of(a) for m in (*group.members, v) for a in m.inputs}
     return len(seen - set(group.members)) + sum(1 for m in group.members if m.node is not None) // 2

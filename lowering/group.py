@@ -107,6 +107,8 @@ class Group:
         """The frame of a value, also of a view of one that has a frame."""
         known = self.frames.get(value)
         if known is not None:
+            if not self.parts:
+                return known
             return tuple(None if axis is None else self.resolve(axis) for axis in known)
         if value.kind == "view":
             below = self.frame(value.args[0])

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -94,11 +94,16 @@ def find_parts(
 ) -> dict[Group, Part]:
     """Those of ``may_share`` that can share a launch; one with a node in ``apart`` may not."""
     parts: dict[Group, Part] = {}
+    known: dict[Source, Part | None] = {}
     for group in candidates:
         if apart.isdisjoint(group.nodes):
-            part = _part_of(sources[group], multiprocessors)
+            source = sources[group]
+            first = source.like or source
+            if first not in known:
+                known[first] = _part_of(first, multiprocessors)
+            part = known[first]
             if part is not None:
-                parts[group] = part
+                parts[group] = replace(part, source=source)
     keys = Counter(part.key for part in parts.values())
     return {group: part for group, part in parts.items() if keys[part.key] > 1}
 

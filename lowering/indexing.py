@@ -6,10 +6,12 @@ touch sympy. An ``Index`` is an affine combination of *atoms* (the loop variable
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Size = Any  # int | sympy.Expr
+_INT = {int}
 
 
 class NeedSplit(Exception):
@@ -36,6 +38,9 @@ def simplify(size: Size) -> Size:
 
 
 def product(sizes: Iterable[Size]) -> Size:
+    sizes = tuple(sizes)
+    if _INT.issuperset(map(type, sizes)):
+        return math.prod(sizes)
     out: Size = 1
     for size in sizes:
         out = out * size
@@ -43,7 +48,7 @@ def product(sizes: Iterable[Size]) -> Size:
 
 
 def is_static(*sizes: Size) -> bool:
-    return all(type(size) is int for size in sizes)
+    return _INT.issuperset(map(type, sizes))
 
 
 def is_one(size: Size) -> bool:

@@ -72,7 +72,18 @@ class Value:
     random     -                     (seed, salt, threshold): see Builder.kept
     """
 
-    __slots__ = ("args", "dtype", "id", "kind", "node", "op", "params", "shape", "strides")
+    __slots__ = (
+        "args",
+        "dtype",
+        "id",
+        "inputs",
+        "kind",
+        "node",
+        "op",
+        "params",
+        "shape",
+        "strides",
+    )
 
     def __init__(
         self,
@@ -87,7 +98,7 @@ class Value:
         node: Any = None,
     ) -> None:
         self.id = next(_ids)
-        self.kind, self.op, self.args, self.params = kind, op, tuple(args), params
+        self.become(kind, op, args, params)
         self.shape, self.dtype, self.node = tuple(shape), dtype, node
         self.strides = tuple(strides) if strides is not None else contiguous_strides(self.shape)
 
@@ -100,9 +111,10 @@ class Value:
     def ndim(self) -> int:
         return len(self.shape)
 
-    @property
-    def inputs(self) -> tuple[Value, ...]:
-        return tuple(a for a in self.args if isinstance(a, Value))
+    def become(self, kind: str, op: str | None, args: Sequence[Any], params: Any = None) -> None:
+        """Be computed otherwise from now on."""
+        self.kind, self.op, self.args, self.params = kind, op, tuple(args), params
+        self.inputs = tuple(a for a in self.args if isinstance(a, Value))
 
     @property
     def reduces(self) -> bool:

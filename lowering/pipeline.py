@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from ..kernels import load_ops
 from . import executor
+from .alike import Alike
 from .emit import emit
 from .flow import find_escapes, written_by_aten
 from .foreach import take_foreach_apart
@@ -155,9 +156,13 @@ class Compilation:
         clock.lap(report, "fuse")
         sources: dict[Group, Source] = {}
         self.loading: dict[Group, Loading] = {}
+        self.loads: dict[str, Loading] = {}  # the same, by what is loaded
+        alike = Alike(fuser.inlined, written)
         for group in groups:
             try:
-                sources[group] = source_for(group, fuser.inlined, options, written)
+                sources[group] = alike.source(
+                    group, lambda group: source_for(group, fuser.inlined, options, written)
+                )
             except Exception as e:
                 return group, e
             if group not in likely:  # it compiles while the others are written
@@ -190,7 +195,9 @@ class Compilation:
 
     def _start(self, group: Group, source: Source) -> None:
         index = self.device.index if self.device.type != "cpu" else None
-        self.loading[group] = Loading(source, self.options, index)
+        if source.key not in self.loads:
+            self.loads[source.key] = Loading(source, self.options, index)
+        self.loading[group] = self.loads[source.key]
 
     def _write(self, program: Program, plan: Plan, sources: dict[Group, Source]) -> None:
         report = self.report

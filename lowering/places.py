@@ -85,6 +85,8 @@ def _domain_of(v: Value) -> Value:
 
 def _tied_reads(v: Value, tied: set[Value]) -> list[tuple[int, Value]]:
     """(place among v's operands, the operand) for those that show a tied value."""
+    if not tied:
+        return []
     return [(k, a) for k, a in enumerate(v.inputs) if base_of(a) in tied or _source(a) in tied]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -498,12 +499,17 @@ def _ceil_div(size: Size, block: int) -> Size:
     return FloorDiv(size + (block - 1), block)
 
 
+@functools.cache
+def _identifier(word: str) -> str:
+    return re.sub(r"\W", "_", word).strip("_")
+
+
 def kernel_name(group_members: Sequence[Value]) -> str:
     words: list[str] = []
     for m in group_members:
         node = m.node
         word = getattr(getattr(node, "target", None), "_opname", None) or m.op or m.kind
-        word = re.sub(r"\W", "_", str(word)).strip("_")
+        word = _identifier(str(word))
         if word not in words and word not in ("view", "to_copy", "cast", "clone", "copy"):
             words.append(word)
     return "fused_" + ("_".join(words)[:56].strip("_") or "copy")

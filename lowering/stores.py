@@ -140,7 +140,7 @@ def _store(node: fx.Node, program: Program, fuser: Fuser) -> Group:
     waits = 0
     for source in _waits(copy, fuser):
         waits |= fuser._closure(source)
-    copy.kind, copy.op, copy.args = "cast", None, (new,)
+    fuser.turn(copy, "cast", (new,))
     group.frames[copy] = frame
     group.members.append(copy)
     group.stores[copy] = into

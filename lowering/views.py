@@ -43,6 +43,11 @@ class View:
     shape: tuple[Size, ...]
 
     @property
+    def key(self) -> tuple[Any, ...]:
+        """All that tells one view from another; ``runs`` follows from the rest."""
+        return (type(self), *(what for name, what in vars(self).items() if name != "runs"))
+
+    @property
     def trivial(self) -> bool:
         return False
 

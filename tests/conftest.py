@@ -78,6 +78,36 @@ def _poisoned_results(monkeypatch):
         monkeypatch.setattr(private, "allocator", poisoned)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_taken_over_wrongly(monkeypatch):
+    """A source taken over from a kernel alike is what would have been written, in every test."""
+    try:
+        from gems_compile.lowering.alike import Alike
+    except ImportError:  # another backend stands in
+        yield
+        return
+    taken_over, wrong = Alike.source, []
+
+    def source(self, group, write):
+        found = taken_over(self, group, write)
+        if found.like is not None and _all_of(found) != _all_of(write(group)):
+            wrong.append(found.commented)
+        return found
+
+    monkeypatch.setattr(Alike, "source", source)
+    yield
+    assert not wrong
+
+
+def _all_of(source):
+    steps = {
+        section: [(i.kind, i.out, i.text, i.indices, i.cond, i.dtype, i.wide) for i in instrs]
+        for section, instrs in source.body.sections.items()
+    }
+    head = (source.name, source.params, source.grid, source.meta, source.body.params)
+    return (*head, source.text, source.commented, steps)
+
+
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

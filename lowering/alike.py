@@ -1,0 +1,149 @@
+"""Kernels of equal layers are written once.
+
+A model of 64 layers has each of its groups 64 times. Two groups alike in all that emit and render
+read have the same text; only the Values behind its parameters differ, and the lines of the user's
+code. The second one takes over what was written for the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .group import Group
+from .indexing import is_static
+from .ir import SizeArg, Value
+from .source import Source
+from .views import View
+
+
+class Alike:
+    """The sources of one graph's groups. ``written``: memory that ATen writes."""
+
+    def __init__(self, inlined: Collection[Value], written: Collection[Value]) -> None:
+        self.inlined, self.written = inlined, written
+        self.known: dict[Any, tuple[_Description, Source]] = {}
+
+    def source(self, group: Group, write: Callable[[Group], Source]) -> Source:
+        """The group's source, by ``write`` if no group like it had one before."""
+        own = _Description(group, self.inlined, self.written)
+        known = self.known.get(own.key)
+        if known is None:
+            source = write(group)
+            self.known[own.key] = own, source
+            return source
+        first, source = known
+        # writing may have split atoms
+        group.sizes, group.parts = dict(first.group.sizes), dict(first.group.parts)
+        return _taken_over(source, first, own)
+
+
+def _taken_over(source: Source, first: _Description, own: _Description) -> Source:
+    values = dict(zip(first.places, own.places, strict=True))
+    salts = dict(zip(first.salts, own.salts, strict=True))
+
+    def moved(what: Any) -> Any:
+        if isinstance(what, Value):
+            return values[what]
+        return salts[what] if type(what) is int else what  # else it is a size
+
+    params = [(name, role, moved(what)) for name, role, what in source.params]
+    return Source(
+        source.name,
+        source.text,
+        params,
+        source.grid,
+        source.meta,
+        source.computes,
+        replace(source.body, group=own.group, params=params),
+        like=source,
+        own=values,
+    )
+
+
+@dataclass(frozen=True)
+class _Salt:
+    """The place of a random mask's number among a kernel's; equal ones stay equal."""
+
+    place: int
+
+
+class _Description:
+    """What emit and render read of a group, with its Values numbered in the order of reading.
+
+    Of a Value that the kernel does not compute they read what it is as memory. Names of atoms are
+    part of the text, so frames stand as they are.
+    """
+
+    def __init__(
+        self, group: Group, inlined: Collection[Value], written: Collection[Value]
+    ) -> None:
+        self.group, self.inlined, self.written = group, inlined, written
+        self.members = set(group.members)
+        self.places: dict[Value, int] = {}
+        self.salts: dict[int, int] = {}
+        self.values: list[Any] = []
+        whole = (
+            tuple(group.sizes.items()),
+            tuple(group.parts.items()),
+            group.domain,
+            group.reduced,
+            (group.column, group.shares, group.scans),
+            tuple(map(self._place, group.members)),
+            tuple(map(self._place, group.outputs)),
+            tuple((self._place(a), self._place(b)) for a, b in group.stores.items()),
+        )
+        self.key = (*self.values, whole)
+
+    def _place(self, v: Value) -> int:
+        place = self.places.get(v)
+        if place is None:
+            place = self.places[v] = len(self.places)
+            self.values.append(self._described(v))
+        return place
+
+    def _described(self, v: Value) -> tuple[Any, ...]:
+        member, inlined = v in self.members, v in self.inlined
+        computed = member or inlined
+        args: tuple[Any, ...] | None = None
+        if v.kind == "random" and computed:
+            seed, salt, threshold = v.args
+            number = _Salt(self.salts.setdefault(salt, len(self.salts)))
+            args = (self._place(seed), number, threshold)
+        elif computed or v.kind in ("view", "cast"):  # frames are looked for behind a cast, too
+            args = tuple(map(self._argument, v.args))
+        return (
+            v.kind,
+            v.op,
+            v.dtype,
+            _exact(v.shape),
+            _exact(v.strides),
+            None if v.params is None else self._parameter(v.params),
+            args,
+            member,
+            inlined,
+            v in self.written,
+            self.group.frames.get(v),
+            v.node.target if computed and v.node is not None else None,
+        )
+
+    def _argument(self, a: Any) -> Any:
+        if isinstance(a, Value):
+            return self._place(a)
+        # 1, 1.0 and True are equal, and so are 0.0 and -0.0
+        return (type(a), a.expr if isinstance(a, SizeArg) else repr(a))
+
+    def _parameter(self, p: Any) -> Any:
+        if isinstance(p, View):
+            return p.key
+        if isinstance(p, Value):
+            return ("value", self._place(p))
+        return tuple(map(self._parameter, p)) if isinstance(p, (tuple, list)) else p
+
+
+def _exact(sizes: tuple[Any, ...]) -> Any:
+    """Sizes, such that a number and an expression that equals it differ."""
+    if is_static(*sizes):
+        return sizes
+    return tuple((type(size), size) for size in sizes)
