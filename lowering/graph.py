@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -76,6 +77,7 @@ def same_layout(a: Any, b: Any) -> bool:
         is_tensor(a)
         and is_tensor(b)
         and a.dtype == b.dtype
+        and len(a.shape) == len(b.shape)  # most that differ do so here, and cost least to tell
         and a.device == b.device
         and a.layout == b.layout == torch.strided
         and a.is_conj() == b.is_conj()
@@ -91,27 +93,35 @@ def schema_of(node: fx.Node) -> Any:
 
 def is_view(node: fx.Node) -> bool:
     """Whether the result shares (or may share) the memory of the first argument."""
-    schema = schema_of(node)
-    if schema is None:
-        return False
+    return isinstance(node.target, torch._ops.OpOverload) and _is_view(node.target)
+
+
+@functools.cache
+def _is_view(target: torch._ops.OpOverload) -> bool:
+    schema = target._schema
     if schema.name in _UNSAFE_VIEWS:
         return True
     return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
 
 
+@functools.cache
+def _written(target: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
+    """(place, name) of the arguments whose memory an op writes."""
+    return tuple(
+        (i, argument.name)
+        for i, argument in enumerate(target._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
 def mutated_arguments(node: fx.Node) -> Iterator[fx.Node]:
     """The nodes whose memory this node writes. Of a higher-order op all inputs may be written."""
-    schema = schema_of(node)
-    if schema is None:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            yield from node.all_input_nodes
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        yield from node.all_input_nodes
+    if not isinstance(node.target, torch._ops.OpOverload):
         return
-    if not schema.is_mutable:
-        return
-    for i, argument in enumerate(schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+    for i, name in _written(node.target):
+        given = node.args[i] if i < len(node.args) else node.kwargs.get(name)
         for value in given if isinstance(given, (list, tuple)) else (given,):
             if isinstance(value, fx.Node):
                 yield value

@@ -8,6 +8,7 @@ reductions, views and gathers only. Dtypes are torch's names as strings.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import count
 from typing import Any
 
@@ -48,6 +49,7 @@ class Declined(Exception):
     """A node stays an ATen call; the message says why."""
 
 
+@cache
 def dtype_name(dtype: Any) -> str:
     """``torch.float32`` -> ``"float32"``."""
     return str(dtype).removeprefix("torch.")

@@ -5,6 +5,7 @@ All of them take one walk over the graph and compute no tensor, so 4500 nodes co
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import operator
@@ -234,15 +235,17 @@ def _literal(value: Any) -> Any:
 
 
 def _is_pure(node: fx.Node) -> bool:
-    schema = schema_of(node)
-    target: Any = node.target
+    known = isinstance(node.target, torch._ops.OpOverload)
+    return known and _declared_pure(node.target) and not node.is_impure()
+
+
+@functools.cache
+def _declared_pure(target: Any) -> bool:
     return (
-        schema is not None
-        and target.namespace in ("aten", "prims", "gems")
-        and not schema.is_mutable
-        and bool(schema.returns)
+        target.namespace in ("aten", "prims", "gems")
+        and not target._schema.is_mutable
+        and bool(target._schema.returns)
         and torch.Tag.nondeterministic_seeded not in target.tags
-        and not node.is_impure()
     )
 
 

@@ -78,6 +78,7 @@ class Translator:
         self.device, self.deny = device, deny
         self.program = Program()
         self.builder = _Recorder(self.program.values, multiprocessors)
+        self.fine: set[int] = set()  # tensors that kernels can touch, by id: the graph holds them
 
     # one node ------------------------------------------------------------------------------
 
@@ -187,12 +188,15 @@ class Translator:
                     self._check(tensor, f"operand {arg.name}")
 
     def _check(self, tensor: torch.Tensor, what: str) -> None:
+        if id(tensor) in self.fine:
+            return
         if why := unsupported_tensor(tensor):
             raise Declined(f"{what} is {why}")
         if any(_unbacked(s) for s in tensor.shape):
             raise Declined(f"{what} has a size that depends on data")
         if tensor.device != self.device:
             raise Declined(f"{what} is on {tensor.device}, the kernels are on {self.device}")
+        self.fine.add(id(tensor))
 
     # results -------------------------------------------------------------------------------
 
@@ -392,7 +396,7 @@ def unsupported_tensor(tensor: torch.Tensor) -> str | None:
 
 
 def _is_empty(val: Any) -> bool:
-    return isinstance(val, torch.Tensor) and any(type(s) is int and s == 0 for s in val.shape)
+    return isinstance(val, torch.Tensor) and 0 in [s for s in val.shape if type(s) is int]
 
 
 def _make_alone(node: Node) -> None:
