@@ -25,12 +25,10 @@ def find_readers(program: Program) -> dict[Value, list[tuple[Value, bool]]]:
     for v in program.values:
         if not v.computes:
             continue
+        size = product(v.args[0].shape if v.reduces else v.shape)
         for k, a in enumerate(v.inputs):
-            shape = v.args[0].shape if v.reduces else v.shape
             aligned = v.kind != "concat" and (v.kind, k) not in (("gather", 0), ("patch", 1))
-            same = aligned and product(a.shape) == product(shape) and _only_bijections(a)
-            if v.reduces and not _only_bijections(a):
-                same = False
+            same = aligned and product(a.shape) == size and _only_bijections(a)
             readers[base_of(a)].append((v, same))
     return readers
 

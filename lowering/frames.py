@@ -56,7 +56,7 @@ def _complete(group: Group, shape: tuple[Size, ...], frame: list[Any]) -> Frame 
                 return None
         if left:
             return None
-    out = tuple(group.resolve(axis) for axis in frame)
+    out = tuple(group.resolve(axis) for axis in frame) if group.parts else tuple(frame)
     atoms = atoms_of(out)
     covered = set(atoms)
     if len(covered) != len(atoms):

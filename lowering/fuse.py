@@ -13,7 +13,7 @@ from .indexing import contiguous_strides, is_static, product
 from .inline import Inliner
 from .ir import Value, base_of, is_dense
 from .parts import sweep_parts
-from .places import Crossings, find_tied, reads_through, strays
+from .places import Crossings, find_tied, is_tied, reads_through, strays
 from .recompute import recompute
 from .scan import why_not_scan
 from .schedule import COLUMNS
@@ -46,6 +46,7 @@ class Fuser:
         self.readers = find_readers(program)
         self.waits, self.written = order_edges(program, graph)
         self.sources: dict[Value, tuple[Value, ...]] = {}
+        self.seen: dict[Value, list[Value]] = {}  # the same through inlined values
         self.twins: dict[Any, Group] = {}
         self.twin_frames: dict[Any, Frame] = {}
         inliner = Inliner(program, self.readers, self.escapes, self.waits, self.written)
@@ -80,6 +81,12 @@ class Fuser:
         """Have a value made otherwise than the graph says."""
         v.become(kind, None, args)
         self.sources.pop(v, None)
+        self.seen.clear()
+
+    def inline(self, values: set[Value]) -> None:
+        """Have values computed where they are read."""
+        self.inlined |= values
+        self.seen.clear()
 
     def _closure(self, v: Value) -> int:
         """Groups that must have run before v can be read."""
@@ -200,14 +207,15 @@ class Fuser:
             return "it reads what the kernel has for its own row only in another place"
         if any(self.home.get(w) is group for w in self.waits.get(v, ())):
             return WRITES
-        frame = tuple(group.resolve(axis) for axis in frame)  # a look at views splits atoms
+        if group.parts:  # a look at views splits atoms
+            frame = tuple(group.resolve(axis) for axis in frame)
         if v.reduces:
             return self._why_not_reduce(group, v, frame)
         if v.kind == "scan":
             why = why_not_scan(group, v, frame)
             return why or (None if group.reduced else self._why_idle(group, v, frame))
-        full = set(group.resolve(atoms_of(frame))) == set(group.domain)
         if group.reduced:
+            full = set(group.resolve(atoms_of(frame))) == set(group.domain)
             if (
                 full
                 and group.column
@@ -282,16 +290,19 @@ class Fuser:
 
     def _makes_cycle(self, group: Group, v: Value) -> bool:
         bit = 1 << group.number
-        return any(
-            self.upstream.get(s, 0) & bit for s in self.reads(v) if self.home.get(s) is not group
-        )
+        for s in self.reads(v):
+            if self.upstream.get(s, 0) & bit and self.home.get(s) is not group:
+                return True
+        return False
 
     def reads(self, v: Value) -> list[Value]:
         """What v reads, seen through inlined values."""
-        out: list[Value] = []
-        for s in self._sources(v):
-            out.extend(self.reads(s) if s in self.inlined else (s,))
-        return out
+        known = self.seen.get(v)
+        if known is None:
+            known = self.seen[v] = []
+            for s in self._sources(v):
+                known.extend(self.reads(s) if s in self.inlined else (s,))
+        return known
 
     # changes --------------------------------------------------------------------------------
 
@@ -328,7 +339,8 @@ class Fuser:
             self.twins[key] = group
             self.twin_frames[(group, key)] = frame
         group.members.append(v)
-        group.tied = find_tied([v], group.tied)
+        if is_tied(v, group.tied):
+            group.tied.add(v)
         group.last = max(group.last, self.place[v])
         self.home[v] = group
         self._grow(group, self.upstream[v])
@@ -375,9 +387,8 @@ class Fuser:
                     break
                 if known & bit:
                     self.upstream[v] = known | waits
-        self.upstream[group.members[-1]] |= self.upstream[group.members[0]]
-        for m in group.members:
-            self.upstream[m] &= ~bit
+        last = group.members[-1]  # may wait for other members, which do not wait for themselves
+        self.upstream[last] = (self.upstream[last] | self.upstream[group.members[0]]) & ~bit
 
     def _merge(self, one: Group, two: Group, v: Value) -> str | None:
         """Move the members of ``two`` into ``one`` (both feed v), or say why not."""

@@ -15,13 +15,18 @@ from .views import Frame
 Resolve = Callable[[Sequence[str]], tuple[str, ...]]
 
 
-def find_tied(members: Iterable[Value], known: Iterable[Value] = ()) -> set[Value]:
+def find_tied(members: Iterable[Value]) -> set[Value]:
     """The members (in topological order) that exist at the kernel's own place only."""
-    tied = set(known)
+    tied: set[Value] = set()
     for m in members:
-        if m.reduces or m.kind == "scan" or _tied_reads(m, tied):
+        if is_tied(m, tied):
             tied.add(m)
     return tied
+
+
+def is_tied(m: Value, tied: set[Value]) -> bool:
+    """Whether a member exists at the kernel's own place only, given those before it that do."""
+    return m.reduces or m.kind == "scan" or bool(_tied_reads(m, tied))
 
 
 def strays(v: Value, frame: Frame, group: Group, tied: set[Value]) -> bool:

@@ -53,7 +53,7 @@ def _try(fuser: Fuser, v: Value) -> bool:
     for m in chain.inner:
         group.members.remove(m)
         del fuser.home[m]
-    fuser.inlined |= chain.inner
+    fuser.inline(chain.inner)
     return True
 
 
