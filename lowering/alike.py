@@ -105,28 +105,31 @@ class _Description:
 
     def _described(self, v: Value) -> tuple[Any, ...]:
         member, inlined = v in self.members, v in self.inlined
-        computed = member or inlined
-        args: tuple[Any, ...] | None = None
-        if v.kind == "random" and computed:
-            seed, salt, threshold = v.args
-            number = _Salt(self.salts.setdefault(salt, len(self.salts)))
-            args = (self._place(seed), number, threshold)
-        elif computed or v.kind in ("view", "cast"):  # frames are looked for behind a cast, too
-            args = tuple(map(self._argument, v.args))
-        return (
-            v.kind,
-            v.op,
+        memory = (
             v.dtype,
             _exact(v.shape),
             _exact(v.strides),
+            self.group.frames.get(v),
+            v in self.written,
+        )
+        # who made what is in memory does not matter; frames are looked for behind views and casts
+        if not (member or inlined or v.kind in ("view", "cast", "full")):
+            return memory
+        return (
+            *memory,
+            v.kind,
+            v.op,
             None if v.params is None else self._parameter(v.params),
-            args,
+            self._salted(v) if v.kind == "random" else tuple(map(self._argument, v.args)),
             member,
             inlined,
-            v in self.written,
-            self.group.frames.get(v),
-            v.node.target if computed and v.node is not None else None,
+            None if v.node is None else v.node.target,
         )
+
+    def _salted(self, v: Value) -> tuple[Any, ...]:
+        seed, salt, threshold = v.args
+        number = _Salt(self.salts.setdefault(salt, len(self.salts)))
+        return self._place(seed), number, threshold
 
     def _argument(self, a: Any) -> Any:
         if isinstance(a, Value):

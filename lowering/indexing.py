@@ -88,8 +88,9 @@ class Index:
     __slots__ = ("_hash", "const", "terms")
 
     def __init__(self, terms: dict[str, Size] | None = None, const: Size = 0) -> None:
-        kept = {a: c for a, c in (terms or {}).items() if not (type(c) is int and c == 0)}
-        self.terms: tuple[tuple[str, Size], ...] = tuple(sorted(kept.items(), key=lambda t: t[0]))
+        kept = [t for t in terms.items() if not (type(t[1]) is int and t[1] == 0)] if terms else []
+        kept.sort()  # the names differ, so no sizes are compared
+        self.terms: tuple[tuple[str, Size], ...] = tuple(kept)
         self.const = const
         self._hash = hash((self.terms, const))
 

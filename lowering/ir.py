@@ -398,6 +398,8 @@ def _kept_innermost(x: Value, shape: Sequence[Size]) -> tuple[Size, ...] | None:
 
 
 def broadcast_shapes(shapes: Sequence[Sequence[Size]]) -> tuple[Size, ...]:
+    if len(set(map(tuple, shapes))) == 1:
+        return tuple(shapes[0])
     ndim = max((len(s) for s in shapes), default=0)
     out: list[Size] = [1] * ndim
     for shape in shapes:

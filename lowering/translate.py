@@ -351,10 +351,9 @@ def _recorded(method: Callable[..., Value]) -> Callable[..., Value]:
     @functools.wraps(method)
     def wrapper(self: _Recorder, *args: Any, **kwargs: Any) -> Value:
         value = method(self, *args, **kwargs)
-        if not self.values or self.values[-1] is not value:
-            known = any(isinstance(a, Value) and a is value for a in args)
-            if not known:
-                self.values.append(value)
+        last = self.values[-1] if self.values else None
+        if value is not last and not any(a is value for a in args):
+            self.values.append(value)
         return value
 
     return wrapper

@@ -1,0 +1,106 @@
+"""Kernels of equal layers are written once: who is alike, and what a taken-over source says.
+
+That it is what would have been written is checked in every test of the suite: see conftest.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import DEVICE, check, gems_only, rand
+from torch import Tensor, nn
+
+from gems_compile.backend import Gems
+
+pytestmark = gems_only
+
+
+def sources(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    backend = Gems()
+    torch.compile(fn, backend=backend, fullgraph=True, **kwargs)(*args)
+    return [s for report in backend.reports for s in report.source_of.values()]
+
+
+def taken_over(found: list[Any]) -> int:
+    return sum(s.like is not None for s in found)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(F.gelu(self.norm(x)))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_layers_take_over_the_sources_of_the_first(dynamic: bool) -> None:
+    model = nn.Sequential(*(Block(32) for _ in range(9))).to(DEVICE)
+    x = rand(6, 32)
+    check(model, x, dynamic=dynamic)
+    found = sources(model, x, dynamic=dynamic)
+    assert taken_over(found) >= len(found) // 2
+    assert len({s.key for s in found}) <= len(found) - taken_over(found)
+
+
+def test_a_taken_over_source_names_its_own_tensors_and_lines() -> None:
+    def fn(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
+        first = a.softmax(-1) * 2
+        second = (b @ w).softmax(-1) * 2
+        return first @ (second @ w)
+
+    own, other = rand(8, 8), rand(8, 8)
+    check(fn, own, other, rand(8, 8))
+    found = [s for s in sources(fn, own, other, rand(8, 8)) if "softmax" in s.name]
+    assert [s.like for s in found] == [None, found[0]]
+    assert found[0].text == found[1].text
+    assert "first = " in found[0].commented
+    assert "second = " in found[1].commented
+    assert not {w for _, _, w in found[0].params} & {w for _, _, w in found[1].params}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: (x * 2.0).softmax(-1),  # the number is another
+        lambda x: (x * 3 + 1).softmax(-1),
+        lambda x: (x * 3).softmax(-2),
+        lambda x: (x * 3).t().softmax(-1),  # other strides
+        lambda x: (x * 3).softmax(-1).half(),
+        lambda x: (x[:4] * 3).softmax(-1),
+        lambda x: (x.bfloat16() * 3).softmax(-1),
+    ],
+)
+def test_what_differs_is_written(other: Callable[[Tensor], Tensor]) -> None:
+    def fn(a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return (a * 3).softmax(-1) @ w, other(b @ w)
+
+    args = rand(8, 8), rand(8, 8), rand(8, 8)
+    check(fn, *args)
+    assert not taken_over(sources(fn, *args))
+
+
+def test_an_operand_used_twice_is_not_two_operands() -> None:
+    def fn(a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return (a * b).softmax(-1) @ w, ((a @ w) * (a @ w)).softmax(-1)
+
+    args = rand(8, 8), rand(8, 8), rand(8, 8)
+    check(fn, *args)
+    assert not taken_over(sources(fn, *args))
+
+
+def test_masks_of_two_layers_differ() -> None:
+    """A mask's number is an argument: one text, two masks."""
+
+    def fn(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        first = F.dropout(x, 0.5)
+        return first, F.dropout((first * 0 + 1) @ w, 0.5)
+
+    x = torch.ones(64, 64, device=DEVICE)
+    one, two = torch.compile(fn, backend="gems", fullgraph=True)(x, x)
+    assert not torch.equal(one == 0, two == 0)
