@@ -319,7 +319,7 @@ def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
                 continue
             if base in fuser.inlined or (base.computes and base not in read):
                 return False  # ATen would read what no kernel stores
-    member.kind, member.op, member.args, member.params = "buffer", None, (), None
+    fuser.turn(member, "buffer")
     program.aten[node] = "alone: nothing to fuse it with"
     del fuser.home[member]
     return True
