@@ -17,7 +17,9 @@ from __future__ import annotations
 import math
 import operator
 import re
+from collections import defaultdict
 from collections.abc import Collection
+from itertools import count
 from typing import Any
 
 import torch
@@ -48,22 +50,26 @@ def plan_in_place(
 ) -> dict[Value, Value]:
     """result -> the operand whose memory it takes."""
     last = _last_reads(gm, program, plan, sources)
+    ends: dict[int, list[Value]] = defaultdict(list)
+    for value, end in last.items():
+        ends[end].append(value)
     taken: dict[Value, Value] = {}
-    fresh: dict[Value, None] = {}  # in order
+    fresh: dict[Value, int] = {}  # value -> how many were made before
+    made = count()
     for k, step in enumerate(plan.steps):
         if isinstance(step, Node):
             value = program.of.get(step)
             if isinstance(value, Value) and value.node is step and _is_fresh(step):
-                fresh[value] = None
+                fresh[value] = next(made)
             continue
         own = [v for v in step.outputs if v not in scratch]
-        dying = [v for v in fresh if last.get(v) == k]
+        dying = sorted((v for v in ends[k] if v in fresh), key=fresh.__getitem__)
         for operand in dying:
             result = next((v for v in own if v not in taken and _same_room(v, operand)), None)
             if result is not None and _written_where_read(sources[step], operand, result):
                 taken[result] = operand
             del fresh[operand]
-        fresh.update(dict.fromkeys(own))
+        fresh.update(zip(own, made, strict=False))
     return taken
 
 
