@@ -77,6 +77,7 @@ _SCALAR_IDENTITIES: dict[Any, Callable[[Any, Any], bool]] = {
     aten.sub.Tensor: lambda x, c: c == 0 and math.copysign(1, c) > 0,
     aten.pow.Tensor_Scalar: lambda x, c: c == 1,
 }
+_MAY_COPY = _COPIES.union(_SCALAR_IDENTITIES, (aten.copy.default, aten.slice_scatter.default))
 
 
 def drop_no_ops(gm: fx.GraphModule) -> int:
@@ -132,6 +133,8 @@ def _view_source(node: fx.Node) -> fx.Node | None:
 
 def _copy_source(node: fx.Node, storage: Storage) -> fx.Node | None:
     """What this node is a copy of, if it can read the original instead."""
+    if node.target not in _MAY_COPY:
+        return None
     scatter = node.target is aten.slice_scatter.default  # of as many elements: of all of them
     source = node.args[int(scatter)] if len(node.args) > scatter else None
     if not isinstance(source, fx.Node) or not is_tensor(value_of(source)):
@@ -143,10 +146,9 @@ def _copy_source(node: fx.Node, storage: Storage) -> fx.Node | None:
             return None
         if not _SCALAR_IDENTITIES[node.target](value_of(source), node.args[1]):
             return None
-    elif node.target is aten.copy.default and isinstance(node.args[1], fx.Node):
+    elif node.target is aten.copy.default:
+        assert isinstance(node.args[1], fx.Node)  # a tensor, by its schema
         source = node.args[1]  # what it is copied over does not matter
-    elif node.target not in _COPIES and not scatter:
-        return None
     if not same_layout(value_of(node), value_of(source)):
         return None
     if storage.is_written(source) or storage.is_written(node):
@@ -179,12 +181,13 @@ def drop_duplicates(gm: fx.GraphModule) -> int:
     storage = Storage(gm.graph)
     version: dict[fx.Node, int] = {}
     seen: dict[Any, fx.Node] = {}
+    repeatable: dict[Any, bool] = {}
     dropped = 0
     for node in list(gm.graph.nodes):
         for written in mutated_arguments(node):
             root = storage.root[written]
             version[root] = version.get(root, 0) + 1
-        key = _duplicate_key(node, storage, version)
+        key = _duplicate_key(node, storage, version, repeatable)
         if key is None:
             continue
         first = seen.setdefault(key, node)
@@ -208,7 +211,13 @@ def _may_merge(first: fx.Node, node: fx.Node, storage: Storage) -> bool:
     return a not in storage.writes and b not in storage.writes and not {a, b} <= storage.escaping
 
 
-def _duplicate_key(node: fx.Node, storage: Storage, version: dict[fx.Node, int]) -> Any:
+def _duplicate_key(
+    node: fx.Node, storage: Storage, version: dict[fx.Node, int], repeatable: dict[Any, bool]
+) -> Any:
+    """What two nodes that compute the same have in common; None of a node that stays.
+
+    ``version``: how often memory was written so far; ``repeatable``: targets looked at before.
+    """
     if node.op != "call_function" or "unbacked_bindings" in node.meta:
         return None
     value = value_of(node)
@@ -216,9 +225,12 @@ def _duplicate_key(node: fx.Node, storage: Storage, version: dict[fx.Node, int])
         return "symbol", type(value), str(value.node.expr)
     if node.target is operator.getitem:
         return operator.getitem, node.args
-    if not _is_pure(node) or "empty" in schema_of(node).name:
+    if node.target not in repeatable:
+        repeatable[node.target] = _is_pure(node) and "empty" not in schema_of(node).name
+    if not repeatable[node.target]:
         return None
-    epochs = tuple(version.get(storage.root[n], 0) for n in node.all_input_nodes)
+    roots = map(storage.root.__getitem__, node.all_input_nodes) if version else ()
+    epochs = tuple((k, version[root]) for k, root in enumerate(roots) if root in version)
     return node.target, _literal(node.args), _literal(node.kwargs), epochs
 
 
