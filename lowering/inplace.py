@@ -51,8 +51,8 @@ def plan_in_place(
     """result -> the operand whose memory it takes."""
     last = _last_reads(gm, program, plan, sources)
     ends: dict[int, list[Value]] = defaultdict(list)
-    for value, end in last.items():
-        ends[end].append(value)
+    for read, end in last.items():
+        ends[end].append(read)
     taken: dict[Value, Value] = {}
     fresh: dict[Value, int] = {}  # value -> how many were made before
     made = count()

@@ -76,6 +76,7 @@ class Value:
 
     __slots__ = (
         "args",
+        "computes",
         "dtype",
         "id",
         "inputs",
@@ -83,6 +84,7 @@ class Value:
         "node",
         "op",
         "params",
+        "reduces",
         "shape",
         "strides",
     )
@@ -117,15 +119,9 @@ class Value:
         """Be computed otherwise from now on."""
         self.kind, self.op, self.args, self.params = kind, op, tuple(args), params
         self.inputs = tuple(a for a in self.args if isinstance(a, Value))
-
-    @property
-    def reduces(self) -> bool:
-        return self.kind in ("reduce", "partial")
-
-    @property
-    def computes(self) -> bool:
-        """Whether a kernel must do something for it (not memory, not a view)."""
-        return self.kind not in ("buffer", "view")
+        self.reduces = kind in ("reduce", "partial")
+        # whether a kernel must do something for it (not memory, not a view)
+        self.computes = kind not in ("buffer", "view")
 
 
 class SizeArg:
