@@ -146,7 +146,7 @@ def test_a_failing_self_test_is_the_exit_code(monkeypatch, capsys) -> None:
         raise RuntimeError("no compiler today")
 
     torch._dynamo.reset()
-    monkeypatch.setattr(backend, "compile_graph", fails)
+    monkeypatch.setattr(backend, "Compilation", fails)
     assert doctor.main(as_json=False) == 1
     assert "FAILED" in capsys.readouterr().out
 
