@@ -79,17 +79,17 @@ def _multiply(out: Any, a: Any, b: Any) -> None:
     """out = a @ b, the odd ends of dims that lie side by side in memory apart."""
     import torch
 
-    (rows, columns), terms = out.shape, a.shape[1]
-    even_rows, even_columns, even_terms = (_even(n, a) for n in (rows, columns, terms))
-    if even_columns != columns:
-        for part in (slice(even_columns), slice(even_columns, columns)):
+    odd = odd_dim(a, b)
+    if odd == "columns":
+        for part in _parts(b.shape[1], b):
             _multiply(out[:, part], a, b[:, part])
-    elif even_rows != rows and a.stride(0) == 1:
-        for part in (slice(even_rows), slice(even_rows, rows)):
+    elif odd == "rows":
+        for part in _parts(a.shape[0], a):
             _multiply(out[part], a[part], b)
-    elif even_terms != terms >= MANY and 1 in (a.stride(1), b.stride(0)):
-        most = _wide_product(a[:, :even_terms], b[:even_terms])
-        out.copy_(most.addmm_(a[:, even_terms:].float(), b[even_terms:].float()))
+    elif odd == "terms":
+        most, rest = _parts(a.shape[1], a)
+        wide = _wide_product(a[:, most], b[most])
+        out.copy_(wide.addmm_(a[:, rest].float(), b[rest].float()))
     else:
         torch.mm(a, b, out=out)
 
@@ -109,9 +109,21 @@ def _even(size: int, like: Any) -> int:
     return size // unit * unit or size
 
 
-def has_odd_ends(a: Any, b: Any) -> bool:
-    """Whether ``gems::product`` would take a @ b apart; a size that varies counts as even."""
-    sizes = a.shape[0], b.shape[1], a.shape[1]
-    rows, columns, terms = (type(n) is int and _even(n, a) != n for n in sizes)
-    terms = terms and a.shape[1] >= MANY and 1 in (a.stride(1), b.stride(0))
-    return columns or terms or (rows and a.stride(0) == 1)
+def _parts(size: int, like: Any) -> tuple[slice, slice]:
+    """The whole vectors of a dim, and its odd end."""
+    even = _even(size, like)
+    return slice(even), slice(even, size)
+
+
+def odd_dim(a: Any, b: Any) -> str | None:
+    """The dim of a @ b whose odd end ``gems::product`` takes apart next, or None; a size that
+    varies counts as even."""
+    sizes = b.shape[1], a.shape[0], a.shape[1]
+    columns, rows, terms = (type(n) is int and _even(n, a) != n for n in sizes)
+    if columns:
+        return "columns"
+    if rows and a.stride(0) == 1:
+        return "rows"
+    if terms and a.shape[1] >= MANY and 1 in (a.stride(1), b.stride(0)):
+        return "terms"
+    return None

@@ -44,8 +44,9 @@ def _is_wide(norm: Node, mean: Node) -> bool:
 def _apply_apart(joint: GraphModule, norm: Node, picks: dict[Any, Node]) -> Node:
     x, weight, bias = norm.args[:3]
     y, mean, rstd = (picks[k] for k in range(3))
-    last = max((y, mean, rstd), key=list(joint.graph.nodes).index)
-    with joint.graph.inserting_after(last):
+    for pick in (rstd, mean, y):  # they may be picked one by one, where they are first read
+        norm.append(pick)
+    with joint.graph.inserting_after(rstd):
         apply = joint.graph.call_function(
             torch.ops.gems.batch_norm_apply.default, (x, mean, rstd, weight, bias)
         )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..kernels.product import VECTOR, has_odd_ends, padded
+from ..kernels.product import VECTOR, odd_dim, padded
 from .graph import is_tensor, is_view, mutated_arguments, output_node, value_of
 from .rewrite import call_on_fakes
 from .translate import op_of
@@ -83,7 +83,7 @@ def _align_product(graph: fx.Graph, product: fx.Node) -> bool:
     operands, value = _operands(product), value_of(product)
     if product.target is not aten.mm.default:
         return False  # an addend is added to the rounded product where rows are padded
-    if not all(map(_is_aligned, operands)) or not has_odd_ends(*operands):
+    if not all(map(_is_aligned, operands)) or odd_dim(*operands) is None:
         return False
     family = _family(product)
     leaving = [node for node in family if _leaves(node)]

@@ -110,7 +110,7 @@ def test_scans_with_reductions(fn: Callable[[Tensor], Any], length: int) -> None
     got, report = lower(fn, x, multiprocessors=4)
     assert (report.launches, report.aten_calls) == (1, 0)
     for a, b in zip(got, tensors(fn(x.double())), strict=True):
-        rounding = 2e-6 * float(b.abs().max()) + 1e-4  # of the row's largest, where sums cross zero
+        rounding = 2e-6 * float(b.abs().max()) + 1e-4  # of the largest, where sums cross zero
         assert_same_values(a, b.to(a.dtype), rtol=1e-4, atol=rounding)
 
 
