@@ -120,7 +120,6 @@ def _floor_quotient(x, y):
         call(X, 0.7),
         call(X, T(low=1, high=7)),
     ],
-    quick=mathlib.quick_div,
 )
 @triton.jit
 def div(x, y):

@@ -13,8 +13,8 @@ from .group import Group
 from .ir import SIXTEEN_BIT, Value, base_of
 from .translate import op_of
 
-#: exp and quotients in float32 that a program asks for by name stay as exact as eager's
-_OURS_ONLY = ("exp", "div")
+#: a float32 exp that a program asks for by name stays as exact as eager's
+_OURS_ONLY = ("exp",)
 
 
 class Rounding:

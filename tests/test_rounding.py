@@ -43,7 +43,7 @@ def test_float32_results_are_not() -> None:
 def test_a_float32_value_is_if_all_its_readers_round_it() -> None:
     x = rand(4, 33, dtype=HALF)
     assert quick(lambda x: (x.float().sigmoid() * 2).to(HALF), x) == {"sigmoid"}
-    assert quick(lambda x: x.float().softmax(-1).sum(0).to(HALF), x) <= {"exp", "div"}
+    assert quick(lambda x: x.float().softmax(-1).sum(0).to(HALF), x) <= {"exp"}
 
 
 def test_a_float32_value_that_is_seen_is_not() -> None:
