@@ -30,20 +30,24 @@ def aligned_rows(x):
 
 
 def define(library: Any) -> None:
-    """Register ``gems::aligned_rows`` and ``gems::product`` on a torch Library.
+    """Register these on a torch Library:
 
-    aligned_rows: a copy of x [..., N] with the strides of x [..., padded N] where the last is 1
-    product:      a [M, K] @ b [K, N], with a stride of ``stride`` between its rows
+    aligned_rows:    a copy of x [..., N] with the strides of x [..., padded N] where the last is 1
+    product:         a [M, K] @ b [K, N], with a stride of ``stride`` between its rows
+    joined_products: the concatenation along ``dim`` (0 or 1) of a [M, K] @ b [K, N] for all a and b
     """
     import torch
 
     tags = (torch.Tag.pt2_compliant_tag,)
     library.define("aligned_rows(Tensor x) -> Tensor", tags=tags)
     library.define("product(Tensor a, Tensor b, int stride) -> Tensor", tags=tags)
+    library.define("joined_products(Tensor[] a, Tensor[] b, int dim) -> Tensor", tags=tags)
     library.impl("aligned_rows", _aligned_rows, "CompositeExplicitAutograd")
     library.impl("product", _product, "CompositeExplicitAutograd")
+    library.impl("joined_products", _joined_products, "CompositeExplicitAutograd")
     torch.library.register_fake("gems::aligned_rows", _rows_like, lib=library)
     torch.library.register_fake("gems::product", _room_for_product, lib=library)
+    torch.library.register_fake("gems::joined_products", _room_for_products, lib=library)
 
 
 def padded(size: int, itemsize: int) -> int:
@@ -72,6 +76,21 @@ def _room_for_product(a: Any, b: Any, stride: int) -> Any:
 def _product(a: Any, b: Any, stride: int) -> Any:
     out = _room_for_product(a, b, stride)
     _multiply(out, a, b)
+    return out
+
+
+def _room_for_products(a: Any, b: Any, dim: int) -> Any:
+    rows, columns = [x.shape[0] for x in a], [x.shape[1] for x in b]
+    return a[0].new_empty((sum(rows), columns[0]) if dim == 0 else (rows[0], sum(columns)))
+
+
+def _joined_products(a: Any, b: Any, dim: int) -> Any:
+    import torch
+
+    out = _room_for_products(a, b, dim)
+    sizes = [x.shape[0] for x in a] if dim == 0 else [x.shape[1] for x in b]
+    for left, right, part in zip(a, b, out.split(sizes, dim), strict=True):
+        torch.mm(left, right, out=part)
     return out
 
 

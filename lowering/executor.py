@@ -27,7 +27,8 @@ from .source import Source
 from .translate import Program
 
 #: ATen calls whose results are fresh, aligned and laid out as their FakeTensors say
-TRUSTED = {"mm", "bmm", "addmm", "baddbmm", "_softmax", "embedding", "native_layer_norm"}
+TRUSTED = {"mm", "bmm", "addmm", "baddbmm", "product", "joined_products"}
+TRUSTED |= {"_softmax", "embedding", "native_layer_norm"}
 
 
 def settle(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:

@@ -24,6 +24,7 @@ from .group import Group, Plan
 from .horizontal import Combined, Part, combine, combined_source, find_parts, may_share
 from .indexing import is_static, product
 from .ir import SIXTEEN_BIT, Value, base_of
+from .joined import join_products
 from .layout import changes_layout
 from .load import CompileError, Loading
 from .options import Options
@@ -40,7 +41,8 @@ from .translate import Program, Translator, op_of
 
 log = logging.getLogger("gems_compile.lowering")
 
-PASSES = (share_seeds, *ATEN_PASSES, align_products)  # first: one random seed a run
+#: first: one random seed a run; last: what products read and write, once nothing else changes
+PASSES = (share_seeds, *ATEN_PASSES, join_products, align_products)
 
 #: elements from which on a lone column reduction or GELU is ours
 MUCH = 2**21

@@ -83,6 +83,10 @@ def test_inference_and_a_batch_that_varies() -> None:
     assert "gems.product.default" in str(gems_compile.reports()[-1].aten)
 
 
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
 def _two_leave(a: Tensor, b: Tensor) -> Any:
     c = a @ b
     return c, c.t(), c.exp()
@@ -105,7 +109,7 @@ def test_whatever_shares_the_memory(fn: Callable[..., Any]) -> None:
     a = torch.randn(24, 16, device=DEVICE).bfloat16()
     b = torch.randn(16, ODD, device=DEVICE).bfloat16()
     found, wanted = torch.compile(fn, backend="gems")(a, b), fn(a, b)
-    for x, y in zip(*([v] if isinstance(v, Tensor) else v for v in (found, wanted)), strict=True):
+    for x, y in zip(*map(_tensors, (found, wanted)), strict=True):
         torch.testing.assert_close(x, y, atol=2e-2, rtol=2e-2)
         assert x.stride() == y.stride()
     if fn is _two_leave:
@@ -147,3 +151,85 @@ def test_long_rows_are_padded_to_cache_lines() -> None:
     assert padded(50257, 2) == 50304
     assert padded(53, 2) == 56
     assert padded(56, 2) == 56
+
+
+def _side_by_side(x: Tensor, v: Tensor, w: Tensor) -> Any:
+    return torch.cat([x @ v, x @ w], -1)
+
+
+def _in_three_dims(x: Tensor, v: Tensor, w: Tensor) -> Any:
+    x = x.view(3, -1, 16)
+    return torch.cat([F.linear(x, v.t()), F.linear(x, w.t())], 2)
+
+
+def _one_over_the_other(x: Tensor, v: Tensor, w: Tensor) -> Any:
+    return torch.cat([x @ w, x.exp() @ w, (x * 2) @ w])
+
+
+def _stacked(x: Tensor, v: Tensor, w: Tensor) -> Any:
+    return torch.stack([x @ v, x.exp() @ v]), torch.stack([x @ w, x.exp() @ w], 1)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("fn", "calls", "launches"),
+    [
+        (_side_by_side, 1, 0),
+        (_in_three_dims, 1, 0),
+        (_one_over_the_other, 1, 1),  # exp(x) and x * 2
+        (_stacked, 3, 0),  # exp(x) is ATen's
+    ],
+)
+def test_products_write_their_parts(
+    fn: Callable[..., Any], calls: int, launches: int, dynamic: bool
+) -> None:
+    """Of a concatenation that ATen or the caller reads: no kernel copies what they are."""
+    torch.manual_seed(0)
+    v, w = (torch.randn(16, n, device=DEVICE).bfloat16() for n in (16, 24))
+    compiled = torch.compile(fn, backend="gems")
+    for rows in (12, 24) if dynamic else (12,):
+        x = torch.randn(rows, 16, device=DEVICE).bfloat16()
+        if dynamic:
+            torch._dynamo.mark_dynamic(x, 0)
+        found, wanted = compiled(x, v, w), fn(x, v, w)
+        for a, b in zip(*map(_tensors, (found, wanted)), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)
+            assert a.stride() == b.stride()
+    report = gems_compile.reports()[-1]
+    assert report.launches == launches, report.wrapper
+    assert report.aten_calls == calls, report.aten
+
+
+def _read_by_a_kernel(x: Tensor, v: Tensor, w: Tensor) -> Any:
+    return torch.cat([x @ v, x @ w], -1).exp()
+
+
+def _part_read_elsewhere(x: Tensor, v: Tensor, w: Tensor) -> Any:
+    part = x @ v
+    return torch.cat([part, x @ w], -1), part.sum()
+
+
+def _operand_written(x: Tensor, v: Tensor, w: Tensor) -> Any:
+    part = x @ v
+    v.zero_()
+    return torch.cat([part, x @ w], -1)
+
+
+def _mixed(x: Tensor, v: Tensor, w: Tensor) -> Any:
+    return torch.cat([x @ v, x], -1)
+
+
+def _blocks_of_rows(x: Tensor, v: Tensor, w: Tensor) -> Any:
+    return torch.cat([(x @ w).view(3, 4, 24), (x.exp() @ w).view(3, 4, 24)], 1)
+
+
+@pytest.mark.parametrize(
+    "fn", [_read_by_a_kernel, _part_read_elsewhere, _operand_written, _mixed, _blocks_of_rows]
+)
+def test_what_stays_a_concatenation(fn: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    x, v, w = (torch.randn(s, device=DEVICE).bfloat16() for s in ((12, 16), (16, 16), (16, 24)))
+    found, wanted = torch.compile(fn, backend="gems")(x, v.clone(), w), fn(x, v.clone(), w)
+    for a, b in zip(*map(_tensors, (found, wanted)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)
+    assert "joined_products" not in str(gems_compile.reports()[-1].aten)
