@@ -40,10 +40,18 @@ MOST_BYTES = 2**20
 class Part:
     """What a kernel needs to share its launch: kernels of equal ``key`` can."""
 
-    renderer: _Shared
+    renderer: Any  # _Shared
     source: Source
     numel: int
     key: Any
+
+    def fits(self, parts: Sequence[Part]) -> bool:
+        """Whether so many parts, this one among them, are not too many for a launch."""
+        return len(_arguments([p.source for p in parts])) <= MOST_ARGUMENTS
+
+    def together(self, parts: Sequence[Part], multiprocessors: int) -> Source:
+        """The kernel of all parts."""
+        return combined_source(parts, multiprocessors)
 
 
 class Combined(Group):
@@ -192,12 +200,12 @@ class _Combiner:
     def _place_in_earlier(self, step: Any) -> int | None:
         part = self.parts.get(step)
         place = None if part is None else self.open.get(part.key)
-        if place is None or place <= self.barrier or self._after(step) >= place:
+        if part is None or place is None or place <= self.barrier or self._after(step) >= place:
             return None
         if place < len(self.launches) - 1 and not self._is_small(step):
             return None
-        together = [self.parts[g].source for g in (*self.launches[place], step)]
-        return place if len(_arguments(together)) <= MOST_ARGUMENTS else None
+        together = [self.parts[g] for g in (*self.launches[place], step)]
+        return place if part.fits(together) else None
 
     def _after(self, step: Any) -> int:
         """The last launch that something the step waits for is in."""

@@ -30,21 +30,22 @@ LEAST = 2**16
 
 def piecewise(whole: Renderer, inlined: set[Value], exact: bool) -> Source | None:
     """The kernel that ``whole`` would be in one piece; None if it has no cuts worth it."""
-    cut = _find_cut(whole)
+    cut = find_cut(whole)
     if cut is None:
         return None
     windows, outer = cut
     names: dict[Any, str] = {}
     params: list[tuple[str, str, Any]] = []
     try:
-        bodies = [_emit(whole.group, inlined, exact, w, names, params) for w in windows]
+        bodies = [emit_piece(whole.group, inlined, exact, names, params, w) for w in windows]
     except NeedSplit:
         return None
-    pieces = [_Piece(body, f"{whole.name}_{k}", whole) for k, body in enumerate(bodies)]
-    return _source(whole, pieces, params, outer)
+    pieces = [Piece(body, f"{whole.name}_{k}", whole) for k, body in enumerate(bodies)]
+    even = all(p.numel // outer % whole.tile.x == 0 for p in pieces)
+    return assembled(whole.name, pieces, params, outer if even else 1)
 
 
-def _find_cut(whole: Renderer) -> tuple[list[Window], int] | None:
+def find_cut(whole: Renderer) -> tuple[list[Window], int] | None:
     """(the pieces of one atom, how often the loops outside that atom run)."""
     sizes = whole.group.sizes
     order = whole._order(whole.group.parallel)
@@ -64,13 +65,13 @@ def _find_cut(whole: Renderer) -> tuple[list[Window], int] | None:
     return None
 
 
-def _emit(
+def emit_piece(
     group: Group,
     inlined: set[Value],
     exact: bool,
-    window: Window,
     names: dict[Any, str],
     params: list[tuple[str, str, Any]],
+    window: Window | None = None,
 ) -> Body:
     """One piece; all pieces share the kernel's parameters."""
     emitter = Emitter(group, inlined, exact, looped=False, window=window)
@@ -78,7 +79,7 @@ def _emit(
     return emitter.run()
 
 
-class _Piece(Renderer):
+class Piece(Renderer):
     """A function of the kernel's, which is given ``x``."""
 
     def __init__(self, body: Body, name: str, whole: Renderer) -> None:
@@ -103,12 +104,12 @@ class _Piece(Renderer):
         return [n for n, _, _ in self.body.params if n in words]
 
 
-def _source(
-    whole: Renderer, pieces: Sequence[_Piece], params: list[tuple[str, str, Any]], outer: int
+def assembled(
+    name: str, pieces: Sequence[Piece], params: list[tuple[str, str, Any]], rows: int
 ) -> Source:
-    block = whole.tile.x
-    even = all(p.numel // outer % block == 0 for p in pieces)
-    rows = outer if even else 1  # pieces take turns, so that a row is written at once
+    """The kernel of all pieces, which take turns ``rows`` times: a row is written at once."""
+    tile = pieces[0].tile
+    block = tile.x
     counts = [-(-p.numel // rows // block) for p in pieces]
     for piece in pieces:
         piece.write(masked=piece.numel % block != 0)
@@ -116,7 +117,7 @@ def _source(
     modules = ", ".join(sorted(set().union(*(p.body.modules for p in pieces))))
     imports = f"\nfrom gems_compile.kernels import {modules}\n" if modules else ""
     heads = [f"def {p.name}({', '.join([*p.parameters(), 'x'])}):" for p in pieces]
-    heads.append(f"def {whole.name}({', '.join([n for n, _, _ in params])}, XBLOCK: tl.constexpr):")
+    heads.append(f"def {name}({', '.join([n for n, _, _ in params])}, XBLOCK: tl.constexpr):")
     functions = [*(p.lines for p in pieces), kernel]
     text, computes = HEADER + imports, dict[int, Value]()
     for head, lines in zip(heads, functions, strict=True):
@@ -124,15 +125,15 @@ def _source(
         computes |= lines.below(text)
         text += lines.text
     meta = {
-        "name": whole.name,
-        "signature": {n: whole._type(role, what) for n, role, what in params},
+        "name": name,
+        "signature": {n: pieces[0]._type(role, what) for n, role, what in params},
         "constants": {"XBLOCK": block},
-        "num_warps": whole.tile.warps,
+        "num_warps": tile.warps,
     }
-    return Source(whole.name, text, params, rows * sum(counts), meta, computes)
+    return Source(name, text, params, rows * sum(counts), meta, computes)
 
 
-def _dispatch(pieces: Sequence[_Piece], counts: Sequence[int], wide: bool) -> Lines:
+def _dispatch(pieces: Sequence[Piece], counts: Sequence[int], wide: bool) -> Lines:
     """The kernel: of each row, so many programs for each piece."""
     lines = Lines()
     lines.depth = 1

@@ -16,12 +16,13 @@ from torch.fx import GraphModule, Node
 from ..kernels import load_ops
 from . import executor
 from .alike import Alike
+from .beside import find_beside, may_stand_beside
 from .emit import emit
 from .flow import find_escapes, written_by_aten
 from .foreach import take_foreach_apart
 from .fuse import Fuser
 from .group import Group, Plan
-from .horizontal import Combined, Part, combine, combined_source, find_parts, may_share
+from .horizontal import Combined, Part, combine, find_parts, may_share
 from .indexing import is_static, product
 from .ir import SIXTEEN_BIT, Value, base_of
 from .joined import join_products
@@ -152,7 +153,7 @@ class Compilation:
         fuser = Fuser(program, gm.graph, options.target.multiprocessors)
         groups = fuser.run()
         store_copies(gm.graph, program, fuser)
-        likely = may_share(groups)
+        likely = may_share(groups) | may_stand_beside(groups)
         groups = _without_lone(groups, program, fuser, options, likely)
         written = written_by_aten(program, gm.graph)
         clock.lap(report, "fuse")
@@ -170,7 +171,10 @@ class Compilation:
             if group not in likely:  # it compiles while the others are written
                 self._start(group, sources[group])
         candidates = [group for group in groups if group in likely]
-        parts = find_parts(candidates, sources, self.apart, options.target.multiprocessors)
+        many = options.target.multiprocessors
+        parts = find_parts(candidates, sources, self.apart, many)
+        others = [group for group in candidates if group not in parts]
+        parts |= find_beside(others, sources, self.apart, fuser.inlined, many)
         groups = _without_lone(groups, program, fuser, options, parts)
         steps = _launches(gm, program, fuser, groups, parts, options)
         groups = [step for step in steps if isinstance(step, Group)]
@@ -178,7 +182,7 @@ class Compilation:
             try:
                 if isinstance(group, Combined):
                     together = [parts[g] for g in group.groups]
-                    sources[group] = combined_source(together, options.target.multiprocessors)
+                    sources[group] = together[0].together(together, many)
             except Exception as e:
                 return group, e
             if group not in self.loading:

@@ -17,7 +17,7 @@ from torch import Tensor
 import gems_compile
 from gems_compile.backend import Gems
 from gems_compile.kernels.target import INTERPRETER
-from gems_compile.lowering import pipeline
+from gems_compile.lowering import horizontal, pipeline
 from gems_compile.lowering.horizontal import MOST_ARGUMENTS, Combined
 from gems_compile.lowering.load import Pool
 from gems_compile.lowering.pipeline import compile_graph
@@ -235,7 +235,7 @@ def test_a_launch_that_cannot_be_written_runs_apart(monkeypatch) -> None:
     def fails(*_):
         raise ValueError("no words")
 
-    monkeypatch.setattr(pipeline, "combined_source", fails)
+    monkeypatch.setattr(horizontal, "combined_source", fails)
     backend = Gems()
     xs = [rand(64), rand(32)]
     torch.testing.assert_close(torch.compile(chains, backend=backend)(*xs), chains(*xs))
