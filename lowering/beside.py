@@ -80,14 +80,14 @@ def find_beside(
 def _part_of(
     group: Group, source: Source, inlined: set[Value], multiprocessors: int
 ) -> Beside | None:
-    """The kernel as a part; None for one whose programs have something else than places in a row."""
+    """The kernel as a part; None for one whose programs do not count places one by one."""
     sizes = [group.sizes[a] for a in group.domain]
     if not is_static(*sizes) or any(role == "size" for _, role, _ in source.params):
         return None
     whole = Renderer(source.body, source.name, multiprocessors)
-    if whole.rank != 1 or whole.square is not None or whole.along is not None:
+    if whole.rank != 1 or find_cut(whole) is not None:
         return None
-    if find_cut(whole) is not None:
+    if any(form is not None for form in (whole.square, whole.along, whole.carried)):
         return None
     numel = product(whole.sizes[a] for a in whole.parallel)
     return Beside(whole, source, numel, ("beside", kind_of(group)), group, inlined)

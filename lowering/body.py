@@ -31,6 +31,25 @@ class Instr:
     computes: Value | None = None  # whose line of the user's code is its comment
     dtype: str = ""
     wide: bool = False  # of a put: it varies along r
+    within: str | None = None  # of a load: the mask without which nobody reads it
+
+
+#: where a range that is open on one side ends
+FAR = 2**62
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a test asks of a coordinate: ``low <= place < high``."""
+
+    place: Index
+    low: int = -FAR
+    high: int = FAR
+
+    def tests(self, name: str) -> list[str]:
+        """Its text, with the place's atom called ``name``."""
+        found = [f"({name} >= {self.low - self.place.const})"] if self.low > -FAR else []
+        return found + ([f"({name} < {self.high - self.place.const})"] if self.high < FAR else [])
 
 
 @dataclass(frozen=True)
@@ -59,6 +78,8 @@ class Body:
     unaligned: list[str] = field(default_factory=list)  # parameters that may begin anywhere
     wide: set[str] = field(default_factory=set)  # registers and derived atoms that vary along r
     cuts: dict[str, set[int]] = field(default_factory=dict)  # atom -> where another part begins
+    masks: dict[str, tuple[str, ...]] = field(default_factory=dict)  # register -> all that it asks
+    ranges: dict[str, Range] = field(default_factory=dict)  # text of a test -> what it asks
 
     def size(self, atom: str) -> Size:
         """How long an atom is, as far as this body runs over it."""

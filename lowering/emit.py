@@ -242,13 +242,13 @@ class Emitter:
         self, v: Value, coords: Sequence[Index], cond: str | None, section: tuple[str, int]
     ) -> str:
         name = self.buffer_name(v, "in")
-        index = self.address(v, coords)
+        index, within = self.address(v, coords), cond
         if cond is not None and lies_inside(v, coords, self):
             cond = None
         register = f"t{self.counter}"
         self.counter += 1
         self.body.sections.setdefault(section, []).append(
-            Instr("load", register, name, (index,), cond=cond, dtype=v.dtype)
+            Instr("load", register, name, (index,), cond=cond, dtype=v.dtype, within=within)
         )
         return register
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 #: bytes of an element's operands up to which eight of them keep too few loads in flight
 FEW_BYTES = 8
+#: elements for each multiprocessor that are work enough in long tiles
+LONG_TILES = 2**17
 #: ops of so many instructions that twice the elements would only take twice the registers
 LONG = ("gelu", "erf", "tanh", "pow", "sin", "cos", "gamma", "random.")
 
@@ -38,6 +40,14 @@ def asks_for_little(renderer: Renderer) -> bool:
         if all(index.coefficient(a) != 0 for a in renderer.parallel):
             bits += BITS[load.dtype]
     return 0 < bits <= 8 * FEW_BYTES
+
+
+def stores_more(renderer: Renderer, numel: int) -> bool:
+    """Whether the stores of a large transposing kernel take more memory than its loads."""
+    instrs = renderer._instrs()
+    bits = {k: [BITS[i.dtype] for i in instrs if i.kind == k] for k in ("load", "store")}
+    busy = numel >= LONG_TILES * renderer.multiprocessors
+    return busy and min(bits["store"], default=0) > max(bits["load"])
 
 
 def _runs_along(renderer: Renderer, index: Index) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .body import Range
 from .indexing import Index, Size, is_static, product, simplify
 from .ir import Value, base_of
 
@@ -56,8 +57,12 @@ def tests(
     found = []
     if known is None or known[0] < start:
         found.append(f"({register} >= {emitter.size_name(start)})")
+        if is_static(start):
+            emitter.body.ranges[found[-1]] = Range(place, low=start)
     if known is None or known[1] >= end:
         found.append(f"({register} < {emitter.size_name(end)})")
+        if is_static(end):
+            emitter.body.ranges[found[-1]] = Range(place, high=end)
     return found
 
 
@@ -86,6 +91,7 @@ def mask_line(
     if len(texts) == 1 and texts[0].isidentifier():
         return texts[0]
     mask = emitter.line(section, " & ".join(texts), prefix="m")
+    emitter.body.masks[mask] = tuple(texts)
     if wide:
         emitter.body.wide.add(mask)
     return mask

@@ -84,7 +84,7 @@ class Piece(Renderer):
 
     def __init__(self, body: Body, name: str, whole: Renderer) -> None:
         super().__init__(body, name, whole.multiprocessors, whole.backend)
-        self.square = self.along = self.aligned = None  # x counts all its places
+        self.square = self.along = self.aligned = self.carried = None  # x counts all its places
         self.tile = whole.tile
         self.numel: int = product(self.sizes[a] for a in self.parallel)
 

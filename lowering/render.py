@@ -10,7 +10,8 @@ from .accumulators import Accumulators
 from .aligned import aligned_of, begin, ends, inside, promise, store_ends, vector
 from .body import Body, Instr, loads_first
 from .by_rows import row_of, row_prologue
-from .flight import asks_for_little
+from .carried import Carried, carried_of, prologue, written
+from .flight import asks_for_little, stores_more
 from .fours import axis_of_fours, is_plain, whole_axis
 from .group import SHARE
 from .indexing import Index, Size, is_static, product, simplify
@@ -59,6 +60,7 @@ class Renderer(Accumulators, Loops):
         self.wide64 = self._needs_int64()
         self.square: tuple[str, str] | None = None  # (x atom, y atom) of a 2-D pointwise tile
         self.along: str | None = None  # the atom of a row that pointwise programs have parts of
+        self.carried: Carried | None = None  # how threads' places go on in the next row
         self.tile = self._choose_tile()
         self.aligned = aligned_of(self)
         self.outside_sweep = False  # where there is no row, and no x
@@ -113,10 +115,14 @@ class Renderer(Accumulators, Loops):
             self.square = self._transposed()
             if self.square is not None:
                 x, y = (self.sizes[a] for a in self.square)
-                return transpose_tile(x, y)
+                return transpose_tile(x, y, long=stores_more(self, rows))
             by_rows = row_of(self)
             if by_rows is not None:
                 self.along, tile = by_rows
+                return tile
+            carried = carried_of(self)
+            if carried is not None:
+                self.carried, tile = carried
                 return tile
             return pointwise_tile(rows, self.multiprocessors, asks_for_little(self))
         if self.group.column:
@@ -229,6 +235,8 @@ class Renderer(Accumulators, Loops):
             return self._square_prologue(pid)
         if self.along is not None:
             return row_prologue(self, self.along, pid)
+        if self.carried is not None:
+            return prologue(self, self.carried, pid)
         if self.sweeps:
             return self._sweep_prologue(pid, rows)
         column = "[:, None]" if self.rank == 2 else ""
@@ -363,7 +371,8 @@ class Renderer(Accumulators, Loops):
     def _instr(self, instr: Instr) -> None:
         for index in instr.indices:
             self._define(index)
-        getattr(self, f"_{instr.kind}")(instr)
+        if self.carried is None or not written(self, self.carried, instr):
+            getattr(self, f"_{instr.kind}")(instr)
 
     def _define(self, index: Index) -> None:
         """Emit the derived atoms an index needs."""
@@ -406,7 +415,7 @@ class Renderer(Accumulators, Loops):
 
     @property
     def _two_dims(self) -> bool:
-        return self.rank == 2 or self.square is not None
+        return self.rank == 2 or self.square is not None or self.carried is not None
 
     def _coordinate(self, index: Index) -> str:
         """An index as a tile of numbers (never a bare literal)."""

@@ -317,3 +317,66 @@ def test_statistics_of_another_row(fn: Callable[[Tensor], Any], length: int) -> 
     got, _ = lower(fn, x, alone=True)
     for a, b in zip(got, tensors(fn(x.double())), strict=True):
         assert_same_values(a, b.float(), rtol=1e-5, atol=1e-3)
+
+
+# kernels beside each other ------------------------------------------------------------------------
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), -1)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, cos, sin = q.transpose(1, 2), k.transpose(1, 2), cos[:, None], sin[:, None]
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "width"),
+    [(2, 6, (4, 2), 16), (1, 40, (4, 2), 128), (1, 7, (3, 2), 10)],  # the last one's are masked
+)
+def test_rotary_queries_and_keys_are_one_kernel(
+    batch: int, length: int, heads: tuple[int, int], width: int, multiprocessors: int, dtype: Any
+) -> None:
+    q, k = (rand(batch, length, h, width, dtype=dtype) for h in heads)
+    cos, sin = (rand(1, length, width, dtype=dtype) for _ in range(2))
+    report = fused(rope, q, k, cos, sin, kernels=1, multiprocessors=multiprocessors)
+    assert report.kernels == 1
+    names = [what for _, role, what in report.sources[0].params if role == "in"]
+    assert len(names) == len(set(names)) == 4  # the angles are parameters in common
+
+
+def test_kernels_of_equal_ops_take_turns_where_their_sizes_share_a_divisor() -> None:
+    q, k = rand(1, 128, 4, 32), rand(1, 128, 2, 32)
+    cos, sin = rand(1, 128, 32), rand(1, 128, 32)
+    report = fused(rope, q, k, cos, sin, kernels=1, multiprocessors=1)
+    assert "place = pid % 3" in report.sources[0].text
+
+
+def test_kernels_where_one_needs_the_other_stay_apart() -> None:
+    def fn(x: Tensor, w: Tensor) -> Any:
+        a = F.pad(x * 2, (1, 2)) + 1
+        return a, F.pad((a @ w) * 2, (1, 2)) + 1
+
+    fused(fn, rand(6, 11), rand(14, 5), kernels=2, aten=1)
+
+
+def test_no_more_kernels_beside_each_other_than_a_launch_takes() -> None:
+    """Each is text to compile."""
+
+    def fn(*xs: Tensor) -> Any:
+        return [F.pad(x * 2, (1, 2)) + 1 for x in xs]
+
+    fused(fn, *(rand(3, n) for n in range(5, 14)), kernels=3)
+
+
+def test_a_group_that_runs_apart_is_not_beside_another() -> None:
+    """Rows of their own atoms: a transposing tile counts no places in a row."""
+
+    def fn(*xs: Tensor) -> Any:
+        return [x.t() * 2 + y for x, y in zip(xs[::2], xs[1::2], strict=True)]
+
+    fused(fn, rand(40, 24), rand(24, 40), rand(48, 32), rand(32, 48), kernels=2)
