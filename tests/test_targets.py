@@ -137,6 +137,14 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Tensor, ...]]]]
         with_gradients(rope),
         lambda: (rand(2, 8, 64, 64), rand(64, 64), rand(64, 64)),
     ),
+    "rope_pair": (
+        lambda q, k, cos, sin: (rope(q, cos, sin), rope(k, cos, sin)),
+        lambda: (rand(2, 8, 64, 64), rand(2, 2, 64, 64), rand(64, 64), rand(64, 64)),
+    ),
+    "frame": (
+        lambda x, scale: F.pad(F.relu(x * scale + 1), (1, 1, 1, 1)) * 0.5,
+        lambda: (rand(16, 64, 24, 24), rand(64, 1, 1)),
+    ),
     "swiglu": (with_gradients(gemm_free_block), lambda: (rand(64, 512),) * 3),
     "batch_norm": (
         batch_norm,
