@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.fx import Node
@@ -66,15 +66,31 @@ def find_beside(
     inlined: set[Value],
     multiprocessors: int,
 ) -> dict[Group, Part]:
-    """Those of the groups that can share a launch with another of them."""
-    found = {}
-    for group in groups:
-        if kind_of(group) is not None and not any(node in apart for node in group.nodes):
-            part = _part_of(group, sources[group], inlined, multiprocessors)
-            if part is not None:
-                found[group] = part
+    """Those of the groups that can share a launch with another of them, which reads the same.
+
+    Others would save a launch alone, and none of them could write over an operand.
+    """
+    found: dict[Group, Part] = {}
+    for group, shared in _sharing(groups, sources, apart).items():
+        part = _part_of(group, sources[group], inlined, multiprocessors)
+        if part is not None:
+            found[group] = replace(part, key=("beside", kind_of(group), shared))
     keys = Counter(part.key for part in found.values())
     return {group: part for group, part in found.items() if keys[part.key] > 1}
+
+
+def _sharing(
+    groups: Iterable[Group], sources: dict[Group, Source], apart: Collection[Node]
+) -> dict[Group, frozenset[Value]]:
+    """Groups that read what another one of equal ops reads, and that."""
+    reads = {
+        group: {what for _, role, what in sources[group].params if role == "in"}
+        for group in groups
+        if kind_of(group) is not None and not any(node in apart for node in group.nodes)
+    }
+    many = Counter((kind_of(group), v) for group, read in reads.items() for v in read)
+    shared = {g: frozenset(v for v in read if many[kind_of(g), v] > 1) for g, read in reads.items()}
+    return {group: values for group, values in shared.items() if values}
 
 
 def _part_of(
@@ -90,7 +106,7 @@ def _part_of(
     if any(form is not None for form in (whole.square, whole.along, whole.carried)):
         return None
     numel = product(whole.sizes[a] for a in whole.parallel)
-    return Beside(whole, source, numel, ("beside", kind_of(group)), group, inlined)
+    return Beside(whole, source, numel, None, group, inlined)
 
 
 def _source(parts: Sequence[Beside], multiprocessors: int) -> Source:

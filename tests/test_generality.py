@@ -358,8 +358,8 @@ def test_kernels_of_equal_ops_take_turns_where_their_sizes_share_a_divisor() -> 
 
 def test_kernels_where_one_needs_the_other_stay_apart() -> None:
     def fn(x: Tensor, w: Tensor) -> Any:
-        a = F.pad(x * 2, (1, 2)) + 1
-        return a, F.pad((a @ w) * 2, (1, 2)) + 1
+        a = F.pad(x * w[0, 0], (1, 2)) + 1
+        return a, F.pad((a @ w) * w[0, 0], (1, 2)) + 1
 
     fused(fn, rand(6, 11), rand(14, 5), kernels=2, aten=1)
 
@@ -367,16 +367,26 @@ def test_kernels_where_one_needs_the_other_stay_apart() -> None:
 def test_no_more_kernels_beside_each_other_than_a_launch_takes() -> None:
     """Each is text to compile."""
 
-    def fn(*xs: Tensor) -> Any:
-        return [F.pad(x * 2, (1, 2)) + 1 for x in xs]
+    def fn(column: Tensor, *xs: Tensor) -> Any:
+        return [F.pad(x * column, (1, 2)) + 1 for x in xs]
 
-    fused(fn, *(rand(3, n) for n in range(5, 14)), kernels=3)
+    fused(fn, rand(3, 1), *(rand(3, n) for n in range(5, 14)), kernels=3)
+
+
+def test_kernels_that_read_nothing_in_common_stay_apart() -> None:
+    """Each may write over its operand then."""
+    fused(
+        lambda x, y: (F.pad(x * 2, (1, 2)) + 1, F.pad(y * 2, (1, 2)) + 1),
+        rand(3, 5),
+        rand(3, 6),
+        kernels=2,
+    )
 
 
 def test_a_group_that_runs_apart_is_not_beside_another() -> None:
     """Rows of their own atoms: a transposing tile counts no places in a row."""
 
     def fn(*xs: Tensor) -> Any:
-        return [x.t() * 2 + y for x, y in zip(xs[::2], xs[1::2], strict=True)]
+        return [x.t() * xs[0] + y for x, y in zip(xs[1::2], xs[2::2], strict=True)]
 
-    fused(fn, rand(40, 24), rand(24, 40), rand(48, 32), rand(32, 48), kernels=2)
+    fused(fn, rand(1), rand(40, 24), rand(24, 40), rand(48, 32), rand(32, 48), kernels=2)
