@@ -17,6 +17,7 @@ OP_FILES = (
     "norm",
     "loss",
     "indexing",
+    "scatter",
     "dropout",
     "product",
 )

@@ -25,6 +25,7 @@ def repair() -> None:
     - A loop's bound may be a scalar that NumPy holds in an array: Triton 3.6 with NumPy 2.4.
     - A scan or a reduction with a function of ours combines whole rows, not one element after
       another.
+    - bfloat16 is added atomically, each sum rounded, and so is one number to many places.
     """
     if not triton.knobs.runtime.interpret:
         return
@@ -64,6 +65,15 @@ def repair() -> None:
             result.dtype = tl.int1
         return result
 
+    atomic_rmw = builder.create_atomic_rmw
+
+    def create_atomic_rmw(self: Any, op: Any, ptr: Any, val: Any, mask: Any, *how: Any) -> Any:
+        whole = [np.ascontiguousarray(t.data) for t in (ptr, val, mask)]
+        if val.dtype.scalar == tl.bfloat16:  # for which Triton has no other operation
+            return interpreter.TensorHandle(_add_bfloat16(*whole), tl.bfloat16)
+        handles = (interpreter.TensorHandle(d, t.dtype) for d, t in zip(whole, (ptr, val, mask)))
+        return atomic_rmw(self, op, *handles, *how)
+
     patch_tensor = interpreter._patch_lang_tensor
 
     def patched_tensor(tensor: Any, scope: Any) -> None:
@@ -76,6 +86,7 @@ def repair() -> None:
         setattr(builder, name, quiet(getattr(builder, name)))
     builder.cast_impl = quiet(cast_impl)
     builder.create_fma = quiet(create_fma)
+    builder.create_atomic_rmw = create_atomic_rmw
     interpreter.ScanOps.generic_scan = _scan_by_doubling
     interpreter.ReduceOps.generic_reduce = _reduce_by_halving
     options = interpreter.InterpreterOptions(sanitize_overflow=False)
@@ -116,6 +127,22 @@ def _reduce_by_halving(self: Any, given: Any) -> list[Any]:
     if not self.keep_dims:
         state = [np.squeeze(d, axis) for d in state]
     return [self.to_tensor(d, t) for d, t in zip(state, dtypes, strict=True)]
+
+
+def _add_bfloat16(places: Any, values: Any, mask: Any) -> Any:
+    """Add one number after the other to memory; returns what was there, all as bits."""
+    import numpy as np
+    from triton._C.libtriton import interpreter
+
+    old = np.zeros_like(values)
+    for k in np.ndindex(values.shape):
+        if mask[k]:
+            here, true, zero = places[k].reshape(1), np.ones(1, bool), np.zeros(1, np.uint16)
+            found = interpreter.load(here, true, zero, np.dtype(np.uint16))
+            old[k] = found[0]
+            both = (np.append(found, values[k]).astype(np.uint32) << 16).view(np.float32)
+            interpreter.store(here, _bfloat16_bits(both[:1] + both[1:]), true)
+    return old
 
 
 def _bfloat16_bits(data: Any) -> Any:

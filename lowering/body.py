@@ -32,6 +32,7 @@ class Instr:
     dtype: str = ""
     wide: bool = False  # of a put: it varies along r
     within: str | None = None  # of a load: the mask without which nobody reads it
+    how: str = ""  # of a put: the atomic operation that it is, if it is one
 
 
 #: where a range that is open on one side ends

@@ -47,8 +47,8 @@ def drop_unread(program: Program, escapes: set[Value]) -> None:
 
 
 def find_escapes(program: Program, graph: Any) -> set[Value]:
-    """Values that ATen reads or the graph returns."""
-    escapes: set[Value] = set()
+    """Values that must be in memory: ATen reads them, the graph returns them or writes them."""
+    escapes = {base_of(v.params[0]) for v in program.values if v.kind == "store"}
     for node in graph.nodes:
         if node.op == "output" or node in program.aten:
             for source in node.all_input_nodes:
@@ -105,6 +105,8 @@ def order_edges(program: Program, graph: Any) -> tuple[dict[Value, list[Value]],
         if store is not None:
             for base in _written_bases(node, program):
                 waits[store].extend(r for r in read_by[base] if r not in own)
+                if base.node.op != "placeholder":
+                    waits[store].append(base)
                 if base in written_by:
                     waits[store].append(written_by[base])
                 written_by[base] = store
@@ -124,7 +126,8 @@ def order_edges(program: Program, graph: Any) -> tuple[dict[Value, list[Value]],
 def written_by_aten(program: Program, graph: Any) -> set[Value]:
     """Memory that calls of ATen write."""
     nodes = (n for n in graph.nodes if n in program.aten and has_effect(n))
-    return {base for node in nodes for base in _written_bases(node, program)}
+    written = {base for node in nodes for base in _written_bases(node, program)}
+    return {base for base in written if not base.computes}  # a kernel's result lies where it should
 
 
 def copies_alone(program: Program, graph: Any) -> dict[Node, str | None]:

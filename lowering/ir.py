@@ -369,15 +369,17 @@ class Builder:
         places: Sequence[int | None],
         shape: Sequence[Size],
         wrap: bool,
+        how: str = "",
     ) -> Value:
         """A write of ``values``, broadcast to ``shape``, into the memory of ``target``.
 
-        ``indices``, ``places`` and ``wrap`` say where, as they do for a gather's base. The target
-        is no operand: nothing of it is read.
+        ``indices``, ``places`` and ``wrap`` say where, as they do for a gather's base; ``how`` is
+        the atomic operation with what is there ("add", "max", "min"), if any. The target is no
+        operand: nothing of it is read.
         """
         axes = tuple(a for a, _ in indices)
         args = (values, *(v for _, v in indices))
-        params = (target, axes, tuple(places), wrap)
+        params = (target, axes, tuple(places), wrap, how)
         return Value("store", None, args, shape, target.dtype, params=params)
 
 
@@ -442,10 +444,14 @@ def computing_dtype(dtype: str) -> str:
 
 def is_dense(v: Value) -> bool:
     """Whether v's strides are a permutation of a contiguous layout."""
-    if not is_static(*v.shape, *v.strides):
-        return v.strides == contiguous_strides(v.shape)
+    return is_dense_layout(v.shape, v.strides)
+
+
+def is_dense_layout(shape: Sequence[Size], strides: Sequence[Size]) -> bool:
+    if not is_static(*shape, *strides):
+        return tuple(strides) == contiguous_strides(shape)
     step = 1
-    for stride, size in sorted((st, s) for st, s in zip(v.strides, v.shape, strict=True) if s != 1):
+    for stride, size in sorted((st, s) for st, s in zip(strides, shape, strict=True) if s != 1):
         if stride != step:
             return False
         step *= size

@@ -298,7 +298,7 @@ def drop_dead_code(gm: fx.GraphModule) -> int:
     return dropped
 
 
-_IN_PLACE: dict[Any, Any] = {  # overload -> overload
+IN_PLACE: dict[Any, Any] = {  # overload -> overload
     aten.index_put.default: aten.index_put_.default,
     aten.index_copy.default: aten.index_copy_.default,
     aten.index_add.default: aten.index_add_.default,
@@ -307,6 +307,7 @@ _IN_PLACE: dict[Any, Any] = {  # overload -> overload
     aten.scatter.src: aten.scatter_.src,
     aten.scatter.value: aten.scatter_.value,
     aten.scatter_add.default: aten.scatter_add_.default,
+    aten.scatter_reduce.two: aten.scatter_reduce_.two,
     aten.masked_scatter.default: aten.masked_scatter_.default,
 }
 _PART: dict[Any, Any] = {
@@ -361,7 +362,7 @@ def _updates(target: fx.Node, new: Any) -> list[fx.Node]:
     """The chain of updates that leads from ``target`` to ``new``, first one first."""
     chain: list[fx.Node] = []
     while isinstance(new, fx.Node) and new is not target:
-        if new.target not in _IN_PLACE and new.target not in _PART:
+        if new.target not in IN_PLACE and new.target not in _PART:
             return []
         if len(new.args) < 2 or not isinstance(new.args[0], fx.Node):
             return []
@@ -421,8 +422,8 @@ def _write(
         return node
 
     rest = update.args[1:]
-    if update.target in _IN_PLACE:
-        node = add(_IN_PLACE[update.target], (target, *rest), update.kwargs)
+    if update.target in IN_PLACE:
+        node = add(IN_PLACE[update.target], (target, *rest), update.kwargs)
         node.meta["val"] = value_of(target)
         return [node]
     part = add(_PART[update.target], (target, *rest[1:]), update.kwargs)
@@ -439,7 +440,7 @@ def _write(
     ):
         if source.target is aten.copy.default:
             source = source.args[1]
-        elif (source.target in _IN_PLACE or source.target in _PART) and _is_old_part(
+        elif (source.target in IN_PLACE or source.target in _PART) and _is_old_part(
             source.args[0], update
         ):
             return [part, *_write(graph, part, source, family, storage)]
@@ -477,6 +478,7 @@ PASSES = (
 )
 
 __all__ = [
+    "IN_PLACE",
     "PASSES",
     "count_in_place",
     "drop_dead_code",

@@ -39,6 +39,7 @@ from .schedule import needs_loop
 from .source import Source
 from .stores import store_copies
 from .translate import Program, Translator, op_of
+from .updates import take_updates_apart
 
 log = logging.getLogger("gems_compile.lowering")
 
@@ -114,6 +115,8 @@ class Compilation:
         for run in PASSES:
             run(gm)
             observe(run.__name__, gm)
+        if take_updates_apart(gm, self.device, options.target):
+            observe("take_updates_apart", gm)
         gm.graph.lint()
         report.nodes = sum(n.op == "call_function" for n in gm.graph.nodes)
         self.clock.lap(report, "passes")
@@ -311,12 +314,16 @@ def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
         return False
     if member.kind in ("pointwise", "cast") and changes_layout(member):
         return False
+    if member.kind == "cast" and base_of(member.args[0]).kind == "full":
+        return False  # ATen would fill what it copies
     if member.kind == "scan" and scans_rows(member, fuser.multiprocessors):
         return False
     op = op_of(node.target)
     if node.target is operator.getitem or (op is not None and op.kind == "composite"):
         return False
     read = {base_of(a) for a in member.inputs}
+    if member.kind == "store":
+        read.add(base_of(member.params[0]))
     for source in node.all_input_nodes:
         entry = program.of.get(source)
         for value in [entry] if isinstance(entry, Value) else []:
@@ -336,7 +343,11 @@ def _is_faster(v: Value) -> bool:
     with erf or tanh. Of 2 ** 26 in bfloat16 on an H200, in us (ATen, ours; copying takes 68):
 
         erf  90, 70   backward  121, 98   |   tanh  78, 68   backward  104, 98
+
+    And sums that ``index_put`` makes of places that it sorts first, in some eight kernels.
     """
+    if v.kind == "store":
+        return v.params[-1] == "add" and v.node.target is torch.ops.aten.index_put_.default
     size = product(v.shape)
     quick = v.op in ("gelu", "gelu_backward") and v.dtype in SIXTEEN_BIT
     return quick and is_static(size) and size >= MUCH

@@ -1,8 +1,8 @@
-"""Writes into an input at computed places (a KV cache), by the kernel that makes what is written.
+"""Writes into memory at computed places (a KV cache), by the kernel that makes what is written.
 
-The forms are those that ``passes.reinplace_updates`` leaves: ``index_copy_``, ``index_put_`` and
-``copy_`` into a part. A place out of range is not written, where ATen would stop with an assertion
-of the device; of equal places one value stays, no matter which. Under
+The memory is an input, where ``passes.reinplace_updates`` left an in-place call, or a tensor that
+``updates`` made for the purpose. A place out of range is not written, where ATen would stop with an
+assertion of the device; of equal places one value stays, no matter which, or the sum of all. Under
 ``torch.use_deterministic_algorithms`` ATen makes the choice, so the call is ATen's.
 """
 
@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.fx import Node
 
-from ..kernels.indexing import masks, picked
 from .body import Instr
 from .indexing import ZERO, Index
-from .ir import Builder, Declined, Value, base_of
+from .ir import SIXTEEN_BIT, Builder, Declined, Value, base_of
+from .scatter import NATIVE, OWN, SCATTERS
 from .views import Permute, Reshape, Slice
 
 if TYPE_CHECKING:
@@ -31,11 +30,14 @@ def lower_store(b: Builder, node: Node, args: Sequence[Any]) -> Value:
     base = base_of(target)
     if node.users:
         raise Declined("its result is read; only the memory may be")
-    if base.kind != "buffer" or base.node is None or base.node.op != "placeholder":
-        raise Declined("it writes no input")
+    if base.node is None or not (base.node.op == "placeholder" or OWN in base.node.meta):
+        raise Declined("it writes memory that others may hold")
     if not _is_injective(target):
         raise Declined("its places may be the same memory")
-    return WRITES[str(node.target)](b, *args)
+    store = WRITES[str(node.target)](b, *args)
+    if store.params[-1] == "add" and target.dtype in SIXTEEN_BIT and NATIVE not in node.meta:
+        raise Declined(f"sums in {target.dtype}, which ATen rounds less often")
+    return store
 
 
 def _is_injective(target: Value) -> bool:
@@ -49,35 +51,6 @@ def _is_injective(target: Value) -> bool:
     )
 
 
-def _check(target: Value, values: Value) -> None:
-    if torch.are_deterministic_algorithms_enabled():
-        raise Declined("deterministic algorithms are asked for")
-    if not target.ndim or values.dtype != target.dtype:
-        raise Declined(f"{values.dtype} values for {target.dtype} in {target.ndim} dims")
-
-
-def _index_copy(b: Builder, target: Value, dim: int, index: Value, source: Value) -> Value:
-    _check(target, source)
-    dim %= target.ndim
-    if source.ndim != target.ndim or index.ndim != 1:
-        raise Declined("its operands have several ranks")
-    places = b.reshape(index, [index.shape[0] if a == dim else 1 for a in range(target.ndim)])
-    along = [None if a == dim else a for a in range(target.ndim)]
-    return b.store(target, source, [(dim, places)], along, source.shape, wrap=False)
-
-
-def _index_put(
-    b: Builder, target: Value, indices: Sequence[Any], values: Value, accumulate: bool = False
-) -> Value:
-    _check(target, values)
-    if accumulate:
-        raise Declined("it adds to what is there")
-    if why := masks(target, indices):
-        raise Declined(why)
-    spread, places, shape = picked(b, target, indices)
-    return b.store(target, values, spread, places, shape, wrap=True)
-
-
 def _copy_part(b: Builder, target: Value, source: Value, *_: Any) -> Value:
     if target.kind != "view":
         raise Declined("a copy into all of an input")
@@ -85,16 +58,12 @@ def _copy_part(b: Builder, target: Value, source: Value, *_: Any) -> Value:
     return b.store(target, b.cast(source, target.dtype), [], own, target.shape, wrap=False)
 
 
-WRITES: dict[str, Callable[..., Value]] = {
-    "aten.index_copy_.default": _index_copy,
-    "aten.index_put_.default": _index_put,
-    "aten.copy_.default": _copy_part,
-}
+WRITES: dict[str, Callable[..., Value]] = {**SCATTERS, "aten.copy_.default": _copy_part}
 
 
 def emit_store(emitter: Emitter, v: Value, level: int) -> None:
     """Put v's operand at its places."""
-    target, axes, places, wrap = v.params
+    target, axes, places, wrap, how = v.params
     coords = emitter.coords(v)
     wide = any(emitter._varies(c) for c in coords)
     register = emitter.at(v.args[0], coords, v.shape, None, level)
@@ -115,7 +84,7 @@ def emit_store(emitter: Emitter, v: Value, level: int) -> None:
     mask = emitter.line(section, " & ".join(inside), prefix="m") if inside else None
     name = emitter.buffer_name(target, "in")
     put = Instr("put", register, name, (emitter.address(target, own),), mask, dtype=target.dtype)
-    put.wide = wide
+    put.wide, put.how = wide, how
     emitter.body.sections.setdefault(section, []).append(put)
 
 
@@ -124,4 +93,5 @@ def render_put(renderer: Renderer, instr: Instr) -> None:
     pointer = renderer.index(index) + renderer._missing(index, instr.wide)
     masks = [renderer.xmask, renderer.ymask, renderer.rmask if instr.wide else None, instr.cond]
     mask = ", mask=" + " & ".join(m for m in masks if m) if any(masks) else ""
-    renderer.lines.add(f"tl.store({instr.text} + ({pointer}), {instr.out}{mask})")
+    put, order = (f"tl.atomic_{instr.how}", ', sem="relaxed"') if instr.how else ("tl.store", "")
+    renderer.lines.add(f"{put}({instr.text} + ({pointer}), {instr.out}{mask}{order})")
