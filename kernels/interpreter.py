@@ -68,11 +68,14 @@ def repair() -> None:
     atomic_rmw = builder.create_atomic_rmw
 
     def create_atomic_rmw(self: Any, op: Any, ptr: Any, val: Any, mask: Any, *how: Any) -> Any:
-        whole = [np.ascontiguousarray(t.data) for t in (ptr, val, mask)]
         if val.dtype.scalar == tl.bfloat16:  # for which Triton has no other operation
-            return interpreter.TensorHandle(_add_bfloat16(*whole), tl.bfloat16)
-        handles = (interpreter.TensorHandle(d, t.dtype) for d, t in zip(whole, (ptr, val, mask)))
-        return atomic_rmw(self, op, *handles, *how)
+            old = _add_bfloat16(ptr.data, val.data, mask.data)
+            return interpreter.TensorHandle(old, tl.bfloat16)
+        whole = [
+            interpreter.TensorHandle(np.ascontiguousarray(t.data), t.dtype)
+            for t in (ptr, val, mask)
+        ]
+        return atomic_rmw(self, op, *whole, *how)
 
     patch_tensor = interpreter._patch_lang_tensor
 

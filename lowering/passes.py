@@ -28,6 +28,7 @@ from .graph import (
     schema_of,
     value_of,
 )
+from .looks import looks
 
 aten = torch.ops.aten
 log = logging.getLogger("gems_compile")
@@ -366,6 +367,8 @@ def _updates(target: fx.Node, new: Any) -> list[fx.Node]:
             return []
         if len(new.args) < 2 or not isinstance(new.args[0], fx.Node):
             return []
+        if new.target is aten.index_put.default and looks(new):
+            return []  # ATen would wait for the GPU to count the places of a mask
         chain.append(new)
         new = new.args[0]
     return chain[::-1] if new is target and target.op == "placeholder" else []

@@ -314,8 +314,8 @@ def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
         return False
     if member.kind in ("pointwise", "cast") and changes_layout(member):
         return False
-    if member.kind == "cast" and base_of(member.args[0]).kind == "full":
-        return False  # ATen would fill what it copies
+    if member.kind in ("cast", "store") and base_of(member.args[0]).kind == "full":
+        return False  # ATen would make what it copies
     if member.kind == "scan" and scans_rows(member, fuser.multiprocessors):
         return False
     op = op_of(node.target)

@@ -20,11 +20,11 @@ import torch
 from torch import fx
 
 from ..kernels.op import OPS
-from ..kernels.scatter import why_not_lines
 from ..kernels.target import Target
 from .graph import Storage, is_tensor, is_view, nodes_in, same_layout, value_of
 from .indexing import is_static, product, size_of
 from .ir import SUPPORTED, dtype_name, is_dense_layout
+from .looks import looks
 from .passes import IN_PLACE
 from .scatter import NATIVE, OWN
 from .view_ops import VIEWS
@@ -36,7 +36,6 @@ aten = torch.ops.aten
 CACHED = 2**22
 TIMES = 4
 
-_LINES = (aten.scatter.src, aten.scatter.value, aten.scatter_add.default)
 _INDEX_PUT = (aten.index_put.default, aten.index_put_.default)
 _REDUCE = (aten.scatter_reduce.two, aten.scatter_reduce_.two)
 _ADD = (
@@ -62,7 +61,8 @@ def take_updates_apart(gm: fx.GraphModule, device: torch.device, target: Target)
 
 def _rounds_each(node: fx.Node, target: Target) -> bool:
     """Whether the target adds atomically in the dtype, and ATen rounds as often."""
-    dtype = value_of(node.args[0]).dtype
+    base: Any = node.args[0]
+    dtype = value_of(base).dtype
     if node.target in _INDEX_PUT or dtype not in _NARROW:
         return False
     if dtype == torch.float16 or not target.backend:
@@ -80,14 +80,7 @@ def _is_ours(node: fx.Node, device: torch.device) -> bool:
         return False
     if not is_dense_layout(list(map(size_of, value.shape)), list(map(size_of, value.stride()))):
         return False
-    return node.target not in _LINES or not _looks(node)
-
-
-def _looks(node: fx.Node) -> bool:
-    """Whether each place looks for its element in the index (``kernels.scatter``)."""
-    args: Any = node.args
-    shape, index = ([size_of(s) for s in value_of(n).shape] for n in (args[0], args[2]))
-    return why_not_lines(shape, args[1], index) is None
+    return not looks(node)
 
 
 def _sums(node: fx.Node) -> bool:
