@@ -107,6 +107,19 @@ def gemm_free_block(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up + x
 
 
+def scatters(x: Tensor, y: Tensor, w: Tensor, i: Tensor) -> list[Tensor]:
+    counts = torch.zeros_like(i)
+    return [
+        torch.zeros_like(x).index_add(0, i, y * w[:, None]),
+        torch.zeros_like(x, dtype=torch.float16).index_add(0, i, y.half() * 2),
+        torch.zeros_like(x).index_put((i,), y.exp(), accumulate=True) + 1,
+        (x * 2).index_copy(0, i, y * 3),
+        counts.scatter_add(0, i // 2, i + 1),
+        counts.int().scatter_reduce(0, i // 2, (i + 1).int(), "amax"),
+        torch.zeros_like(x).scatter(1, i[:3].expand(64, 3), x[:, :3] * 2) + x,
+    ]
+
+
 PROGRAMS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Tensor, ...]]]] = {
     "layer_norm": (layer_norm_gelu, lambda: (rand(64, 1000), rand(1000), rand(1000))),
     "layer_norm_grad": (
@@ -214,6 +227,10 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Tensor, ...]]]]
         lambda i, x: torch.where((i[:, None] >= i[None, :]) & (x > 0), x, -1e4),
         lambda: (ids(64, high=99), rand(64, 64)),
     ),
+    "scatters": (
+        scatters,
+        lambda: (rand(64, 256), rand(40, 256), rand(40), ids(40, high=64)),
+    ),
 }
 DYNAMIC = (
     "layer_norm_grad",
@@ -224,12 +241,14 @@ DYNAMIC = (
     "column_sum",
     "embedding",
     "scans",
+    "scatters",
 )
 
 
 @functools.cache
 def fused() -> dict[str, Source]:
     """Kernels of the programs, by key: bfloat16, with static and with symbolic sizes."""
+    torch.use_deterministic_algorithms(False)  # under which scatters would be ATen's
     found = {}
     for name, (fn, inputs) in PROGRAMS.items():
         for dynamic in (False, True)[: 1 + (name in DYNAMIC)]:
