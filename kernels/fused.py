@@ -57,9 +57,10 @@ def register_torch_ops() -> None:
     torch.library.register_fake(
         "gems::batch_norm_apply", lambda x, *_: torch.empty_like(x), lib=library
     )
-    from . import dropout, product
+    from . import dropout, product, rows
 
     product.define(library)
+    rows.define(library)
     dropout.define(library)
     _LIBRARY = library
 

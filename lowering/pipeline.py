@@ -17,6 +17,7 @@ from ..kernels import load_ops
 from . import executor
 from .alike import Alike
 from .beside import find_beside, may_stand_beside
+from .embedding import take_embeddings_apart
 from .emit import emit
 from .flow import find_escapes, written_by_aten
 from .foreach import take_foreach_apart
@@ -115,6 +116,8 @@ class Compilation:
         for run in PASSES:
             run(gm)
             observe(run.__name__, gm)
+        if take_embeddings_apart(gm, self.device):
+            observe("take_embeddings_apart", gm)
         if take_updates_apart(gm, self.device, options.target):
             observe("take_updates_apart", gm)
         gm.graph.lint()

@@ -52,6 +52,14 @@ def _index_fill(b: Builder, target: Value, dim: int, index: Value, value: Any) -
     return _along(b, target, dim, index, b.full([1] * target.ndim, value, target.dtype), "")
 
 
+def _put_rows(b: Builder, target: Value, index: Value, rows: Value) -> Value:
+    return _along(b, target, 0, index, rows, "")
+
+
+def _add_rows(b: Builder, target: Value, index: Value, rows: Value) -> Value:
+    return _along(b, target, 0, index, rows, "add")
+
+
 def _along(b: Builder, target: Value, dim: int, index: Value, source: Value, how: str) -> Value:
     """Slices of ``source`` put at the places ``index`` along ``dim``."""
     check(target, source, how)
@@ -117,6 +125,8 @@ SCATTERS: dict[str, Callable[..., Value]] = {
     "aten.index_fill_.int_Scalar": _index_fill,
     "aten.index_put_.default": _index_put,
     "aten._index_put_impl_.default": _index_put,
+    "gems.put_rows_.default": _put_rows,
+    "gems.add_rows_.default": _add_rows,
     "aten.scatter_.src": _scatter,
     "aten.scatter_.value": _scatter,
     "aten.scatter_add_.default": _scatter_add,

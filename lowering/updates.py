@@ -44,7 +44,7 @@ _ADD = (
     aten.index_add.default,
     aten.index_add_.default,
 )
-_NARROW = (torch.float16, torch.bfloat16)
+NARROW = (torch.float16, torch.bfloat16)
 
 
 def take_updates_apart(gm: fx.GraphModule, device: torch.device, target: Target) -> int:
@@ -63,7 +63,7 @@ def _rounds_each(node: fx.Node, target: Target) -> bool:
     """Whether the target adds atomically in the dtype, and ATen rounds as often."""
     base: Any = node.args[0]
     dtype = value_of(base).dtype
-    if node.target in _INDEX_PUT or dtype not in _NARROW:
+    if node.target in _INDEX_PUT or dtype not in NARROW:
         return False
     if dtype == torch.float16 or not target.backend:
         return True
@@ -119,7 +119,7 @@ class _Updates:
         storage = Storage(self.graph)
         free = {n for n in updates if _is_free(n.args[0], n, storage)}
         for node in updates:
-            narrow = value_of(node).dtype in _NARROW and _sums(node)
+            narrow = value_of(node).dtype in NARROW and _sums(node)
             with self.graph.inserting_before(node):
                 if narrow and not _rounds_each(node, self.target) and _is_worth_float32(node):
                     new = self._in_float32(node)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import gems_compile
 from gems_compile.kernels.target import INTERPRETER
+from gems_compile.lowering import embedding
 from gems_compile.lowering.pipeline import compile_graph
 
 pytestmark = gems_only
@@ -169,6 +170,63 @@ def test_second_gradient() -> None:
     want = penalty(fn, x.clone().requires_grad_())
     got = penalty(compile_(fn), x.clone().requires_grad_())
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("padding", [None, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("large", [False, True])
+def test_gradient_of_a_table(
+    dtype: torch.dtype, padding: int | None, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 16 bits, a small table is summed in float32, of a large one the ids that occur twice."""
+    monkeypatch.setattr(embedding, "FEW_TOKENS", 16)
+    monkeypatch.setattr(embedding, "CACHED", 0 if large else 2**22)
+
+    def fn(table: Tensor, i: Tensor) -> Tensor:
+        return F.embedding(i, table, padding_idx=padding).sin() * 2
+
+    rows = (torch.randn(40, 24) / 4).to(DEVICE, dtype)
+    i = torch.cat([ints(4, 10, high=40), torch.full((4, 3), 7).to(DEVICE)], 1)
+    wide = rows.double().requires_grad_()
+    dy = rand(4, 13, 24, dtype=dtype)
+    fn(wide, i).backward(dy.double())
+    assert wide.grad is not None
+
+    got = rows.clone().requires_grad_()
+    compile_(fn)(got, i).backward(dy)
+    assert got.grad is not None
+    near = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got.grad.double(), wide.grad, rtol=near, atol=near)
+    backward = gems_compile.reports()[-1]
+    assert not any("embedding" in key for key in backward.aten)
+    sums = [s for s in backward.sources if "tl.atomic_add(" in s.text]
+    assert len(sums) == (2 if large and dtype != torch.float32 else 1)  # one counts ids
+
+
+def test_gradient_of_a_table_that_is_atens() -> None:
+    """Few tokens are not sorted, and many to one row would wait for each other."""
+
+    def fn(table: Tensor, i: Tensor) -> Tensor:
+        return F.embedding(i, table) * 2
+
+    check(fn, rand(9, 8, dtype=torch.bfloat16, grad=True), ints(12, high=9), atol=0.1)
+    check(fn, rand(2, 8, grad=True), ints(1200, high=2), rtol=1e-4, atol=1e-3)
+    for report in gems_compile.reports()[1::2]:
+        assert any("embedding_dense_backward" in key for key in report.aten)
+
+
+def test_gradient_of_a_table_of_any_number_of_tokens() -> None:
+    def fn(table: Tensor, i: Tensor) -> Tensor:
+        return F.embedding(i, table) * 2
+
+    table, run = rand(9, 8, grad=True), compile_(fn)
+    for count in (5, 7):
+        i = ints(3, count, high=9)
+        torch._dynamo.mark_dynamic(i, 1)
+        (got,) = torch.autograd.grad(run(table, i).sum(), table)
+        (want,) = torch.autograd.grad(fn(table, i).sum(), table)
+        assert_same_values(got, want)
+    assert launches() == [(1, 0), (2, 0)]
 
 
 # who reads and writes what, in which order --------------------------------------------------------
