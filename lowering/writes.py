@@ -73,9 +73,11 @@ def emit_store(emitter: Emitter, v: Value, level: int) -> None:
     for axis, index in zip(axes, v.args[1:], strict=True):
         place = emitter.at(index, coords, v.shape, None, level)
         size = emitter.size_name(target.shape[axis])
+        if index.dtype != "int64":  # its product with a stride may need more bits
+            place = _made(emitter, section, wide, f"{place}.to(tl.int64)")
         if wrap:
-            place = emitter.line(section, f"tl.where({place} < 0, {place} + {size}, {place})")
-            emitter.body.wide.update([place] if wide else ())
+            text = f"tl.where({place} < 0, {place} + {size}, {place})"
+            place = _made(emitter, section, wide, text)
         inside.append(f"({place} >= 0) & ({place} < {size})")
         own[axis] = Index({place: 1})
     while target.kind == "view":
@@ -86,6 +88,12 @@ def emit_store(emitter: Emitter, v: Value, level: int) -> None:
     put = Instr("put", register, name, (emitter.address(target, own),), mask, dtype=target.dtype)
     put.wide, put.how = wide, how
     emitter.body.sections.setdefault(section, []).append(put)
+
+
+def _made(emitter: Emitter, section: tuple[str, int], wide: bool, text: str) -> str:
+    register = emitter.line(section, text)
+    emitter.body.wide.update([register] if wide else ())
+    return register
 
 
 def render_put(renderer: Renderer, instr: Instr) -> None:

@@ -311,6 +311,16 @@ def test_order(fn: Callable[..., Any], dynamic: bool) -> None:
     assert len(left) == (fn is base_is_read_later), left  # what reads all that it adds to
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_index_of_few_bits(dtype: torch.dtype) -> None:
+    def fn(x: Tensor, y: Tensor, i: Tensor) -> Any:
+        z = torch.zeros_like(x)
+        return z.index_add(0, i, y * 2), z.index_put((i - 8,), y.exp(), accumulate=True)
+
+    check(fn, rand(8, 6), rand(5, 6), ints(5, high=8, dtype=dtype))
+    assert launches() == [(2, 0)]
+
+
 @pytest.mark.parametrize("how", ["sum", "amax", "amin"])
 def test_reductions_of_integers(how: str) -> None:
     def fn(x: Tensor, i: Tensor, y: Tensor) -> Tensor:
