@@ -27,6 +27,7 @@ from .ir import SUPPORTED, dtype_name, is_dense_layout
 from .looks import looks
 from .passes import IN_PLACE
 from .scatter import NATIVE, OWN
+from .translate import schema_args
 from .view_ops import VIEWS
 
 aten = torch.ops.aten
@@ -87,12 +88,17 @@ def _sums(node: fx.Node) -> bool:
     """Whether the update adds to what is there."""
     if node.target in _INDEX_PUT:
         return bool(node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate"))
-    return node.target in _ADD or (node.target in _REDUCE and node.args[4] == "sum")
+    if node.target in _REDUCE:
+        *_, how, kept = schema_args(node)
+        return how == "sum" and kept
+    return node.target in _ADD
 
 
 def _is_worth_float32(node: fx.Node) -> bool:
     """Whether a float32 buffer for all places costs little beside what is added."""
-    if torch.are_deterministic_algorithms_enabled():
+    indices: Any = node.args[1] if node.target in _INDEX_PUT else ()
+    masked = any(i is not None and value_of(i).dtype == torch.bool for i in indices)
+    if masked or torch.are_deterministic_algorithms_enabled():
         return False  # ATen makes the sums
     size = product(size_of(s) for s in value_of(node).shape)
     added = product(size_of(s) for s in value_of(_source(node)).shape)

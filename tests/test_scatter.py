@@ -367,6 +367,30 @@ def test_out_of_range_is_dropped() -> None:
 # what is left to ATen -----------------------------------------------------------------------------
 
 
+def masked_sums(x: Tensor, y: Tensor, i: Tensor) -> Tensor:
+    return x.index_put((x > 0,), y.sum().expand(()), accumulate=True)
+
+
+def sums_of_what_is_put_alone(x: Tensor, y: Tensor, i: Tensor) -> Tensor:
+    return (x * 2).scatter_reduce(0, i[:, None], y * 2, "sum", include_self=False)
+
+
+def means(x: Tensor, y: Tensor, i: Tensor) -> Tensor:
+    return (x * 2).scatter_reduce(0, i[:, None], y * 2, "mean")
+
+
+def largest(x: Tensor, y: Tensor, i: Tensor) -> Tensor:
+    return (x * 2).scatter_reduce(0, i[:, None], y * 2, "amax")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fn", [masked_sums, sums_of_what_is_put_alone, means, largest])
+def test_what_atens_call_does(fn: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    check(fn, rand(8, 6, dtype=dtype), rand(5, 6, dtype=dtype), ints(5, high=8), atol=0.1)
+    (report,) = gems_compile.reports()
+    assert sum("index_put_" in key or "scatter_reduce_" in key for key in report.aten) == 1
+
+
 def test_lone_scatter_is_atens() -> None:
     """It moves what ATen's moves; of ``index_put``, ATen sorts the places first."""
 
