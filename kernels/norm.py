@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from .op import T, call, composite
-from .reduction import moments, wide
+from .reduction import moments, moments_of_parts, wide
 
 
 def _axes(x: Any, shape: Any) -> list[int]:
@@ -172,31 +172,10 @@ def gems_rms_norm_backward(
     )
 
 
-def moments_of_parts(b: Any, x: Any, axes: list[int]) -> tuple[Any, Any]:
-    """(var, mean) of float32 x, axes kept.
-
-    Where a row is too long for one program: in parts, each read once, whose moments are then
-    combined (Chan et al. 1979). A part's moments are taken about its first element, which lies at
-    most sqrt(n) standard deviations from the mean of its n: the variance loses little to
-    cancellation, and typically nothing.
-    """
+def _moments(b: Any, x: Any, axes: list[int]) -> tuple[Any, Any]:
+    """(var, mean) of float32 x, axes kept; in parts where a row is too long for one program."""
     parts = b.even_parts(x, axes)
-    if parts == 1:
-        return moments(b, x, axes, 0)
-    cut, inner, outer = b.split(x, axes, parts)
-    first = cut
-    for a in inner:
-        first = b.slice(first, a, 0, 1)
-    diff = b.sub(cut, first, 1)
-    n = b.count(cut, inner)
-    shift = b.div(b.sum_of_parts(diff, inner), n)
-    spread = b.sub(b.div(b.sum_of_parts(b.mul(diff, diff), inner), n), b.mul(shift, shift), 1)
-    center = b.add(first, shift, 1)
-    mean = b.div(b.sum_of_parts(center, outer), parts)
-    off = b.sub(center, mean, 1)
-    var = b.div(b.sum_of_parts(b.add(spread, b.mul(off, off), 1), outer), parts)
-    kept = [1 if a in axes else s for a, s in enumerate(x.shape)]
-    return b.reshape(var, kept), b.reshape(mean, kept)
+    return moments(b, x, axes, 0) if parts == 1 else moments_of_parts(b, x, axes, parts)
 
 
 @composite(
@@ -214,7 +193,7 @@ def group_norm(
     n, c = shape[0], shape[1]
     split = b.reshape(wide(b, x), (n, group, c // group, *shape[2:]))
     axes = list(range(2, split.ndim))
-    var, mean = moments_of_parts(b, split, axes)
+    var, mean = _moments(b, split, axes)
     rstd = b.rsqrt(b.add(var, eps, 1))
     y = b.reshape(b.mul(b.sub(split, mean, 1), rstd), shape)
     y = _per_channel(b, y, weight, bias)
@@ -327,7 +306,7 @@ def batch_norm_apply(b: Any, x: Any, mean: Any, rstd: Any, weight: Any, bias: An
 def batch_moments(b: Any, x: Any) -> tuple[Any, Any, Any]:
     """(var, mean, how many) of each channel of float32 x, axes kept."""
     axes = [a for a in range(x.ndim) if a != 1]
-    return (*moments_of_parts(b, x, axes), b.count(x, axes))
+    return (*_moments(b, x, axes), b.count(x, axes))
 
 
 @composite(

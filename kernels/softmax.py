@@ -18,9 +18,29 @@ def _no_dims(x: Any, *_: Any) -> str | None:
 def softmax(b: Any, x: Any, dim: int, half_to_float: bool) -> Any:
     """exp(x - max(x)) / sum(exp(x - max(x)))."""
     x = wide(b, x)
+    found = _stats_of_parts(b, x, dim, 3)
+    if found is not None:
+        return b.mul(b.exp(b.sub(x, found[0], 1)), b.reciprocal(found[1]))
     e = b.exp(b.sub(x, b.amax(x, [dim]), 1))
     # one division a row: the sum is at least 1, so that its reciprocal neither overflows nor loses
     return b.mul(e, b.reciprocal(b.sum(e, [dim])))
+
+
+def _stats_of_parts(b: Any, x: Any, dim: int, passes: int) -> tuple[Any, Any] | None:
+    """(max(x), sum(exp(x - max(x)))) of few long rows, from parts that are each read once."""
+    dim %= x.ndim
+    parts = b.row_parts(x, [dim], passes)
+    if parts == 1:
+        return None
+    cut, within, across = b.split(x, [dim], parts)
+    tops = b.reduce("amax", cut, within, split=False)
+    sums = b.reduce("sum", b.exp(b.sub(cut, tops, 1)), within, split=False)
+    top = b.reduce("amax", tops, across, split=False)
+    # a part of nothing but -inf has a sum of NaN, and no share in the row's
+    none, nothing = b.full((1,), 0.0, x.dtype), b.call("eq", tops, float("-inf"), dtype="bool")
+    sums = b.where(nothing, none, b.mul(sums, b.exp(b.sub(tops, top, 1))), dtype=x.dtype)
+    kept = [1 if k == dim else s for k, s in enumerate(x.shape)]
+    return b.reshape(top, kept), b.reshape(b.sum_of_parts(sums, across), kept)
 
 
 @composite(
@@ -30,6 +50,9 @@ def softmax(b: Any, x: Any, dim: int, half_to_float: bool) -> Any:
 def log_softmax_stats(b: Any, x: Any, dim: int) -> Any:
     """(max(x), log(sum(exp(x - max(x))))), both from one read of x."""
     x = wide(b, x)
+    found = _stats_of_parts(b, x, dim, 2)
+    if found is not None:
+        return found[0], b.log(found[1])
     return b.amax(x, [dim]), b.reduce("logsum", x, [dim])
 
 

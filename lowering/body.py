@@ -78,6 +78,9 @@ class Body:
     modules: set[str] = field(default_factory=set)
     unaligned: list[str] = field(default_factory=list)  # parameters that may begin anywhere
     wide: set[str] = field(default_factory=set)  # registers and derived atoms that vary along r
+    folds: dict[str, int] = field(
+        default_factory=dict
+    )  # atom that counts a row's parts -> how many
     cuts: dict[str, set[int]] = field(default_factory=dict)  # atom -> where another part begins
     masks: dict[str, tuple[str, ...]] = field(default_factory=dict)  # register -> all that it asks
     ranges: dict[str, Range] = field(default_factory=dict)  # text of a test -> what it asks
@@ -86,7 +89,7 @@ class Body:
         """How long an atom is, as far as this body runs over it."""
         if self.window is not None and atom == self.window.atom:
             return self.window.length
-        return self.group.size(atom)
+        return self.folds[atom] if atom in self.folds else self.group.size(atom)
 
     def first(self, atom: str) -> int:
         """Where it begins to run over an atom."""

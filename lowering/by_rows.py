@@ -9,27 +9,48 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .aligned import LANES, begin, ends, inside
+from .folds import row_atoms
 from .indexing import Size, is_static, product
 from .schedule import Tile
+from .spelling import EmitError
 
 if TYPE_CHECKING:
     from .render import Renderer
 
 #: lanes beyond the row's end, as a share of it, that cost less than the divisions
 IDLE = 1 / 16
+#: the same, that cost less than another launch
+IDLE_BESIDE_LAUNCH = 1 / 4
 
 
 def row_of(renderer: Renderer) -> tuple[str, Tile] | None:
     """(the atom that runs along a row, the tile of one), if the kernel is better run by rows."""
+    rows = row_atoms(renderer)
+    if rows:
+        return _row_of_folds(renderer, rows)
     sizes = [renderer.sizes[a] for a in renderer.parallel]
     if len(sizes) < 2 or not is_static(*sizes):
         return None
     numel, length, inner = product(sizes), sizes[-1], renderer.parallel[-1]
     if numel < 4096 * renderer.multiprocessors:
         return None
-    tile = next((t for t in (2048, 1024) if -(-length // t) * t <= length * (1 + IDLE)), None)
+    tile = _tile(length, IDLE)
     if tile is None or not _has_row_values(renderer, inner):
         return None
+    return inner, Tile(tile)
+
+
+def _tile(length: int, idle: float) -> int | None:
+    return next((t for t in (2048, 1024) if -(-length // t) * t <= length * (1 + idle)), None)
+
+
+def _row_of_folds(renderer: Renderer, rows: set[str]) -> tuple[str, Tile]:
+    """The same, where programs combine the parts of their row."""
+    inner = renderer.parallel[-1]
+    length = renderer.sizes[inner]
+    tile = _tile(length, IDLE_BESIDE_LAUNCH) if is_static(length) else None
+    if inner in rows or not rows <= {*renderer.parallel, *renderer.merged} or tile is None:
+        raise EmitError("its programs would combine the parts of many rows")
     return inner, Tile(tile)
 
 

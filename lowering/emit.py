@@ -17,6 +17,7 @@ from typing import Any
 
 from ..kernels.op import BODIES
 from .body import Body, Instr, Window
+from .folds import fold
 from .group import Group
 from .indexing import ZERO, Index, NeedSplit, Size, is_one, is_static, quotient, simplify
 from .ir import FLOATING, INTEGERS, SIXTEEN_BIT, SizeArg, Value, computing_dtype
@@ -92,7 +93,8 @@ class Emitter:
             elif v in self.online:
                 known = self.level(self.online[v][1][0]) + 1
             else:
-                known = max((self.level(a) for a in v.inputs), default=0) + v.reduces
+                own = v in self.members and v.reduces  # else it is a fold, in no loop
+                known = max((self.level(a) for a in v.inputs), default=0) + own
             self.levels[v] = known
         return known
 
@@ -129,7 +131,8 @@ class Emitter:
                 return divisor
             top = self._extent(index)
             return quotient(top, divisor) or top
-        return self.body.size(atom) if atom in self.group.sizes else 2**31
+        known = atom in self.group.sizes or atom in self.body.folds
+        return self.body.size(atom) if known else 2**31
 
     def _extent(self, index: Index) -> Size:
         top: Size = index.const + 1
@@ -218,6 +221,8 @@ class Emitter:
     ) -> str:
         if not self._computes(v):
             return self._load(v, coords, cond, section)
+        if v.reduces and v not in self.members:
+            return fold(self, v, coords, cond, level, section)
         method = getattr(self, f"_{v.kind}", None)
         if method is None or v.reduces:
             raise EmitError(f"{v!r} cannot be evaluated here")

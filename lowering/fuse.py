@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .flow import drop_unread, find_escapes, find_readers, order_edges
+from .folds import fold_parts
 from .frames import align, aligned_operands, atoms_of, frame_for
 from .group import SHARE, Group
 from .indexing import contiguous_strides, is_static, product
@@ -63,6 +64,7 @@ class Fuser:
             if v.computes and v not in self.inlined:
                 self._place(v)
         recompute(self)
+        fold_parts(self)
         live = [g for g in self.groups if g.members]
         for group in live:
             group.outputs = [m for m in group.members if self._stored(m, group)]
@@ -77,9 +79,16 @@ class Fuser:
             known = self.sources[v] = (*map(base_of, v.inputs), *self.waits.get(v, ()))
         return known
 
-    def turn(self, v: Value, kind: str, args: Sequence[Value] = ()) -> None:
+    def turn(
+        self,
+        v: Value,
+        kind: str,
+        args: Sequence[Any] = (),
+        op: str | None = None,
+        params: Any = None,
+    ) -> None:
         """Have a value made otherwise than the graph says."""
-        v.become(kind, None, args)
+        v.become(kind, op, args, params)
         self.sources.pop(v, None)
         self.seen.clear()
 

@@ -120,7 +120,7 @@ def _part_of(source: Source, multiprocessors: int) -> Part | None:
     """The kernel as a part of a launch; None for one that is no loop over contiguous memory."""
     body: Body = source.body
     group = body.group
-    if body.derived or not is_static(*(group.sizes[a] for a in group.domain)):
+    if body.derived or body.folds or not is_static(*(group.sizes[a] for a in group.domain)):
         return None
     if any(role == "size" for _, role, _ in source.params):
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from .flow import base_of, is_widening
-from .indexing import product
+from .indexing import is_static, product
 from .ir import BITS, Value
 from .sweep import is_column
 from .translate import Program
@@ -36,6 +36,8 @@ HEAVY = {
     "sqrt",
     "lgamma",
 }
+#: a value with so few elements beside another's costs no time to store and load
+MUCH_SMALLER = 1024
 CONSTANT = ("full", "iota")
 
 
@@ -98,7 +100,7 @@ class Inliner:
             elif v in worth:
                 inputs = [base_of(a) for a in v.inputs]
                 cost[v] = op_cost(v) + sum(cost[a] for a in inputs if a in inlined)
-                whole = [a for a in inputs if not a.reduces]  # a row's results are small beside it
+                whole = [a for a in inputs if not (a.reduces or _is_small(a, v))]
                 if (
                     cost[v] * uses[v] <= INLINE_BUDGET
                     and all(a in inlined or a.kind == "buffer" for a in whole)
@@ -146,6 +148,11 @@ class Inliner:
             ):
                 out.add(v)
         return out
+
+
+def _is_small(a: Value, v: Value) -> bool:
+    """Whether a is to v as a row's results are to the row."""
+    return is_static(*a.shape, *v.shape) and MUCH_SMALLER * product(a.shape) <= product(v.shape)
 
 
 def _as_large(a: Value, v: Value) -> bool:

@@ -21,6 +21,7 @@ from .parts import (
     normalize_axes,
     parts_of,
     parts_wanted,
+    pays,
 )
 from .views import Affine, Expand, Flip, Permute, Reshape, Slice, View
 
@@ -197,7 +198,10 @@ class Builder:
         axes = normalize_axes(axes, x.ndim)
         parts = 1
         if split and op in SPLITTABLE:
-            parts = parts_wanted(x, axes, self.multiprocessors)
+            across = contiguous_axis(x) not in axes
+            parts = (
+                parts_wanted(x, axes, self.multiprocessors) if across else self.row_parts(x, axes)
+            )
         if parts == 1:
             return self._reduce(op, x, axes, dtype)
         hold = dtype or x.dtype
@@ -207,7 +211,8 @@ class Builder:
             whole = self._reduce(op, self._partial(op, x, axes, parts, wide), (0,), hold)
         else:
             cut, inner, outer = self.split(x, axes, parts)
-            whole = self._reduce(op, self._reduce(op, cut, inner, wide), outer, hold)
+            found, outer = self.side_by_side(self._reduce(op, cut, inner, wide), outer)
+            whole = self._reduce(op, found, outer, hold)
         return self.reshape(whole, [1 if k in axes else s for k, s in enumerate(x.shape)])
 
     def _partial(self, op: str, x: Value, axes: Sequence[int], shares: int, dtype: str) -> Value:
@@ -238,6 +243,15 @@ class Builder:
                 outer.append(axis)
             return cut, tuple(sorted([*own, axis + 1])), tuple(outer)
         raise ValueError("nothing is left inside a part")
+
+    def side_by_side(self, x: Value, axes: tuple[int, ...]) -> tuple[Value, tuple[int, ...]]:
+        """The results of parts along one of ``axes``, where nothing lies between those."""
+        first, last = axes[0], axes[-1]
+        if first == last or any(x.shape[k] != 1 for k in range(first, last) if k not in axes):
+            return x, axes
+        shape = [1 if k in axes else s for k, s in enumerate(x.shape)]
+        shape[first] = product(x.shape[k] for k in axes)
+        return self.reshape(x, shape), (first,)
 
     def _reduce(self, op: str, x: Value, axes: Sequence[int], dtype: str | None = None) -> Value:
         shape, strides = self._reduce_shape(x, axes)
@@ -279,6 +293,16 @@ class Builder:
         if longest is not None:
             wanted = max(wanted, -(-count_of(x, axes) // longest))
         return parts_of(x, axes, wanted, count_of(x, axes) // 32)
+
+    def row_parts(self, x: Value, axes: Sequence[int], passes: int = 1) -> int:
+        """In how many parts of one size few long rows should be reduced, in a launch of their own:
+        what ``split`` takes. ``passes``: how often one program for each would read and write it."""
+        axes = normalize_axes(axes, x.ndim)
+        if not axes or not is_static(*x.shape) or contiguous_axis(x) not in axes:
+            return 1
+        length, many = count_of(x, axes), self.multiprocessors
+        rows, row = product(x.shape) // max(1, length), length * _loaded_bits(x) // 8
+        return parts_wanted(x, axes, many) if many and pays(rows, row, passes, many) else 1
 
     def sum_of_parts(self, x: Value, axes: Sequence[int]) -> Value:
         """The sum of few parts, in one step."""
@@ -381,6 +405,13 @@ class Builder:
         args = (values, *(v for _, v in indices))
         params = (target, axes, tuple(places), wrap, how)
         return Value("store", None, args, shape, target.dtype, params=params)
+
+
+def _loaded_bits(x: Value) -> int:
+    """What a kernel loads for an element of x."""
+    while x.kind in ("view", "cast"):
+        x = x.args[0]
+    return BITS[x.dtype]
 
 
 def _kept_innermost(x: Value, shape: Sequence[Size]) -> tuple[Size, ...] | None:

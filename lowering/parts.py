@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .indexing import Size, is_static, product
-from .schedule import COLUMNS, SWEPT_BY_TWO, sweeps_together
+from .schedule import COLUMNS, MAX_PERSISTENT, SWEPT_BY_TWO, sweeps_together
 
 if TYPE_CHECKING:
     from .ir import Value
 
 #: the longest row of a kernel that walks over rows and reduces their columns beside
 MAX_SWEPT_ROW = 2 * SWEPT_BY_TWO
+#: bytes that one program reads in a microsecond, and that all of a multiprocessor do together
+BY_PROGRAM, BY_MULTIPROCESSOR = 40_000, 32_000
+#: microseconds that a second launch takes, and that make it worth its while
+LAUNCH = 3
 #: shares of the rows are whole steps of a loop over columns
 STEP = 64
 
@@ -37,9 +41,17 @@ def parts_wanted(x: Value, axes: Sequence[int], multiprocessors: int) -> int:
     reduced = count_of(x, axes)
     if contiguous_axis(x) not in axes:
         return column_parts(kept, reduced, _is_stored(x), multiprocessors)
-    if not is_static(*x.shape) or kept >= 2 * multiprocessors or reduced < 16384:
+    if not is_static(*x.shape) or kept >= 2 * multiprocessors or reduced <= MAX_PERSISTENT:
         return 1
     return parts_of(x, axes, -(-4 * multiprocessors // kept), reduced // 2048)
+
+
+def pays(rows: int, row: int, passes: int, multiprocessors: int) -> bool:
+    """Whether rows of so many bytes, read or written so often, are worth two launches: one that
+    reduces parts of them, and one that combines a row's parts where it needs them."""
+    whole = row * max(1, rows / multiprocessors) / BY_PROGRAM
+    parts = row * rows / (multiprocessors * BY_MULTIPROCESSOR)
+    return passes * (whole - parts) > LAUNCH
 
 
 def column_parts(columns: Size, reduced: Size, stored: bool, multiprocessors: int) -> int:

@@ -12,6 +12,7 @@ from .body import Body, Instr, loads_first
 from .by_rows import row_of, row_prologue
 from .carried import Carried, carried_of, prologue, written
 from .flight import asks_for_little, stores_more
+from .folds import define, parts_of, render_fold, render_load
 from .fours import axis_of_fours, is_plain, whole_axis
 from .group import SHARE
 from .indexing import Index, Size, is_static, product, simplify
@@ -112,7 +113,7 @@ class Renderer(Accumulators, Loops):
         rows = product(self.sizes[a] for a in self.parallel)
         reduced = product(self.sizes[a] for a in self.reduced)
         if self.rank == 1:
-            self.square = self._transposed()
+            self.square = None if self.body.folds else self._transposed()
             if self.square is not None:
                 x, y = (self.sizes[a] for a in self.square)
                 return transpose_tile(x, y, long=stores_more(self, rows))
@@ -145,6 +146,8 @@ class Renderer(Accumulators, Loops):
     def _is_whole(self, instr: Instr) -> bool:
         """Whether an operand has an element for each of the tile's."""
         index = instr.indices[0]
+        if parts_of(self, index):
+            return False
         spans = self._spans(index)
         return any(map(self._varies, index.atoms)) and (spans["x"] or spans["other"])
 
@@ -377,6 +380,8 @@ class Renderer(Accumulators, Loops):
     def _define(self, index: Index) -> None:
         """Emit the derived atoms an index needs."""
         for atom in index.atoms:
+            if atom in self.body.folds and atom not in self.defined:
+                define(self, atom)
             if atom in self.body.derived and atom not in self.defined:
                 kind, inner, divisor = self.body.derived[atom]
                 self._define(inner)
@@ -423,6 +428,13 @@ class Renderer(Accumulators, Loops):
         return f"(x * 0 + {text})" if not index.atoms else f"({text})"
 
     def _load(self, instr: Instr) -> None:
+        parts = parts_of(self, instr.indices[0])
+        text = self._loaded(instr) if parts is None else render_load(self, instr, parts)
+        if instr.dtype in SIXTEEN_BIT:
+            text += ".to(tl.float32)"
+        self.lines.add(f"{instr.out} = {text}")
+
+    def _loaded(self, instr: Instr) -> str:
         index = instr.indices[0]
         wide = any(self._varies(a) for a in index.atoms) or instr.cond in self.body.wide
         pointer = self.index(index)
@@ -436,10 +448,7 @@ class Renderer(Accumulators, Loops):
             pointer = promise(self, pointer, lanes)
             masks = [f"some{lanes}" if m in (self.rmask, self.xmask) else m for m in masks]
         mask = f", mask={' & '.join(masks)}, other=0" if masks else ""
-        text = f"tl.load({instr.text} + ({pointer}){mask}{self._policy(instr)})"
-        if instr.dtype in SIXTEEN_BIT:
-            text += ".to(tl.float32)"
-        self.lines.add(f"{instr.out} = {text}")
+        return f"tl.load({instr.text} + ({pointer}){mask}{self._policy(instr)})"
 
     def _varies(self, atom: str) -> bool:
         return atom in self.group.reduced or atom in self.body.wide
@@ -483,6 +492,11 @@ class Renderer(Accumulators, Loops):
 
     def _store(self, instr: Instr) -> None:
         index, wide = instr.indices[0], instr.cond == "wide"
+        if self.along is not None and self.along not in index.atoms:  # all of the row's programs
+            self.lines.add(
+                f"tl.store({instr.text} + ({self.index(index)} + tl.arange(0, 1)), {instr.out})"
+            )
+            return
         pointer = self.index(index) + self._missing(index, wide)
         masks = [m for m in (self.xmask, self.ymask, self.rmask if wide else None) if m]
         mask = f", mask={' & '.join(masks)}" if masks else ""
@@ -495,7 +509,7 @@ class Renderer(Accumulators, Loops):
         else:
             self.lines.add(f"tl.store({instr.text} + ({pointer}), {instr.out}{mask}{policy})")
 
-    _carry, _scan, _put = render_carry, render_scan, render_put
+    _carry, _fold, _scan, _put = render_carry, render_fold, render_scan, render_put
 
     def _barrier(self, instr: Instr) -> None:
         self.lines.add("tl.debug_barrier()")
