@@ -101,6 +101,10 @@ class Accumulators:
         else:
             add(f"{out} = {REDUCTIONS[op][3]}({'acc' if looped else 'x'}_{out})")
 
+    def _end_both(self, instr: Instr) -> None:
+        one, two, of = instr.out, instr.cond, "acc" if self.body.looped else "x"
+        self.lines.add(f"{one}, {two} = reductions.row_sums({of}_{one}, {of}_{two})")
+
     def _sweep_begin(self, instr: Instr) -> None:
         dtype = "int1" if instr.dtype == "bool" else instr.dtype
         start = identity(instr.text, instr.dtype)

@@ -17,8 +17,8 @@ MOST_EARLY_LOADS = 8
 
 @dataclass
 class Instr:
-    """kind: load | line | store | put | begin | step | end (of an accumulator) | carry | scan |
-    sweep_begin ... (of an accumulator over the rows of a sweep).
+    """kind: load | line | store | put | begin | step | end (of an accumulator) | end_both | carry |
+    scan | fold | sweep_begin ... (of an accumulator over the rows of a sweep).
 
     ``text`` is a template: ``{i0}`` is the first of ``indices``, rendered.
     """

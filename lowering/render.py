@@ -17,6 +17,7 @@ from .fours import axis_of_fours, is_plain, whole_axis
 from .group import SHARE
 from .indexing import Index, Size, is_static, product, simplify
 from .ir import SIXTEEN_BIT, Value
+from .pairs import join_sums
 from .loops import Loops, shared_first
 from .scan import render_carry, render_scan
 from .schedule import (
@@ -30,6 +31,7 @@ from .schedule import (
     transpose_tile,
 )
 from .source import POINTER, Lines, Source
+from .walk import render_sweep, sweep_prologue
 from .writes import render_put
 
 HEADER = "import triton\nimport triton.language as tl\n"
@@ -241,7 +243,7 @@ class Renderer(Accumulators, Loops):
         if self.carried is not None:
             return prologue(self, self.carried, pid)
         if self.sweeps:
-            return self._sweep_prologue(pid, rows)
+            return sweep_prologue(self, pid, rows)
         column = "[:, None]" if self.rank == 2 else ""
         blocks = -(-rows // x) if is_static(rows) else _ceil_div(rows, x)
         if self.shares:
@@ -290,13 +292,6 @@ class Renderer(Accumulators, Loops):
             self._unravel("z", rest)
         return nx * ny * product(self.sizes[a] for a in rest)
 
-    def _sweep_prologue(self, pid: str, rows: Size) -> Size:
-        self.lines.add(f"{SHARE} = {pid}")
-        self._share_bounds(rows)
-        self.lines.add("r = tl.arange(0, RBLOCK)[None, :]")
-        self._reduced_vars()
-        return self.shares
-
     def _unravel(self, var: str, atoms: Sequence[str]) -> None:
         """Define the atoms as the digits of ``var``."""
         inner: Size = 1
@@ -334,42 +329,21 @@ class Renderer(Accumulators, Loops):
 
     def _sections(self) -> None:
         if self.sweeps:
-            self._sweep()
+            render_sweep(self, product(self.sizes[a] for a in self.parallel))
             return
         top = max((level for _, level in self.body.sections), default=0)
         for level in range(top + 1):
             steps = self.body.sections.get(("row", level), [])
             flat = self.rank == 1
-            for instr in (
-                loads_first(steps, self.body.derived) if flat else shared_first(self, steps)
-            ):
+            if flat:
+                steps = loads_first(steps, self.body.derived)
+            elif not self.group.column:
+                steps = join_sums(shared_first(self, steps))
+            for instr in steps:
                 self._instr(instr)
             steps = self.body.sections.get(("loop", level), [])
             if steps:
                 self._loop(steps, level)
-
-    def _sweep(self) -> None:
-        """What is the same for all rows, the loop over them, and the sums over them."""
-        sections = self.body.sections
-        self.outside_sweep = True
-        for instr in sections.get(("once", 0), ()):
-            self._instr(instr)
-        self.outside_sweep = False
-        outside = set(self.defined)
-        stages = self.tile.stages
-        self.lines.add(f"for start in tl.range(first, end, XBLOCK, num_stages={stages}):")
-        self.lines.depth += 1
-        self.lines.add("x = start + tl.arange(0, XBLOCK)[:, None]")
-        if self.tile.x > 1:
-            self.lines.add("xmask = x < end")
-            self.xmask = "xmask"
-        self._unravel("x", self.parallel)
-        for instr in sections.get(("row", 0), ()):
-            self._instr(instr)
-        self.lines.depth -= 1
-        self.xmask, self.defined, self.outside_sweep = None, outside, True
-        for instr in sections.get(("after", 0), ()):
-            self._instr(instr)
 
     def _instr(self, instr: Instr) -> None:
         for index in instr.indices:

@@ -1,0 +1,52 @@
+"""Sums of a row that end together: the warps of a program meet once for two of them.
+
+A norm's gradient needs two sums of each row. Where several warps have a row, each sum ends with an
+exchange through shared memory, before and after which all of them wait.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .body import Instr
+
+_REGISTER = re.compile(r"\b[a-z]+\d+\b")
+
+
+def join_sums(steps: Sequence[Instr]) -> list[Instr]:
+    """The steps, with sums ended in pairs, as late as the first of their readers allows."""
+    out: list[Instr] = []
+    open_: list[Instr] = []
+    for instr in steps:
+        if open_ and {i.out for i in open_} & _read(instr):
+            out += _ended(open_)
+            open_ = []
+        if instr.kind == "end" and instr.text == "sum":
+            open_.append(instr)
+        else:
+            out.append(instr)
+    return out + _ended(open_)
+
+
+def _read(instr: Instr) -> set[str]:
+    """The registers that an instruction needs; a store's is its ``out``."""
+    found = {instr.out} if instr.kind in ("store", "put") else set()
+    found.update(_REGISTER.findall(f"{instr.text} {instr.cond}"))
+    found.update(a for index in instr.indices for a in index.atoms)
+    return found
+
+
+def _ended(sums: Sequence[Instr]) -> list[Instr]:
+    out: list[Instr] = []
+    left = list(sums)
+    while left:
+        first = left.pop(0)
+        second = next((s for s in left if s.dtype == first.dtype), None)
+        if second is None:
+            out.append(first)
+        else:
+            left.remove(second)
+            out.append(replace(first, kind="end_both", cond=second.out))
+    return out
