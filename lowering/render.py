@@ -17,8 +17,8 @@ from .fours import axis_of_fours, is_plain, whole_axis
 from .group import SHARE
 from .indexing import Index, Size, is_static, product, simplify
 from .ir import SIXTEEN_BIT, Value
-from .pairs import join_sums
 from .loops import Loops, shared_first
+from .pairs import join_sums
 from .scan import render_carry, render_scan
 from .schedule import (
     MAX_IN_FLIGHT,

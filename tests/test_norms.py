@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import DEVICE, compile_, gems_only
+from opcheck import lower
 from torch import nn
 
 from gems_compile.backend import Gems
@@ -159,3 +160,26 @@ def test_group_norm_with_gradients(shape, affine):
     wanted = fn(*(a.double() for a in args))
     for got, exact in zip(compile_(fn)(*args), wanted, strict=True):
         torch.testing.assert_close(got.double(), exact, rtol=2e-4, atol=2e-4)
+
+
+@gems_only
+@pytest.mark.parametrize("rows", [2048, 2047, 1056])
+def test_layer_norm_gradients_from_a_sweep(rows: int) -> None:
+    """Whole steps of rows need no mask, and the two sums of a row end together."""
+    torch.manual_seed(3)
+    dy, x = torch.randn(2, rows, 96, device=DEVICE)
+    w, b = torch.randn(2, 96, device=DEVICE)
+
+    def fn(*args: torch.Tensor) -> list[torch.Tensor]:
+        dy, x, w, b = args
+        var, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+        rstd = torch.rsqrt(var + 1e-5)
+        backward = torch.ops.aten.native_layer_norm_backward
+        return list(backward(dy, x, [96], mean, rstd, w, b, [True, True, True]))
+
+    got, report = lower(fn, dy, x, w, b, multiprocessors=4)
+    for a, e in zip(got, fn(*(t.double() for t in (dy, x, w, b))), strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4)
+    (sweep,) = [s for s in report.sources if "tl.range(first, end" in s.text]
+    assert "reductions.row_sums(" in sweep.text
+    assert ("xmask" in sweep.text) == (rows % sweep.meta["constants"]["XBLOCK"] != 0)

@@ -136,6 +136,8 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Tensor, ...]]]]
     ),
     "softmax_long": (lambda x: torch.softmax(x, -1), lambda: (rand(600, 20000),)),
     "softmax_few_rows": (lambda x: torch.softmax(x, -1), lambda: (rand(4, 40000),)),
+    "layer_norm_few_rows": (layer_norm_gelu, lambda: (rand(8, 65536), rand(65536), rand(65536))),
+    "cross_entropy_few_rows": (F.cross_entropy, lambda: (rand(64, 128256), ids(64, high=9))),
     "log_softmax_dim1": (lambda x: torch.log_softmax(x, 1), lambda: (rand(4, 19, 64),)),
     "cross_entropy": (
         with_gradients(lambda x, t: F.cross_entropy(x.float(), t)),
