@@ -8,7 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from . import mathlib
+from . import mathlib, quotient
 from .op import ALL, FLOATS, NUMBERS, T, call, pointwise
 
 X = T(4, 33)
@@ -122,9 +122,15 @@ def _floor_quotient(x, y):
     ],
 )
 @triton.jit
-def div(x, y):
-    """x / y."""
-    return _quotient(x, y)
+def div(x, y, nvidia=False):
+    """x / y. ``nvidia``: the kernel is one for NVIDIA's GPUs."""
+    if nvidia and isinstance(x, tl.tensor) and isinstance(y, tl.tensor):
+        if x.dtype == tl.float32 and quotient.of_rows(x.shape, y.shape):
+            return quotient.quotient(x, y)
+        else:
+            return _quotient(x, y)
+    else:
+        return _quotient(x, y)
 
 
 @pointwise(

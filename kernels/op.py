@@ -62,7 +62,8 @@ class Op:
 
     - ``pointwise``: ``body`` is a Triton function on loaded tiles. Its parameters are a prefix of
       the ATen schema's; tensors arrive in the op's computing dtype (float32 for 16-bit floats),
-      everything else as a compile-time constant.
+      everything else as a compile-time constant. One more, ``nvidia``, is whether the kernel is
+      one for NVIDIA's GPUs, whose assembly may stand in it.
     - ``reduction``: ``body`` names a combine of ``lowering.spelling``; the schema names the dims
       that are reduced.
     - ``composite``: ``body(b, *schema args)`` writes the op with other declared ops, in float32,

@@ -306,6 +306,7 @@ class Emitter:
             else:
                 args.append(literal(whole(a) if compute in INTEGERS else a))
         quick = op.quick is not None and compute == "float32" and self.rounding.may_be_quick(v)
+        args += ["{nvidia}"] if "nvidia" in parameters(op, quick) else []
         module, function = spelling(op, quick)
         self.body.modules.add(module)
         result = f"{module}.{function}({', '.join(args)})"

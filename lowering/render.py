@@ -388,7 +388,7 @@ class Renderer(Accumulators, Loops):
             text = text.replace(f"{{i{k}}}", self._coordinate(index))
         if "{fours}" in text:
             text = text.replace("{fours}", str(axis_of_fours(self, instr.indices[0])))
-            text = text.replace("{nvidia}", str(self.nvidia))
+        text = text.replace("{nvidia}", str(self.nvidia))
         text = text.replace("{ones}", "1, 1" if self._two_dims else "1")
         self.lines.add(f"{instr.out} = {text}", instr.computes)
 

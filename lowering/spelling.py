@@ -104,21 +104,25 @@ def storage(dtype: str) -> str:
     return "int1" if dtype == "bool" else dtype
 
 
-def parameters(op: Any) -> list[str]:
-    known = _PARAMETERS.get(op.name)
+def parameters(op: Any, quick: bool = False) -> list[str]:
+    known = _PARAMETERS.get((op.name, quick))
     if known is None:
         import inspect
 
-        known = list(inspect.signature(getattr(op.body, "fn", op.body)).parameters)
-        _PARAMETERS[op.name] = known
+        known = list(inspect.signature(_function(op, quick)).parameters)
+        _PARAMETERS[op.name, quick] = known
     return known
 
 
-_PARAMETERS: dict[str, list[str]] = {}
+_PARAMETERS: dict[tuple[str, bool], list[str]] = {}
+
+
+def _function(op: Any, quick: bool) -> Any:
+    body = op.quick if quick else op.body
+    return getattr(body, "fn", body)
 
 
 def spelling(op: Any, quick: bool = False) -> tuple[str, str]:
     """(module, function) of an op's body, or of its quick one."""
-    body = op.quick if quick else op.body
-    function = getattr(body, "fn", body)
+    function = _function(op, quick)
     return function.__module__.rpartition(".")[2], function.__name__

@@ -390,3 +390,31 @@ def test_odd_rows_are_moved_in_vectors(workers: Pool, tmp_path: Path) -> None:
         text = max(made, key=lambda path: path.stat().st_mtime_ns).read_text()
         assert re.search(r"ld\.global\S*\.v4\.b32", text), name
         assert len(re.findall(r"ld\.global\S*\.b16", text)) <= 1, name  # a row's own number
+
+
+def assembly(fn: Callable[..., Any], *inputs: Tensor, workers: Pool, folder: Path) -> str:
+    """The PTX of fn's one kernel for an H200."""
+    wide = dataclasses.replace(INTERPRETER, multiprocessors=132, backend="cuda")
+    _, report = compile_graph(trace(fn, *inputs), [], options(target=wide, alone=True))
+    (source,) = report.sources
+    folder.mkdir()
+    compile_all({source.key: source}, TARGETS["sm_90"], workers, folder)
+    made = Path(os.environ["TRITON_CACHE_DIR"]).rglob(f"{source.name}.ptx")
+    return max(made, key=lambda path: path.stat().st_mtime_ns).read_text()
+
+
+def test_a_row_is_divided_by_one_reciprocal(workers: Pool, tmp_path: Path) -> None:
+    """Divisions stand behind a branch that usual numbers do not take, four by four."""
+
+    def scaled(x: Tensor) -> Tensor:
+        return x / x.abs().amax(-1, keepdim=True)
+
+    programs = {
+        "in a row": (scaled, [rand(300, 4096)]),
+        "by rows": (lambda x, s: x / s, [rand(300, 4096), rand(300, 1)]),
+    }
+    for name, (fn, inputs) in programs.items():
+        text = assembly(fn, *inputs, workers=workers, folder=tmp_path / name)
+        branches = len(re.findall(r"@!odd bra done", text))
+        assert branches, name
+        assert len(re.findall(r"div\.rn\.f32", text)) == 4 * branches + 1, name
