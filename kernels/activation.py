@@ -54,12 +54,12 @@ def silu(x):
 
 
 @triton.jit
-def quick_gelu(x, approximate):
+def quick_gelu(x, approximate, nvidia=False):
     """Of small results too: 1 + erf and 1 + tanh cancel left of zero, these do not."""
     if approximate == "tanh":
         return mathlib.quick_div(x, tl.exp2(_tanh_exponent(x)) + 1.0)
     else:
-        phi, _ = _normal(x)
+        phi, _ = _normal(x, nvidia)
         return x * phi
 
 
@@ -70,13 +70,13 @@ def _tanh_exponent(x):
 
 
 @triton.jit
-def _normal(x):
+def _normal(x, nvidia):
     """The normal distribution's Phi(x), and exp(-x * x / 2).
 
     Phi(-|x|) is exp(-x * x / 2) * t * P(t) with t = 1 / (1 + 0.36 |x|), as in Abramowitz and Stegun
     7.1.26; P is the minimax polynomial for |x| < 14, whose relative error is 9e-7.
     """
-    t = mathlib.quick_div(tl.full([], 1.0, tl.float32), tl.abs(x) * 0.36 + 1.0)
+    t = mathlib.quick_reciprocal(tl.fma(tl.abs(x), 0.36, tl.full([], 1.0, tl.float32)), nvidia)
     bell = tl.exp2(x * x * -0.7213475204444817)
     p = tl.fma(t, 0.04705621, -0.17976446)
     p = tl.fma(p, t, 0.1809537)
@@ -109,15 +109,15 @@ def _gelu_inner(x):
 
 
 @triton.jit
-def quick_gelu_backward(dy, x, approximate):
+def quick_gelu_backward(dy, x, approximate, nvidia=False):
     """As quick_gelu; with s = 1 / (1 + exp(-2 u)) the derivative of x * s is s + x * s'."""
     if approximate == "tanh":
         one = tl.full([], 1.0, tl.float32)
-        s = mathlib.quick_div(one, tl.exp2(_tanh_exponent(x)) + 1.0)
+        s = mathlib.quick_reciprocal(tl.exp2(_tanh_exponent(x)) + 1.0, nvidia)
         slope = x * tl.fma(x * x, 0.2140644488, tl.full([], 1.5957691216, tl.float32))  # 2 x u'
         return dy * (s * tl.fma(slope, 1.0 - s, one))
     else:
-        phi, bell = _normal(x)
+        phi, bell = _normal(x, nvidia)
         return dy * tl.fma(x, bell * 0.3989422804014327, phi)
 
 
