@@ -233,6 +233,31 @@ def round(x):
         return x
 
 
+@triton.jit
+def round_to_int8(x, nvidia):
+    """clamp(round(x), -128, 127) as int8; NaN is 0. On NVIDIA's GPUs, of four floats at a time."""
+    if nvidia:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .s32 a, b, c, d, upper;
+            cvt.rni.s32.f32 a, $1;
+            cvt.rni.s32.f32 b, $2;
+            cvt.rni.s32.f32 c, $3;
+            cvt.rni.s32.f32 d, $4;
+            cvt.pack.sat.s8.s32.b32 upper, d, c, 0;
+            cvt.pack.sat.s8.s32.b32 $0, b, a, upper;
+            }""",
+            "=r,r,r,r,r",
+            [x],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        whole = mathlib.minimum(mathlib.maximum(round(x), -128), 127)
+        return whole.to(tl.int8)
+
+
 @pointwise(
     "aten.round.decimals",
     samples=[call(X, decimals=n) for n in (0, 2)]

@@ -26,6 +26,7 @@ from .patch import emit_patch
 from .pieces import emit_concat, lies_inside
 from .reduced import accumulate, finish_reduction
 from .rounding import Rounding
+from .saturate import rounded_to_int8
 from .scan import emit_scan
 from .spelling import (
     EmitError,
@@ -338,6 +339,12 @@ class Emitter:
         section: tuple[str, int],
     ) -> str:
         a = v.args[0]
+        wide = rounded_to_int8(v)
+        if wide is not None and self._computes(a) and self._computes(a.args[0]):
+            register = self.at(wide, coords, v.shape, cond, level)
+            self.body.modules.add("unary")
+            text = f"unary.round_to_int8({register}, {{nvidia}})"
+            return self.line(section, text, computes=v)
         register = self.at(a, coords, v.shape, cond, level)
         if a.dtype == v.dtype or (v.dtype == computing_dtype(a.dtype) and v.dtype != "bool"):
             return register
