@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from .render import HEADER, Renderer
 from .schedule import pointwise_tile
 from .source import Lines, Source
 from .translate import Program
+from .transposed import Transposed, transposed_of
 
 #: torch's launcher allocates above 121 arguments, of which two are Triton's scratch memory (CUDA
 #: itself ends at 512)
@@ -52,6 +53,16 @@ class Part:
     def together(self, parts: Sequence[Part], multiprocessors: int) -> Source:
         """The kernel of all parts."""
         return combined_source(parts, multiprocessors)
+
+
+@dataclass(frozen=True)
+class _Copied(Part):
+    """A copy into another layout."""
+
+    copy: Transposed
+
+    def together(self, parts: Sequence[Part], multiprocessors: int) -> Source:
+        return _copies_source([p for p in parts if isinstance(p, _Copied)])
 
 
 class Combined(Group):
@@ -125,14 +136,16 @@ def _part_of(source: Source, multiprocessors: int) -> Part | None:
     if any(role == "size" for _, role, _ in source.params):
         return None
     shared = _Shared(body, source.name, multiprocessors)
+    unaligned = source.meta["unaligned"]
+    pointers = tuple((n, role, what.dtype, n in unaligned) for n, role, what in source.params)
+    if (copy := transposed_of(body)) is not None:
+        return _Copied(shared, source, copy.numel, ("copy", pointers), copy)
     if shared.square or shared.wide64 or len(shared.parallel) > 1:
         return None
     stores = [i.indices[0] for i in shared._instrs() if i.kind == "store"]
     if any(store.coefficient(a) != 1 for store in stores for a in shared.parallel):
         return None
     numel = product(shared.sizes[a] for a in shared.parallel)
-    unaligned = source.meta["unaligned"]
-    pointers = tuple((n, role, what.dtype, n in unaligned) for n, role, what in source.params)
     wide = 128 // min(BITS[dtype] for _, _, dtype, _ in pointers)  # elements of a 16-byte load
     key = (*shared.lines_of(masked=True).clean, pointers, numel % wide == 0)
     return Part(shared, source, numel, key)
@@ -245,35 +258,60 @@ def _arguments(sources: Sequence[Source]) -> list[tuple[str, str, Any]]:
 
 def combined_source(parts: Sequence[Part], multiprocessors: int) -> Source:
     """One kernel for all parts."""
-    first = parts[0].source
     tile = pointwise_tile(sum(p.numel for p in parts), multiprocessors)
     programs = [-(-p.numel // tile.x) for p in parts]
     masked = any(p.numel % tile.x for p in parts)
     params = _arguments([p.source for p in parts])
-    name = f"{first.name}_x{len(parts)}"
-    head = _head(name, [n for n, _, _ in params], parts[0].renderer.body.modules)
     select = _select(parts, programs, {n for n, _, _ in params}, masked)
     body = parts[0].renderer.lines_of(masked)
+    meta = _meta(parts, params, {"XBLOCK": tile.x}, tile.warps)
+    head = _head(meta["name"], list(meta["signature"]), ["XBLOCK"], parts)
+    above = "\n".join([head, *select]) + "\n"
+    own = parts[0].source.own
+    computes = {k: own.get(v, v) for k, v in body.below(above).items()}
+    return Source(meta["name"], above + body.text, params, sum(programs), meta, computes)
+
+
+def _copies_source(parts: Sequence[_Copied]) -> Source:
+    """Each copy has a body of its own, where its sizes are constants."""
+    params = _arguments([p.source for p in parts])
+    common = {n for n, _, _ in params}
+    starts = list(itertools.accumulate((p.copy.programs for p in parts), initial=0))
+    lines = Lines()
+    lines.depth = 1
+    lines.add("pid = tl.program_id(0)")
+
+    def body(k: int) -> None:
+        source, out = (n if n in common else f"{n}_{k}" for n, _, _ in parts[k].source.params)
+        parts[k].copy.lines(lines, source, out, starts[k], k)
+
+    _branch(lines, starts, range(len(parts)), body)
+    meta = _meta(parts, params, {}, warps=4)
+    head = _head(meta["name"], list(meta["signature"]), [], parts)
+    return Source(meta["name"], f"{head}\n{lines.text}", params, starts[-1], meta)
+
+
+def _meta(
+    parts: Sequence[Part], params: Sequence[Any], constants: dict[str, int], warps: int
+) -> dict[str, Any]:
+    first, renderer = parts[0].source, parts[0].renderer
     unaligned = set(first.meta["unaligned"])
-    meta = {
+    return {
         **first.meta,
-        "name": name,
-        "signature": {n: parts[0].renderer._type(role, what) for n, role, what in params},
-        "constants": {"XBLOCK": tile.x},
-        "num_warps": tile.warps,
+        "name": f"{first.name}_x{len(parts)}",
+        "signature": {n: renderer._type(role, what) for n, role, what in params},
+        "constants": constants,
+        "num_warps": warps,
         "unaligned": [
             n for n, _, _ in params if n.rpartition("_")[0] in unaligned or n in unaligned
         ],
     }
-    above = "\n".join([head, *select]) + "\n"
-    computes = {k: first.own.get(v, v) for k, v in body.below(above).items()}
-    return Source(name, above + body.text, params, sum(programs), meta, computes)
 
 
-def _head(name: str, names: Sequence[str], modules: Iterable[str]) -> str:
-    used = ", ".join(sorted(modules))
+def _head(name: str, names: list[str], constants: list[str], parts: Sequence[Part]) -> str:
+    used = ", ".join(sorted(parts[0].renderer.body.modules))
     imports = f"\nfrom gems_compile.kernels import {used}\n" if used else ""
-    params = ", ".join([*names, "XBLOCK: tl.constexpr"])
+    params = ", ".join([*names, *(f"{c}: tl.constexpr" for c in constants)])
     return f"{HEADER}{imports}\n\n@triton.jit\ndef {name}({params}):"
 
 
@@ -298,7 +336,12 @@ def _select(
     for name, choice in choices.items():
         if name not in varying:
             lines.add(f"{name} = {choice[0]}")
-    _branch(lines, starts, varying, range(len(parts)))
+
+    def choose(k: int) -> None:
+        for name, choice in varying.items():
+            lines.add(f"{name} = {choice[k]}")
+
+    _branch(lines, starts, range(len(parts)), choose)
     shared = math.gcd(16, *(p.numel for p in parts))
     if "numel" in varying and shared > 1:
         lines.add(f"numel = tl.multiple_of(numel, {shared})")
@@ -308,13 +351,10 @@ def _select(
     return [f"    {line}" for line in lines.clean]
 
 
-def _branch(
-    lines: Lines, starts: Sequence[int], choices: Mapping[str, Sequence[str]], parts: range
-) -> None:
-    """Choose among ``parts`` by the program's number."""
+def _branch(lines: Lines, starts: Sequence[int], parts: range, body: Callable[[int], None]) -> None:
+    """Choose among ``parts`` by the program's number, and write what is done for each."""
     if len(parts) == 1:
-        for name, choice in choices.items():
-            lines.add(f"{name} = {choice[parts[0]]}")
+        body(parts[0])
         return
     middle = len(parts) // 2
     for test, half in (
@@ -323,5 +363,5 @@ def _branch(
     ):
         lines.add(test)
         lines.depth += 1
-        _branch(lines, starts, choices, half)
+        _branch(lines, starts, half, body)
         lines.depth -= 1

@@ -253,6 +253,48 @@ def test_a_launch_that_fails_is_an_error_in_strict_mode(monkeypatch) -> None:
         torch.compile(chains, backend="gems")(rand(64), rand(32))
 
 
+# copies into another layout -----------------------------------------------------------------------
+
+WEIGHTS = [(16, 8, 3, 3), (5, 3, 7, 7), (33, 12, 1, 7), (7, 70, 5, 5), (4, 100, 3, 3)]
+
+
+def to_channels_last(*weights: Tensor) -> list[Tensor]:
+    return [w.clone(memory_format=torch.channels_last) for w in weights]
+
+
+def to_contiguous(*weights: Tensor) -> list[Tensor]:
+    return [w.clone(memory_format=torch.contiguous_format) for w in weights]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_another_layout_are_one_launch(dtype) -> None:
+    weights = [rand(*shape, dtype=dtype) for shape in WEIGHTS]
+    check(to_channels_last, *weights, exact=True)
+    assert launches(to_channels_last, *weights) == 1
+    images = to_channels_last(*weights)
+    check(to_contiguous, *images, exact=True)
+    assert launches(to_contiguous, *images) == 1
+
+
+def test_copies_of_no_transposed_matrices_keep_apart() -> None:
+    def fn(x: Tensor, y: Tensor) -> list[Tensor]:
+        return [t.permute(3, 1, 0, 2).clone(memory_format=torch.contiguous_format) for t in (x, y)]
+
+    xs = [rand(4, 6, 5, 7), rand(8, 3, 5, 9)]
+    check(fn, *xs, exact=True)
+    report = gems_compile.reports()[-1]
+    assert report.launches == 0 and report.aten_calls == 2
+
+
+def test_copies_into_another_layout_compile(tmp_path: Path) -> None:
+    """Of shapes that have other tiles: names are of one shape in a kernel."""
+    weights = [torch.empty(shape, dtype=torch.bfloat16) for shape in WEIGHTS]
+    (source,) = wide_sources(to_channels_last, *weights)
+    path = tmp_path / "kernel.py"
+    path.write_text(source.text)
+    assert "st.global" in ptx(source, str(path))
+
+
 # the machine code ---------------------------------------------------------------------------------
 
 
