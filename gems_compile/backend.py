@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from .config import Config, cache_dir, vendor
 from .kernels import load_ops
 from .kernels.target import current_target
+from .lowering.channels_last import Decision
 from .lowering.decompose import decompositions
 from .lowering.options import Options
 from .lowering.partition import partition
@@ -103,6 +104,7 @@ def _compile(
     program = Program(gm) if _may_train(inputs) else None
     rewrites = _rewrite(gm, session) if config.rewrites else None
     number = next(owner.graphs)
+    layouts: list[Decision] = []
 
     def compiler(kind: str) -> Callable[..., Any]:
         def compile_one(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -112,6 +114,8 @@ def _compile(
             if program is not None and kind == "forward":
                 program.random = any(map(draws_random_numbers, gm.graph.nodes))
             report.graph, report.kind, report.rewrites = number, kind, rewrites
+            if layouts and kind != "inference":
+                report.layout = layouts[-1]
             with _no_collection():  # a backward may be compiled when it first runs
                 run = _compile_one(gm, inputs, options, report, session, owner.late)
             owner.reports.append(report)
@@ -125,7 +129,7 @@ def _compile(
             bw_compiler=compiler("backward"),
             inference_compiler=compiler("inference"),
             decompositions=partial(decompositions, options.own_rng),
-            partition_fn=partition,
+            partition_fn=partial(partition, options=options, decided=layouts.append),
             keep_inference_input_mutations=True,
         )(gm, inputs)
     return compiled if program is None else with_second_order(compiled, program)
@@ -180,6 +184,8 @@ def lowering_options(config: Config, target: Any) -> Options:
         exact=config.numerics == "eager",
         strict=config.strict,
         own_rng=config.rng == "gems",
+        layout=config.layout,
+        keep_weights=config.keep_weights,
         cache_dir=cache_dir(),
         threads=config.threads,
     )

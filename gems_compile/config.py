@@ -65,6 +65,8 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "numerics": _one_of("eager", "fast"),
     "rewrites": _switch,
     "rng": _one_of("gems", "eager"),
+    "layout": _one_of("auto", "keep", "channels_last"),
+    "keep_weights": _switch,
     "strict": _switch,
     "dump": _folder,
     "threads": _workers,
@@ -78,6 +80,9 @@ class Config:
     numerics: "eager" rounds each 16-bit intermediate where eager rounds it; "fast" keeps float32.
     rewrites: whether known patterns are replaced by another algorithm.
     rng:      dropout's generator: "gems" is our own (saves a seed, not a mask), "eager" is ATen's.
+    layout:   of convolutions: "auto" makes them channels-last where a graph gains by it, "keep"
+              never, "channels_last" always.
+    keep_weights: whether inference keeps the weights that it converts to channels-last.
     strict:   a failure inside the compiler raises instead of running the group as ATen.
     dump:     the folder that gets every stage of every compile as files, or None.
     threads:  worker processes that compile kernels; 0 compiles in this one, None chooses.
@@ -86,6 +91,8 @@ class Config:
     numerics: str = "eager"
     rewrites: bool = True
     rng: str = "gems"
+    layout: str = "auto"
+    keep_weights: bool = True
     strict: bool = False
     dump: str | None = None
     threads: int | None = None
@@ -159,6 +166,12 @@ VARIABLES: dict[str, Variable] = {
     ),
     "GEMS_REWRITES": Variable("rewrites", _text_switch, "0, 1", "Whether patterns are rewritten."),
     "GEMS_RNG": Variable("rng", PARSERS["rng"], "gems, eager", "Dropout's random numbers."),
+    "GEMS_LAYOUT": Variable(
+        "layout", PARSERS["layout"], "auto, keep, channels_last", "The layout of convolutions."
+    ),
+    "GEMS_KEEP_WEIGHTS": Variable(
+        "keep_weights", _text_switch, "0, 1", "Whether converted weights are kept."
+    ),
     "GEMS_STRICT": Variable("strict", _text_switch, "0, 1", "A failure inside us raises."),
     "GEMS_DUMP": Variable("dump", _folder, "a folder", "Every stage of every compile, as files."),
     "GEMS_THREADS": Variable(

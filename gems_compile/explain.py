@@ -193,6 +193,7 @@ class Explanation:
             _counts(self.graphs),
             *_rewrites(self.graphs),
             *_aten(self.graphs),
+            *_layouts(self.graphs),
             *_unfused(self.graphs),
             *_failures(self.graphs),
             *_breaks(self.breaks),
@@ -266,6 +267,12 @@ def _aten(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
     yield from _grouped("Runs as ATen", calls)
 
 
+def _layouts(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
+    rows: list[Sequence[Any]] = [(f"{g.graph} {g.kind}", g.layout) for g in graphs if g.layout]
+    if rows:
+        yield Table("The layout of convolutions", ("graph", "layout"), rows)
+
+
 def _unfused(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
     edges = [
         (g.kind, e, f"{e.producer} -> {e.consumer}: {e.reason}") for g in graphs for e in g.unfused
@@ -328,6 +335,8 @@ def _facts(explanation: Explanation) -> Iterator[str]:
             yield _fact(head, r.rule, what, r)
         for m in graph.near_misses:
             yield _fact(head, m.rule, f"not rewritten at {m.node}: {m.reason}", m)
+        if graph.layout:
+            yield f"{head}: convolutions: {graph.layout}"
         for text in graph.failures:
             yield f"{head}: failed to compile: {text}"
     for why, times in explanation.breaks.items():

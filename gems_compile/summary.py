@@ -132,6 +132,7 @@ class GraphSummary:
     rewritten: tuple[Rewritten, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
     failures: tuple[str, ...] = ()
+    layout: str = ""  # which one convolutions have, and why; empty where there are none
     kernels: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -176,6 +177,7 @@ def summarize(report: Report) -> GraphSummary:
         "graph": report.graph,
         "kind": report.kind,
         "failures": tuple(report.failures),
+        "layout": report.layout.reason,
         "seconds": dict(report.seconds),
         **_rewrites(report),
     }

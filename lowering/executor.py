@@ -20,6 +20,7 @@ from .group import Group, Plan
 from .indexing import Size, is_static, size_of
 from .inplace import plan_in_place
 from .ir import SizeArg, Value, base_of, first_place
+from .kept import KEPT, kept_in_channels_last
 from .ledger import Ledger
 from .order import batches, together
 from .scratch import plan_scratch
@@ -29,6 +30,9 @@ from .translate import Program
 #: ATen calls whose results are fresh, aligned and laid out as their FakeTensors say
 TRUSTED = {"mm", "bmm", "addmm", "baddbmm", "product", "joined_products"}
 TRUSTED |= {"_softmax", "embedding", "native_layer_norm"}
+
+#: calls whose libraries choose the layout: a backward relies on the strides of what is saved
+CHOOSING = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 
 
 def settle(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
@@ -301,6 +305,9 @@ class Writer:
             self.names[node] = self.constant(operator.attrgetter(str(node.target))(self.gm), "g")
             self._alias(node)
             return
+        if KEPT in node.meta:
+            self._kept_weights(node)
+            return
         name = f"a{len(self.names)}"
         value = self.program.of.get(node)
         if isinstance(value, Value) and value.kind == "full":
@@ -322,6 +329,17 @@ class Writer:
         if isinstance(val, torch.SymInt) and not is_static(size_of(val)):
             self.symbols.setdefault(str(size_of(val)), name)
             self.kept.add(name)
+
+    def _kept_weights(self, first: Node) -> None:
+        """All weights that are kept in another layout, at the first of them."""
+        if first in self.names:
+            return
+        nodes = [n for n in self.gm.graph.nodes if KEPT in n.meta]
+        sources = ", ".join(self.arg(n.args[0]) for n in nodes)
+        for node in nodes:
+            self.names[node] = f"a{len(self.names)}"
+            self._alias(node)
+        self.add(f"{', '.join(self.names[n] for n in nodes)}, = kept({sources})")
 
     def _enter(self, name: str, node: Node) -> None:
         """Note what memory the result of a call holds."""
@@ -379,7 +397,8 @@ class Writer:
         target = args[0].target if node.target is operator.getitem else node.target
         if getattr(target, "_opname", None) in TRUSTED:
             return
-        if self._read_by_kernel(value) or value in self.viewed:
+        leaves = any(user.op == "output" for user in node.users)
+        if (leaves and target in CHOOSING) or self._read_by_kernel(value) or value in self.viewed:
             strides = [size_of(s) for s in val.stride()]
             self.add(f"{name} = settle({name}, {self.sizes(strides)})")
 
@@ -452,6 +471,7 @@ def bind(
         view=private.reinterpreter(),
         aligned=aligned,
         input_view=input_view,
+        kept=kept_in_channels_last,
         settle=settle,
         math=math,
         Max=max,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +13,30 @@ from ..kernels import load_ops
 from ..kernels.op import OPS
 from . import private
 from .batch_norm import APPLY, take_batch_norms_apart
+from .channels_last import Decision, decide
+from .conv_bias import take_biases_apart
+from .options import Options
 from .products import align_products
 
 
-def partition(joint: GraphModule, inputs: Sequence[Any], **how: Any) -> tuple[Any, Any]:
-    """min_cut_rematerialization_partition; dropout masks are drawn again, their seed is saved."""
+def partition(
+    joint: GraphModule,
+    inputs: Sequence[Any],
+    options: Options | None = None,
+    decided: Callable[[Decision], None] = lambda decision: None,
+    **how: Any,
+) -> tuple[Any, Any]:
+    """min_cut_rematerialization_partition; dropout masks are drawn again, their seed is saved.
+
+    ``decided`` is told which layout convolutions have, in both graphs.
+    """
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch.utils.checkpoint import CheckpointPolicy
 
     share_seeds(joint)
+    if options is not None:
+        decided(decide(joint, options))
+        take_biases_apart(joint, options)
     align_products(joint)  # before it is split: what is saved for backward keeps its rows
     take_batch_norms_apart(joint)
     for node in joint.graph.nodes:

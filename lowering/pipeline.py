@@ -17,6 +17,8 @@ from ..kernels import load_ops
 from . import executor
 from .alike import Alike
 from .beside import find_beside, may_stand_beside
+from .channels_last import Decision, decide
+from .conv_bias import take_biases_apart
 from .embedding import take_embeddings_apart
 from .emit import emit
 from .flow import find_escapes, written_by_aten
@@ -27,6 +29,7 @@ from .horizontal import Combined, Part, combine, find_parts, may_share
 from .indexing import is_static, product
 from .ir import SIXTEEN_BIT, Value, base_of
 from .joined import join_products
+from .kept import keep_weights
 from .layout import changes_layout
 from .load import CompileError, Loading
 from .options import Options
@@ -75,6 +78,7 @@ class Report:
     graph: int = 0  # Dynamo's graphs, counted; a forward and its backward share a number
     kind: str = ""  # forward, backward or inference
     rewrites: Any = None  # RewriteLog of Dynamo's graph
+    layout: Decision = field(default_factory=Decision)  # of its convolutions
 
 
 def compile_graph(
@@ -111,6 +115,13 @@ class Compilation:
         self.apart: set[Node] = set()  # of kernels that share no launch
         observe("aten", gm)
         self.device = kernel_device(gm, options)
+        if report.kind == "inference":  # others were one graph when it was decided for them
+            report.layout = decide(gm, options)
+            biases = take_biases_apart(gm, options)
+            if report.layout.copies or report.layout.weights or biases:
+                observe("lay_out_convolutions", gm)
+            if options.keep_weights:
+                self.deny.update(dict.fromkeys(keep_weights(gm), "kept from call to call"))
         if take_foreach_apart(gm, self.device):
             observe("take_foreach_apart", gm)
         for run in PASSES:

@@ -70,6 +70,14 @@ def donate_nothing() -> None:
         donated.clear()
 
 
+def static_inputs() -> list[int]:
+    """Which inputs of the graph that AOTAutograd compiles now are parameters and buffers: the same
+    tensors in every call."""
+    context = torch._guards.TracingContext.try_get()
+    found = getattr(getattr(context, "fw_metadata", None), "static_input_indices", None)
+    return list(found or ())
+
+
 def static_launcher(
     source: Source, record: dict[str, Any], path: str, device: int | None
 ) -> Callable[..., None]:

@@ -37,6 +37,8 @@ def test_defaults() -> None:
         "numerics": "eager",
         "rewrites": True,
         "rng": "gems",
+        "layout": "auto",
+        "keep_weights": True,
         "strict": False,
         "dump": None,
         "threads": None,
@@ -101,8 +103,8 @@ def test_every_mode_of_torch_is_accepted_and_said_once(
         ),
         (
             {"options": {"numeric": "fast"}},
-            "option 'numeric' is unknown; valid: numerics, rewrites, rng, strict, dump, threads; "
-            "close to it: numerics",
+            "option 'numeric' is unknown; valid: numerics, rewrites, rng, layout, "
+            "keep_weights, strict, dump, threads; close to it: numerics",
         ),
         (
             {"options": {"numerics": "fats"}},
