@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -114,17 +114,25 @@ def _written(target: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
     )
 
 
-def mutated_arguments(node: fx.Node) -> Iterator[fx.Node]:
+@functools.cache
+def _memory_of_result(target: torch._ops.OpOverload) -> str:
+    """Whose memory a result lies in: "new", that of the "first" operand, or what is "written"."""
+    if target._schema.is_mutable:
+        shared = any(r.alias_info is not None for r in target._schema.returns)
+        return "written" if shared else "new"
+    return "first" if _is_view(target) else "new"
+
+
+def mutated_arguments(node: fx.Node) -> Sequence[fx.Node]:
     """The nodes whose memory this node writes. Of a higher-order op all inputs may be written."""
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        yield from node.all_input_nodes
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return
-    for i, name in _written(node.target):
-        given = node.args[i] if i < len(node.args) else node.kwargs.get(name)
-        for value in given if isinstance(given, (list, tuple)) else (given,):
-            if isinstance(value, fx.Node):
-                yield value
+    target: Any = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return node.all_input_nodes if isinstance(target, torch._ops.HigherOrderOperator) else ()
+    places = _written(target)
+    if not places:
+        return ()
+    given = [node.args[i] if i < len(node.args) else node.kwargs.get(n) for i, n in places]
+    return nodes_in(given)
 
 
 def nodes_in(argument: Any) -> list[fx.Node]:
@@ -153,8 +161,7 @@ class Storage:
         self.writes: dict[fx.Node, list[fx.Node]] = {}
         for i, node in enumerate(graph.nodes):
             self.position[node] = i
-            root = self._root(node)
-            self.root[node] = root
+            root = self.root[node] = self._root(node)
             self.members.setdefault(root, []).append(node)
             for written in mutated_arguments(node):
                 self.writes.setdefault(self.root[written], []).append(node)
@@ -162,17 +169,17 @@ class Storage:
         self.escaping = {self.root[node] for node in self.outputs}
 
     def _root(self, node: fx.Node) -> fx.Node:
-        if node.op != "call_function" or not node.all_input_nodes:
+        if node.op != "call_function":
             return node
-        schema = schema_of(node)
-        if schema is not None and schema.is_mutable:
-            written = next(mutated_arguments(node), None)
-            if written is not None and any(r.alias_info is not None for r in schema.returns):
-                return self.root[written]
+        target: Any = node.target
+        if isinstance(target, torch._ops.OpOverload):
+            memory = _memory_of_result(target)
+        else:
+            memory = "first" if getattr(target, "__name__", "") == "getitem" else "new"
+        if memory == "new":
             return node
-        if is_view(node) or getattr(node.target, "__name__", "") == "getitem":
-            return self.root[node.all_input_nodes[0]]
-        return node
+        shared = node.all_input_nodes if memory == "first" else mutated_arguments(node)
+        return next((self.root[n] for n in shared), node)
 
     def merge(self, kept: fx.Node, gone: fx.Node) -> None:
         """``kept`` takes the place of ``gone``, with all that shares its memory."""

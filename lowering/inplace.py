@@ -99,7 +99,7 @@ def _note(last: dict[Value, int], program: Program, node: Node, when: int) -> No
 def _may_hold(node: Node) -> bool:
     """Whether a result of ATen's may share memory with an operand, or writes one."""
     known = isinstance(node.target, torch._ops.OpOverload)
-    return not known or is_view(node) or next(mutated_arguments(node), None) is not None
+    return not known or is_view(node) or bool(mutated_arguments(node))
 
 
 def _is_fresh(node: Node) -> bool:

@@ -324,12 +324,14 @@ def reinplace_updates(gm: fx.GraphModule) -> int:
     afterwards, no other argument of the update shares memory with p, the new value is no output,
     and its layout is p's.
     """
-    storage, changed = Storage(gm.graph), 0
-    for node in list(gm.graph.nodes):
-        if node.target is not aten.copy_.default or node.users or len(node.args) != 2:
-            continue
+    storage: Storage | None = None  # few graphs have a candidate
+    changed = 0
+    for node in _copies(gm):
         target, updates = node.args[0], _updates(*node.args)
-        if updates and _may_update_in_place(target, updates, node, storage):
+        if not updates:
+            continue
+        storage = storage or Storage(gm.graph)
+        if _may_update_in_place(target, updates, node, storage):
             for update in updates:
                 _update_in_place(gm.graph, target, update, storage)
             gm.graph.erase_node(node)
@@ -341,22 +343,33 @@ def reinplace_updates(gm: fx.GraphModule) -> int:
 
 def count_in_place(gm: fx.GraphModule) -> int:
     """``copy_(p, p + number)`` -> ``p += number``: counters of batches; returns how many."""
-    storage, changed = Storage(gm.graph), 0
-    for node in list(gm.graph.nodes):
-        if node.target is not aten.copy_.default or node.users or len(node.args) != 2:
-            continue
+    storage: Storage | None = None
+    changed = 0
+    for node in _copies(gm):
         target, new = node.args
-        if not isinstance(new, fx.Node) or new.target is not aten.add.Tensor or new.kwargs:
+        if not _is_count(target, new):
             continue
-        args: Any = new.args
-        if args[0] is not target or type(args[1]) not in (int, float) or len(new.users) > 1:
-            continue
+        storage = storage or Storage(gm.graph)
         if storage.writes.get(target) != [node] or not same_layout(value_of(new), value_of(target)):
             continue
-        node.target, node.args = aten.add_.Tensor, (target, args[1])
+        node.target, node.args = aten.add_.Tensor, (target, new.args[1])
         gm.graph.erase_node(new)
         changed += 1
     return changed
+
+
+def _copies(gm: fx.GraphModule) -> list[Any]:
+    """The copies into something whose result nobody reads."""
+    copies = gm.graph.find_nodes(op="call_function", target=aten.copy_.default)
+    return [node for node in copies if not node.users and len(node.args) == 2]
+
+
+def _is_count(target: fx.Node, new: Any) -> bool:
+    """Whether ``new`` is ``target`` plus a number, for nobody else."""
+    if not isinstance(new, fx.Node) or new.target is not aten.add.Tensor or new.kwargs:
+        return False
+    args: Any = new.args
+    return args[0] is target and type(args[1]) in (int, float) and len(new.users) == 1
 
 
 def _updates(target: fx.Node, new: Any) -> list[fx.Node]:
