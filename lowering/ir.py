@@ -119,10 +119,18 @@ class Value:
     def become(self, kind: str, op: str | None, args: Sequence[Any], params: Any = None) -> None:
         """Be computed otherwise from now on."""
         self.kind, self.op, self.args, self.params = kind, op, tuple(args), params
-        self.inputs = tuple(a for a in self.args if isinstance(a, Value))
+        self.inputs = tuple([a for a in self.args if isinstance(a, Value)])
         self.reduces = kind in ("reduce", "partial")
         # whether a kernel must do something for it (not memory, not a view)
         self.computes = kind not in ("buffer", "view")
+
+    def again(self, args: Sequence[Any]) -> Value:
+        """The same of other operands, made by no node."""
+        v = Value.__new__(Value)
+        v.id, v.node = next(_ids), None
+        v.become(self.kind, self.op, args, self.params)
+        v.shape, v.strides, v.dtype = self.shape, self.strides, self.dtype
+        return v
 
 
 class SizeArg:

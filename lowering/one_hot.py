@@ -8,6 +8,9 @@ from typing import Any
 from .indexing import is_one
 from .ir import Builder, Value
 
+#: the ops and kinds of Values at whose operands ``sum_of_one_hot`` looks
+LOOKED_INTO = {"where", "logical_and", "eq", "full", "iota"}
+
 
 def sum_of_one_hot(b: Builder, x: Value, axes: Sequence[int]) -> Value | None:
     """The sum of ``where(place == goal and more, g, 0)`` along the axis of ``place``, else None.

@@ -27,6 +27,7 @@ from .ir import (
 )
 from .one_hot import sum_of_one_hot
 from .parts import normalize_axes
+from .repeats import Repeats
 from .view_ops import VIEWS, negative_zero
 from .views import Permute, Reshape
 from .writes import WRITES, lower_store
@@ -78,7 +79,10 @@ class Translator:
         self.device, self.deny = device, deny
         self.program = Program()
         self.builder = _Recorder(self.program.values, multiprocessors)
-        self.fine: set[int] = set()  # tensors that kernels can touch, by id: the graph holds them
+        self.repeats = Repeats()
+        # tensors by id, for the graph holds them: why kernels cannot touch them, or None ...
+        self.unsupported: dict[int, str | None] = {}
+        self.fine: set[int] = set()  # ... and those that they can, where they are
 
     # one node ------------------------------------------------------------------------------
 
@@ -123,7 +127,7 @@ class Translator:
         if isinstance(val, torch.SymInt):
             size = size_of(val)
             return size if is_static(size) else SizeArg(size)
-        if not isinstance(val, torch.Tensor) or unsupported_tensor(val):
+        if not isinstance(val, torch.Tensor) or self._unsupported(val):
             value = Value("buffer", "opaque", (), (), "opaque", node=node)
         else:
             value = Value(
@@ -161,8 +165,9 @@ class Translator:
             return self._pointwise(op, args[: _arity(op)], node, val)
         if op.kind == "reduction":
             return self._bind(self._reduction(op, args, val), node, val)
-        result = op.body(self._for_node(node), *args[: _arity(op) - 1])
-        return self._bind(result, node, val)
+        given, builder = args[: _arity(op) - 1], self._for_node(node)
+        values, make = self.program.values, functools.partial(op.body, builder, *given)
+        return self._bind(self.repeats.made(op, given, values, make), node, val)
 
     def _for_node(self, node: Node) -> Builder:
         self.builder.origin = node
@@ -170,7 +175,8 @@ class Translator:
 
     def _operand(self, node: Node) -> Any:
         value = self.program.of.get(node)
-        if _is_empty(node.meta.get("val")):
+        val = node.meta.get("val")
+        if id(val) not in self.fine and _is_empty(val):
             return None  # of a composite: see _check_tensors
         if value is None or (isinstance(value, Value) and value.op == "opaque"):
             raise Declined(f"operand {node.name} is no plain tensor")
@@ -180,23 +186,28 @@ class Translator:
         """A composite's further operands and results may be empty, which says that they are absent
         (the saved statistics of a batch norm in evaluation)."""
         for k, tensor in enumerate(_tensors(val)):
-            if not (composite and k and _is_empty(tensor)):
-                self._check(tensor, "result")
+            self._check(tensor, "result", composite and k > 0)
         for k, arg in enumerate(node.all_input_nodes):
             for tensor in _tensors(arg.meta.get("val")):
-                if not (composite and k and _is_empty(tensor)):
-                    self._check(tensor, f"operand {arg.name}")
+                self._check(tensor, arg, composite and k > 0)
 
-    def _check(self, tensor: torch.Tensor, what: str) -> None:
-        if id(tensor) in self.fine:
+    def _check(self, tensor: torch.Tensor, of: Node | str, may_be_empty: bool) -> None:
+        if id(tensor) in self.fine or (may_be_empty and _is_empty(tensor)):
             return
-        if why := unsupported_tensor(tensor):
+        what = of if isinstance(of, str) else f"operand {of.name}"
+        if why := self._unsupported(tensor):
             raise Declined(f"{what} is {why}")
         if any(_unbacked(s) for s in tensor.shape):
             raise Declined(f"{what} has a size that depends on data")
         if tensor.device != self.device:
             raise Declined(f"{what} is on {tensor.device}, the kernels are on {self.device}")
         self.fine.add(id(tensor))
+
+    def _unsupported(self, tensor: torch.Tensor) -> str | None:
+        """``unsupported_tensor``, asked once of each that the graph holds."""
+        if id(tensor) not in self.unsupported:
+            self.unsupported[id(tensor)] = unsupported_tensor(tensor)
+        return self.unsupported[id(tensor)]
 
     # results -------------------------------------------------------------------------------
 

@@ -108,6 +108,55 @@ def _all_of(source):
     return (*head, source.text, source.commented, steps)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_repeated_wrongly(monkeypatch):
+    """A composite op that follows a recipe is what taking it apart makes, in every test."""
+    try:
+        from gems_compile.lowering.repeats import Repeats
+    except ImportError:  # another backend stands in
+        yield
+        return
+    made, wrong = Repeats.made, []
+
+    def made_and_checked(self, op, args, values, make):
+        begin = len(values)
+        result = made(self, op, args, values, make)
+        end = len(values)
+        again = make()
+        mine, others = values[begin:end], values[end:]
+        del values[end:]
+        if _steps(args, mine, result) != _steps(args, others, again):
+            wrong.append(op.name)
+        return result
+
+    monkeypatch.setattr(Repeats, "made", made_and_checked)
+    yield
+    assert not wrong
+
+
+def _steps(args, values, result):
+    """What the values are, with those made among them named by their order."""
+    from gems_compile.lowering.ir import Value
+    from gems_compile.lowering.views import View
+
+    places = {v: k for k, v in enumerate(values)}
+
+    def named(what):
+        if isinstance(what, (tuple, list)):
+            return tuple(map(named, what))
+        if isinstance(what, View):
+            return what.key
+        if isinstance(what, Value):
+            return ("value", places.get(what, what.id))
+        return (type(what), getattr(what, "expr", what))
+
+    steps = [
+        (v.kind, v.op, named(v.args), named(v.params), v.shape, v.dtype, v.strides, v.node)
+        for v in values
+    ]
+    return steps, named(result)
+
+
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
