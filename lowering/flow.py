@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,11 +13,16 @@ from .graph import Storage, nodes_in
 from .indexing import product
 from .ir import BITS, Value, base_of
 from .translate import Program
+from .views import Permute, Reshape
 
 
 def is_widening(v: Value) -> bool:
     """A cast that only widens: what it reads is smaller in memory, or as small."""
     return v.kind == "cast" and BITS[v.args[0].dtype] < BITS[v.dtype]
+
+
+#: the place of an operand that is not read element for element
+_READ_ELSEWHERE = {"gather": 0, "patch": 1}
 
 
 def find_readers(program: Program) -> dict[Value, list[tuple[Value, bool]]]:
@@ -25,10 +31,14 @@ def find_readers(program: Program) -> dict[Value, list[tuple[Value, bool]]]:
     for v in program.values:
         if not v.computes:
             continue
-        size = product(v.args[0].shape if v.reduces else v.shape)
+        shape, elsewhere = v.args[0].shape if v.reduces else v.shape, _READ_ELSEWHERE.get(v.kind)
         for k, a in enumerate(v.inputs):
-            aligned = v.kind != "concat" and (v.kind, k) not in (("gather", 0), ("patch", 1))
-            same = aligned and product(a.shape) == size and _only_bijections(a)
+            same = (
+                v.kind != "concat"
+                and k != elsewhere
+                and (a.shape == shape or product(a.shape) == product(shape))
+                and _only_bijections(a)
+            )
             readers[base_of(a)].append((v, same))
     return readers
 
@@ -59,7 +69,7 @@ def find_escapes(program: Program, graph: Any) -> set[Value]:
 
 def _only_bijections(v: Value) -> bool:
     while v.kind == "view":
-        if type(v.params).__name__ not in ("Permute", "Reshape"):
+        if not isinstance(v.params, (Permute, Reshape)):
             return False
         v = v.args[0]
     return True
@@ -74,18 +84,19 @@ def flatten(entry: Any) -> list[Value]:
     return []
 
 
-def order_edges(program: Program, graph: Any) -> tuple[dict[Value, list[Value]], set[Value]]:
+def order_edges(
+    program: Program, graph: Any, copies: Mapping[Node, str | None]
+) -> tuple[dict[Value, list[Value]], set[Value]]:
     """(what each ATen result waits for besides its operands, memory that the graph writes).
 
     A node that writes an argument waits for everything that read that memory before; whatever
     reads the memory afterwards waits for the node. Nodes with an effect keep their order, but for
-    copies into inputs, whose only effect is on memory that has a name.
+    copies into inputs (``copies``: see copies_alone), which only affect memory that has a name.
     """
     waits: dict[Value, list[Value]] = defaultdict(list)
     read_by: dict[Value, list[Value]] = defaultdict(list)
     written_by: dict[Value, Value] = {}
     last_effect: Value | None = None
-    copies = copies_alone(program, graph)
     for node in graph.nodes:
         if node.op in ("output", "placeholder", "get_attr"):
             continue

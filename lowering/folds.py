@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from .body import Instr
-from .frames import atoms_of
+from .group import atoms_of
 from .indexing import Index, is_one, is_static, product
 from .ir import Value, base_of, computing_dtype
 from .schedule import power_of_two

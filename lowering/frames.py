@@ -16,9 +16,13 @@ def frame_for(group: Group, v: Value) -> Frame | None:
     if v.kind == "concat":
         return None
     frame: list[Any] = [None] * len(shape)
+    whole: Frame | None = None  # of the first operand, if that has v's shape
     for a in aligned_operands(v):
         known = group.frame(a)
-        if known is None:
+        if known is None or known == whole:
+            continue
+        if a.shape == shape and frame.count(None) == len(frame):
+            whole, frame = known, list(known)
             continue
         lead = len(shape) - a.ndim
         for k, axis in enumerate(known):
@@ -39,31 +43,31 @@ def aligned_operands(v: Value) -> tuple[Value, ...]:
 
 
 def _complete(group: Group, shape: tuple[Size, ...], frame: list[Any]) -> Frame | None:
-    """Give unknown axes the atoms that are left, and check that the domain is covered."""
+    """The frame, if it or what is left for its unknown axes covers the domain."""
+    if None in frame and not _complete_unknown(group, shape, frame):
+        return None
+    out = tuple(group.resolve(axis) for axis in frame) if group.parts else tuple(frame)
+    return out if group.is_covered(out) else None
+
+
+def _complete_unknown(group: Group, shape: tuple[Size, ...], frame: list[Any]) -> bool:
+    """Give unknown axes the atoms that are left; whether that works out."""
     for k, size in enumerate(shape):
         if frame[k] is None and is_one(size):
             frame[k] = ()
-    if all(axis is None for axis in frame) and frame:
-        return None
+    if all(axis is None for axis in frame):
+        return False
     unknown = [k for k, axis in enumerate(frame) if axis is None]
-    if unknown:
-        used = set(group.resolve([a for axis in frame if axis for a in axis]))
-        left: tuple[str, ...] = tuple(a for a in group.domain if a not in used)
-        for k in reversed(unknown):
-            try:
-                left, frame[k] = group.take(left, shape[k])
-            except ValueError:
-                return None
-        if left:
-            return None
-    out = tuple(group.resolve(axis) for axis in frame) if group.parts else tuple(frame)
-    atoms = atoms_of(out)
-    covered = set(atoms)
-    if len(covered) != len(atoms):
-        return None
-    if covered == set(group.domain) or (group.reduced and covered == set(group.parallel)):
-        return out
-    return None
+    if not unknown:
+        return True
+    used = set(group.resolve([a for axis in frame if axis for a in axis]))
+    left: tuple[str, ...] = tuple(a for a in group.domain if a not in used)
+    for k in reversed(unknown):
+        try:
+            left, frame[k] = group.take(left, shape[k])
+        except ValueError:
+            return False
+    return not left
 
 
 def align(one: Group, frame_one: Frame, two: Group, frame_two: Frame) -> dict[str, str] | None:
@@ -103,7 +107,3 @@ def carried(v: Value, base: Value, frame: Frame | None, group: Group) -> Frame |
     except ValueError:  # the sizes do not divide
         return None
     return None if own is None or None in own else own
-
-
-def atoms_of(frame: Frame) -> list[str]:
-    return [a for axis in frame for a in (axis or ())]

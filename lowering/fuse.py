@@ -6,10 +6,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from .flow import drop_unread, find_escapes, find_readers, order_edges
+from .closure import Closure
+from .flow import copies_alone, drop_unread, find_escapes, find_readers, order_edges
 from .folds import fold_parts
-from .frames import align, aligned_operands, atoms_of, frame_for
-from .group import SHARE, Group
+from .frames import align, aligned_operands, frame_for
+from .group import SHARE, Group, atoms_of
 from .indexing import contiguous_strides, is_static, product
 from .inline import Inliner
 from .ir import Value, base_of, is_dense
@@ -38,14 +39,15 @@ class Fuser:
         self.program, self.multiprocessors = program, multiprocessors
         self.escapes = find_escapes(program, graph)
         drop_unread(program, self.escapes)
-        self.place = {v: k for k, v in enumerate(program.values)}
         self.groups: list[Group] = []
         self.home: dict[Value, Group] = {}
+        self.closure = Closure(program.values, self.home)
+        self.place = self.closure.place
         self.near: dict[Value, list[Group]] = defaultdict(list)  # value -> groups that frame it
-        self.upstream: dict[Value, int] = {}  # value -> bitset of groups it waits for
         self.unfused: list[tuple[Value, Value, str]] = []
         self.readers = find_readers(program)
-        self.waits, self.written = order_edges(program, graph)
+        self.copies = copies_alone(program, graph)
+        self.waits, self.written = order_edges(program, graph, self.copies)
         self.sources: dict[Value, tuple[Value, ...]] = {}
         self.seen: dict[Value, list[Value]] = {}  # the same through inlined values
         self.twins: dict[Any, Group] = {}
@@ -57,10 +59,9 @@ class Fuser:
 
     def run(self) -> list[Group]:
         for v in self.program.values:
-            waits = 0
-            for source in self._sources(v):
-                waits |= self._closure(source)
-            self.upstream[v] = waits
+            if v.kind == "view":
+                continue
+            self.closure.meet(v, self._sources(v))
             if v.computes and v not in self.inlined:
                 self._place(v)
         recompute(self)
@@ -97,11 +98,6 @@ class Fuser:
         self.inlined |= values
         self.seen.clear()
 
-    def _closure(self, v: Value) -> int:
-        """Groups that must have run before v can be read."""
-        own = self.home.get(v)
-        return self.upstream.get(v, 0) | (1 << own.number if own is not None else 0)
-
     def _stored(self, v: Value, group: Group) -> bool:
         if v in self.escapes:
             return True
@@ -116,23 +112,25 @@ class Fuser:
         """(groups that produce an operand, groups that only read the same data), latest first."""
         producers: dict[Group, None] = {}
         siblings: dict[Group, None] = {}
+        oldest = self.place[v] - SIBLING_DISTANCE
         for a in v.inputs:
             while True:
                 own = self.home.get(a)
                 if own is not None:
                     producers[own] = None
                 for g in self.near.get(a, ()):
-                    if g.members and self.place[v] - g.last <= SIBLING_DISTANCE:
+                    if g.last >= oldest and g.members:
                         siblings[g] = None
                 if a.kind != "view" and not (a.kind == "cast" and a in self.inlined):
                     break
                 a = a.args[0]
-        twin = self.twins.get(self._twin_key(v))
+        key = self._twin_key(v)
+        twin = None if key is None else self.twins.get(key)
         if twin is not None and twin.members:
             siblings[twin] = None
+        others = [g for g in siblings if g not in producers]
         # a reduction first: it takes in a pointwise group, not the other way round
-        order = sorted(producers, key=lambda g: (not g.reduced, -g.last))
-        return order, sorted((g for g in siblings if g not in producers), key=lambda g: -g.last)
+        return sorted(producers, key=_reductions_first), sorted(others, key=_latest_first)
 
     def _twin_key(self, v: Value) -> Any:
         """Reductions alike over results of one kernel can share the next kernel, and writes to the
@@ -149,8 +147,6 @@ class Fuser:
         producers, siblings = self._candidates(v)
         joined: Group | None = None
         for group in (*producers, *siblings):
-            if joined is group:
-                continue
             if joined is None:
                 frame = frame_for(group, v)
                 if frame is None:
@@ -299,8 +295,10 @@ class Fuser:
 
     def _makes_cycle(self, group: Group, v: Value) -> bool:
         bit = 1 << group.number
+        if not self.closure.before(v) & bit:
+            return False
         for s in self.reads(v):
-            if self.upstream.get(s, 0) & bit and self.home.get(s) is not group:
+            if self.closure.before(s) & bit and self.home.get(s) is not group:
                 return True
         return False
 
@@ -348,11 +346,12 @@ class Fuser:
             self.twins[key] = group
             self.twin_frames[(group, key)] = frame
         group.members.append(v)
+        group.operands += len(v.inputs)
         if is_tied(v, group.tied):
             group.tied.add(v)
         group.last = max(group.last, self.place[v])
         self.home[v] = group
-        self._grow(group, self.upstream[v])
+        self.closure.grow(group)
 
     def _share(self, group: Group, v: Value) -> None:
         """Agree on the shares of rows that the group's programs reduce."""
@@ -379,25 +378,6 @@ class Fuser:
         groups = self.near[a]
         if group not in groups:
             groups.append(group)
-
-    def _grow(self, group: Group, waits: int) -> None:
-        """The group now waits for ``waits``; so does everything that waits for the group."""
-        bit = 1 << group.number
-        waits &= ~bit
-        old = self.upstream[group.members[0]]
-        if waits & ~old:
-            for m in group.members:
-                self.upstream[m] |= waits | old
-            values = self.program.values
-            for k in range(group.first, len(values)):
-                v = values[k]
-                known = self.upstream.get(v)
-                if known is None:
-                    break
-                if known & bit:
-                    self.upstream[v] = known | waits
-        last = group.members[-1]  # may wait for other members, which do not wait for themselves
-        self.upstream[last] = (self.upstream[last] | self.upstream[group.members[0]]) & ~bit
 
     def _merge(self, one: Group, two: Group, v: Value) -> str | None:
         """Move the members of ``two`` into ``one`` (both feed v), or say why not."""
@@ -466,39 +446,36 @@ class Fuser:
             self.twin_frames[(self.twins[moved], moved)] = self.twin_frames.pop(
                 (self.twins[moved], key)
             )
-        bit_one, bit_two = 1 << one.number, 1 << two.number
+        first = min(one.first, two.first)
+        self.closure.absorb(one, two, first)
         for m in two.members:
             self.home[m] = one
-        waits = (self.upstream[one.members[0]] | self.upstream[two.members[0]]) & ~(
-            bit_one | bit_two
-        )
         one.members = sorted(one.members + two.members, key=self.place.__getitem__)
-        one.first, one.last = min(one.first, two.first), max(one.last, two.last)
+        one.first, one.last = first, max(one.last, two.last)
+        one.operands += two.operands
         one.scans = one.scans or two.scans
         one.tied = find_tied(one.members)
         two.members, two.tied = [], set()
-        for m in one.members:
-            self.upstream[m] = waits
-        values = self.program.values
-        for k in range(one.first, len(values)):
-            known = self.upstream.get(values[k])
-            if known is None:
-                break
-            if known & (bit_one | bit_two):
-                self.upstream[values[k]] = (known & ~bit_two) | bit_one | waits
-        for m in one.members:
-            self.upstream[m] = waits
 
     def _path_between(self, start: Group, end: Group) -> bool:
         """Whether something outside both waits for ``start`` and is waited for by ``end``."""
+        if not self.closure.waits(end, start):
+            return False
         bit = 1 << start.number
-        for m in end.members:
-            for s in self.reads(m):
-                if self.home.get(s) in (start, end):
-                    continue
-                if self._closure(s) & bit:
-                    return True
-        return False
+        outside = {s for m in end.members for s in self.reads(m)}
+        return any(
+            self.closure.until_read(s) & bit
+            for s in outside
+            if self.home.get(s) not in (start, end)
+        )
+
+
+def _latest_first(group: Group) -> int:
+    return -group.last
+
+
+def _reductions_first(group: Group) -> tuple[bool, int]:
+    return not group.reduced, -group.last
 
 
 def _alike(r: Value, v: Value) -> bool:
@@ -508,7 +485,7 @@ def _alike(r: Value, v: Value) -> bool:
 
 def pointers(group: Group, v: Value) -> int:
     """An upper bound of the tensors the kernel would touch."""
-    most = len(v.inputs) + sum(len(m.inputs) for m in group.members) + len(group.members) // 2
+    most = len(v.inputs) + group.operands + len(group.members) // 2
     if most <= MAX_POINTERS:
         return most
     seen = {base_of(a) for m in (*group.members, v) for a in m.inputs}

@@ -26,11 +26,13 @@ class Group:
     def __init__(self, number: int) -> None:
         self.number = number
         self.members: list[Value] = []
+        self.operands = 0  # of all members
         self.frames: dict[Value, Frame] = {}
         self.sizes: dict[str, Size] = {}
         self.parts: dict[str, tuple[str, str]] = {}
         self._domain: tuple[str, ...] = ()
         self._reduced: tuple[str, ...] = ()
+        self._covered: dict[Frame, bool] = {}  # what is_covered said since atoms last changed
         self.column = False  # the reduced atoms are not the contiguous ones
         self.shares = 0  # of the rows, where columns are reduced in two steps
         self.scans = False  # some member is a scan along the reduced atoms, in their order
@@ -54,6 +56,7 @@ class Group:
         outer = quotient(self.sizes[atom], inner)
         if outer is None:
             raise ValueError(f"{inner} does not divide {self.sizes[atom]}")
+        self._covered.clear()
         self.parts[atom] = (self.new_atom(outer), self.new_atom(inner))
         return self.parts[atom]
 
@@ -83,6 +86,7 @@ class Group:
 
     def set_reduced(self, atoms: Sequence[str]) -> None:
         self._reduced = tuple(atoms)
+        self._covered.clear()
 
     @property
     def reduced_length(self) -> Size:
@@ -117,10 +121,21 @@ class Group:
             return self.frame(value.args[0])
         return None
 
+    def is_covered(self, frame: Frame) -> bool:
+        """Whether the frame has each atom once: all of them, or those that are not reduced."""
+        known = self._covered.get(frame)
+        if known is None:
+            atoms = atoms_of(frame)
+            own = set(atoms)
+            whole = own == set(self.domain) or (bool(self.reduced) and own == set(self.parallel))
+            known = self._covered[frame] = whole and len(own) == len(atoms)
+        return known
+
     def open(self, shape: Sequence[Size]) -> Frame:
         """Start the domain: one atom for each axis longer than 1."""
         frame = tuple(() if type(s) is int and s == 1 else (self.new_atom(s),) for s in shape)
         self._domain = tuple(a for axis in frame for a in axis)
+        self._covered.clear()
         return frame
 
     def numel(self, atoms: Sequence[str]) -> Size:
@@ -135,6 +150,10 @@ class Group:
     def nodes(self) -> list[Any]:
         """The FX nodes its members came from, each once."""
         return list(dict.fromkeys(m.node for m in self.members if m.node is not None))
+
+
+def atoms_of(frame: Frame) -> list[str]:
+    return [a for axis in frame for a in (axis or ())]
 
 
 @dataclass

@@ -38,13 +38,8 @@ def simplify(size: Size) -> Size:
 
 
 def product(sizes: Iterable[Size]) -> Size:
-    sizes = tuple(sizes)
-    if _INT.issuperset(map(type, sizes)):
-        return math.prod(sizes)
-    out: Size = 1
-    for size in sizes:
-        out = out * size
-    return simplify(out)
+    size = math.prod(sizes)
+    return size if type(size) is int else simplify(size)
 
 
 def is_static(*sizes: Size) -> bool:
@@ -89,7 +84,8 @@ class Index:
 
     def __init__(self, terms: dict[str, Size] | None = None, const: Size = 0) -> None:
         kept = [t for t in terms.items() if not (type(t[1]) is int and t[1] == 0)] if terms else []
-        kept.sort()  # the names differ, so no sizes are compared
+        if len(kept) > 1:
+            kept.sort()  # the names differ, so no sizes are compared
         self.terms: tuple[tuple[str, Size], ...] = tuple(kept)
         self.const = const
         self._hash = hash((self.terms, const))
@@ -123,7 +119,7 @@ class Index:
 
     @property
     def atoms(self) -> tuple[str, ...]:
-        return tuple(a for a, _ in self.terms)
+        return tuple([a for a, _ in self.terms])
 
     def coefficient(self, atom: str) -> Size:
         for a, c in self.terms:

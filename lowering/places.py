@@ -92,7 +92,11 @@ def _tied_reads(v: Value, tied: set[Value]) -> list[tuple[int, Value]]:
     """(place among v's operands, the operand) for those that show a tied value."""
     if not tied:
         return []
-    return [(k, a) for k, a in enumerate(v.inputs) if base_of(a) in tied or _source(a) in tied]
+    return [(k, a) for k, a in enumerate(v.inputs) if a in tied or _shows(a, tied)]
+
+
+def _shows(a: Value, tied: set[Value]) -> bool:
+    return a.kind in ("view", "cast") and (base_of(a) in tied or _source(a) in tied)
 
 
 def _source(a: Value) -> Value:
@@ -109,6 +113,8 @@ def _is_elsewhere(
         return True
     if v.kind == "patch" and place == 1 and any(known[axis] for axis, _, _ in v.params):
         return True
+    if known == frame:
+        return False
     lead = len(frame) - a.ndim
     return any(  # None and no atoms: the same all along the axis
         axis and resolve(axis) != resolve(frame[lead + k] or ()) for k, axis in enumerate(known)

@@ -42,7 +42,9 @@ def recompute(fuser: Fuser) -> None:
 
 def _try(fuser: Fuser, v: Value) -> bool:
     group = fuser.home.get(v)
-    if group is None or not _may_move(fuser, v) or not _read_in_place(fuser, v):
+    if group is None or all(fuser.home.get(r) is group for r, _ in fuser.readers.get(v, ())):
+        return False  # which is so of most
+    if not _may_move(fuser, v) or not _read_in_place(fuser, v):
         return False
     readers = set(_reading_groups(fuser, v)) - {group}
     chain = _chain(fuser, group, v) if readers else None

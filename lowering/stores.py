@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import fx
 
-from .flow import base_of, copies_alone, find_escapes
-from .frames import atoms_of, carried
+from .flow import base_of, find_escapes
+from .frames import carried
 from .fuse import Fuser, on_chip
-from .group import Group
+from .group import Group, atoms_of
 from .indexing import is_one, is_static
 from .ir import Value, is_dense
 from .translate import Program
@@ -29,7 +29,7 @@ def store_copies(graph: fx.Graph, program: Program, fuser: Fuser) -> int:
     Leaves the reason in ``program.aten`` where it is not.
     """
     changed: dict[Group, None] = {}
-    for node, shared in copies_alone(program, graph).items():
+    for node, shared in fuser.copies.items():
         if node not in program.aten:
             continue
         why = shared or why_not_store(node, program, fuser)
@@ -64,7 +64,7 @@ def why_not_store(node: fx.Node, program: Program, fuser: Fuser) -> str | None:
             return "the kernel reads the old value at another place"
     bit = 1 << group.number
     for source in _waits(copy, fuser):
-        if fuser.home.get(source) is not group and fuser.upstream.get(source, 0) & bit:
+        if fuser.home.get(source) is not group and fuser.closure.before(source) & bit:
             return "the old value is read after the new one is computed"
     return None
 
@@ -137,17 +137,14 @@ def _store(node: fx.Node, program: Program, fuser: Fuser) -> Group:
     group = fuser.home[base_of(new)]
     frame = carried(new, base_of(new), group.frame(base_of(new)), group)
     assert frame is not None  # why_not_store has looked
-    waits = 0
-    for source in _waits(copy, fuser):
-        waits |= fuser._closure(source)
+    fuser.closure.put(copy, _waits(copy, fuser))
     fuser.turn(copy, "cast", (new,))
     group.frames[copy] = frame
     group.members.append(copy)
     group.stores[copy] = into
     group.last = max(group.last, fuser.place[copy])
     fuser.home[copy] = group
-    fuser.upstream[copy] = waits & ~(1 << group.number)
-    fuser._grow(group, waits)
+    fuser.closure.grow(group)
     fuser.written.discard(into)
     del program.aten[node]
     return group

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .flow import base_of
-from .frames import atoms_of, carried
-from .group import Group
+from .frames import carried
+from .group import Group, atoms_of
 from .indexing import is_static, product
 from .ir import Value
 from .parts import MAX_SWEPT_ROW, contiguous_axis

@@ -8,6 +8,7 @@ coordinate; ``None`` stands for an axis that nothing is known about yet.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
@@ -41,11 +42,12 @@ class View:
 
     src: tuple[Size, ...]
     shape: tuple[Size, ...]
+    derived = ("runs", "back")
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """All that tells one view from another; ``runs`` follows from the rest."""
-        return (type(self), *(what for name, what in vars(self).items() if name != "runs"))
+        """All that tells one view from another; what is ``derived`` follows from the rest."""
+        return (type(self), *(w for name, w in vars(self).items() if name not in self.derived))
 
     @property
     def trivial(self) -> bool:
@@ -174,7 +176,12 @@ class Reshape(View):
         return tuple(out)
 
     def carry_back(self, frame: Frame, atoms: Atoms) -> Frame | None:
-        return Reshape(self.shape, self.src).carry(frame, atoms)
+        return self.back.carry(frame, atoms)
+
+    @functools.cached_property
+    def back(self) -> Reshape:
+        """The reshape of the view to its argument."""
+        return Reshape(self.shape, self.src)
 
     def strides(self, src: Sequence[Size]) -> tuple[Size, ...]:
         if self.runs is None:
