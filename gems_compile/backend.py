@@ -146,7 +146,17 @@ def _no_collection() -> Iterator[None]:
     try:
         yield
     finally:
+        _call_it_old()
         gc.enable()
+
+
+def _call_it_old() -> None:
+    """Count what was allocated meanwhile among the old objects, which the next full collection
+    looks through. As young ones they would all be looked through at the next allocation: 0.15 s
+    after a ResNet-50, 0.5 s after 16 layers of Llama."""
+    if gc.get_freeze_count() == 0:  # or thawing would take in what somebody froze
+        gc.freeze()
+        gc.unfreeze()
 
 
 def _may_train(inputs: Sequence[Any]) -> bool:
@@ -251,10 +261,11 @@ class _Late:
     def wait(self) -> Callable[[list[Any]], Any]:
         with self.lock:
             if self.loaded is None:
-                try:
-                    self.loaded = self.load()
-                except Exception as e:
-                    self.loaded = self.otherwise(e)
+                with _no_collection():
+                    try:
+                        self.loaded = self.load()
+                    except Exception as e:
+                        self.loaded = self.otherwise(e)
                 del self.load, self.otherwise  # and with them the graph
             return self.loaded
 
