@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import json
@@ -21,7 +22,7 @@ import torch
 from .options import Options
 from .private import static_launcher
 from .source import Source
-from .worker import compile_file, load_module, write_atomically
+from .worker import do, load_module, write_atomically
 
 log = logging.getLogger("gems_compile.lowering.load")
 Launcher = Callable[..., None]  # (grid_x, grid_y, grid_z, stream, *args), tensors as addresses
@@ -35,53 +36,81 @@ class CompileError(Exception):
         self.source = source
 
 
-class Pool:
-    """Worker processes that import Triton only; kernels compile side by side.
+Answer = queue.Queue[str | None]  # an error, or None
 
-    Threads read the answers and die with the process, as do the workers (their stdin closes).
+
+class Pool:
+    """Kernels compile side by side, in processes that import Triton only: see ``worker``.
+
+    One thread asks and another takes the answers; they die with the process, and so do the workers
+    (their input ends). Workers that die cost time: the next job starts new ones.
     """
 
     def __init__(self, size: int) -> None:
-        self.jobs: queue.Queue[tuple[dict[str, Any], queue.Queue[str | None]]] = queue.Queue()
-        self.processes: list[subprocess.Popen[str]] = []
-        for _ in range(size):
-            threading.Thread(target=self._serve, daemon=True).start()
+        self.size, self.closed = size, False
+        self.jobs: queue.SimpleQueue[tuple[dict[str, Any], Answer]] = queue.SimpleQueue()
+        self.workers: Workers | None = None
+        threading.Thread(target=self._ask, daemon=True).start()
 
-    def submit(self, job: dict[str, Any]) -> queue.Queue[str | None]:
-        answer: queue.Queue[str | None] = queue.Queue(1)
+    def submit(self, job: dict[str, Any]) -> Answer:
+        answer: Answer = queue.Queue(1)
         self.jobs.put((job, answer))
         return answer
 
-    def _start(self) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "gems_compile.lowering.worker"],
+    def _ask(self) -> None:
+        self.workers = Workers(self.size)
+        while True:
+            job, answer = self.jobs.get()
+            try:
+                if self.workers.over and not self.closed:
+                    self.workers = Workers(self.size)
+                self.workers.ask(job, answer)
+            except (OSError, ValueError) as e:
+                answer.put(f"OSError: {e}")
+
+    def close(self) -> None:
+        self.closed = True
+        if self.workers is not None:
+            self.workers.process.kill()
+
+
+class Workers:
+    """The process that forks the workers, and what it was asked."""
+
+    def __init__(self, size: int) -> None:
+        self.asked: dict[str, list[Answer]] = {}  # by path
+        self.over, self.lock = False, threading.Lock()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "gems_compile.lowering.worker", str(size)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=_worker_environment(),
         )
-        self.processes.append(process)
-        return process
+        threading.Thread(target=self._answer, daemon=True).start()
 
-    def _serve(self) -> None:
-        process = self._start()
-        while True:
-            job, answer = self.jobs.get()
-            try:
-                assert process.stdin is not None and process.stdout is not None  # both are pipes
-                process.stdin.write(json.dumps(job) + "\n")
-                process.stdin.flush()
-                line = process.stdout.readline()
-                if not line:
-                    raise OSError("the compile worker died")
-                answer.put(json.loads(line)["error"])
-            except (OSError, ValueError) as e:
-                answer.put(f"{type(e).__name__}: {e}")
-                process = self._start()
+    def ask(self, job: dict[str, Any], answer: Answer) -> None:
+        assert self.process.stdin is not None  # a pipe
+        with self.lock:
+            if self.over:
+                raise OSError("the compile workers died")
+            self.asked.setdefault(job["path"], []).append(answer)
+        with contextlib.suppress(OSError):  # who reads the answers finds out
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
 
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
+    def _answer(self) -> None:
+        assert self.process.stdout is not None  # a pipe
+        for line in self.process.stdout:
+            told = json.loads(line)
+            with self.lock:
+                answer = self.asked[told["path"]].pop(0)
+            answer.put(told["error"])
+        with self.lock:
+            self.over = True
+            left = [answer for answers in self.asked.values() for answer in answers]
+        for answer in left:
+            answer.put("OSError: the compile workers died")
 
 
 def _worker_environment() -> dict[str, str]:
@@ -113,6 +142,19 @@ def private_directory() -> str:
     holder = tempfile.TemporaryDirectory(prefix="gems_")
     atexit.register(holder.cleanup)
     return holder.name
+
+
+def _is_writable(folder: str) -> bool:
+    """Whether kernels can be kept there; makes the folder."""
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    except OSError as e:
+        log.warning("kernel cache unusable (%s); kernels are not kept", e)
+        return False
+    if not os.access(folder, os.W_OK):
+        log.warning("kernel cache unusable (%s cannot be written); kernels are not kept", folder)
+        return False
+    return True
 
 
 _launchers: dict[tuple[str, int | None], Launcher] = {}
@@ -156,16 +198,14 @@ class Loading:
             self._start()
 
     def _start(self) -> None:
-        try:
-            os.makedirs(self.folder, mode=0o700, exist_ok=True)
-            if not os.path.exists(self.path):
-                write_atomically(self.path, self.source.text.encode())
-        except OSError as e:
-            log.warning("kernel cache unusable (%s); kernels are not kept", e)
+        if not _is_writable(self.folder):
             self.folder = private_directory()
             self.path = os.path.join(self.folder, f"{self.key}.py")
-            write_atomically(self.path, self.source.text.encode())
-        if self.options.target.name == "interpreter" or self._record() is not None:
+        if self.options.target.name == "interpreter":
+            if not os.path.exists(self.path):
+                write_atomically(self.path, self.source.text.encode())
+            return
+        if self._record() is not None:
             return
         self.compiled = True
         workers = pool(self.options.threads)
@@ -176,6 +216,7 @@ class Loading:
         target = self.options.target
         return {
             "path": self.path,
+            "text": self.source.text,
             "meta": self.source.meta,
             "target": [target.backend, target.arch, target.warp],
         }
@@ -202,12 +243,11 @@ class Loading:
         if self.options.target.name == "interpreter":
             return interpreter_launcher(self.path, self.source)
         if self.compiled:
-            job = self._job()
             asked = self.answer is not None and self.asker == os.getpid()  # or its parent did
             error = self.answer.get() if self.answer is not None and asked else None
-            if not asked or (error or "").startswith(("OSError", "BrokenPipe")):
+            if not asked or (error or "").startswith("OSError"):
                 try:
-                    compile_file(job["path"], job["meta"], job["target"])
+                    do(self._job())
                     error = None
                 except Exception as e:
                     error = f"{type(e).__name__}: {e}"

@@ -55,7 +55,7 @@ def test_torchs_launcher_takes_our_kernels(tmp_path, monkeypatch):
     source = copy_source()
     job = {"path": str(path), "meta": source.meta, "target": ["cuda", 90, 32]}
     done = subprocess.run(
-        [sys.executable, "-m", "gems_compile.lowering.worker"],
+        [sys.executable, "-m", "gems_compile.lowering.worker", "1"],
         input=json.dumps(job) + "\n",
         capture_output=True,
         text=True,
