@@ -13,7 +13,7 @@ from itertools import count
 from typing import Any
 
 from ..kernels.op import BODIES
-from .indexing import ZERO, Size, contiguous_strides, is_static, product, simplify
+from .indexing import ZERO, Index, Size, contiguous_strides, is_static, product, simplify
 from .parts import (
     SPLITTABLE,
     contiguous_axis,
@@ -522,4 +522,11 @@ def first_place(v: Value) -> Size:
 class _NoAtoms:
     """The context of a pull at a fixed place: there are no loop variables."""
 
-    size = derive = None
+    size = None
+
+    @staticmethod
+    def derive(kind: str, index: Index, divisor: Size) -> Index:
+        """A quotient or a remainder whose operands are numbers, at least one of them symbolic."""
+        from torch.utils._sympy.functions import FloorDiv, Mod
+
+        return Index(const=simplify((FloorDiv if kind == "//" else Mod)(index.const, divisor)))

@@ -20,6 +20,7 @@ BY_LENGTH = {
     "layer_norm": lambda x: F.layer_norm(x, (4,)) * 2,
     "view": lambda x: x.view(-1) * 2,
     "reshape_pairs": lambda x: x.reshape(x.shape[0], 2, 2).transpose(0, 1).reshape(2, -1) + 1,
+    "reshape_and_slice": lambda x: x.reshape(-1)[1:] * 2,
     "transpose": lambda x: x.t().contiguous() + 1,
     "flip": lambda x: x.flip(0) + x,
     "roll": lambda x: x.roll(1, 0) - x,
