@@ -260,6 +260,7 @@ def _wrapper_text(report: Report) -> str:
     head = [
         "# What one call of the graph runs. Not a program: these names are put in by the executor.",
         "#   k0, k1 ...   launch a kernel: (grid x, y, z, stream, arguments); its name follows",
+        "#   k0w ...      the same kernel with 64-bit places, for sizes above wide0, wide1 ...",
         "#   empty, view  allocate, and look at memory with another shape, without a dispatcher",
         "#   aligned, settle   a copy, only if a tensor lacks the alignment or strides foreseen",
     ]

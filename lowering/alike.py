@@ -59,6 +59,8 @@ def _taken_over(source: Source, first: _Description, own: _Description) -> Sourc
         replace(source.body, group=own.group, params=params),
         like=source,
         own=values,
+        bound=source.bound,
+        widen=source.widen,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import CodeType
 from typing import Any
 
@@ -27,6 +27,7 @@ from .order import batches, together
 from .scratch import plan_scratch
 from .source import Source
 from .translate import Program
+from .widths import Widths
 
 #: ATen calls whose results are fresh, aligned and laid out as their FakeTensors say
 TRUSTED = {"mm", "bmm", "addmm", "baddbmm", "product", "joined_products"}
@@ -89,6 +90,7 @@ class Writer:
         self.scratch, self.scratch_bytes = plan_scratch(plan.steps, sources, plan.escapes)
         self.in_place = plan_in_place(gm, program, plan, sources, self.scratch)
         self.ledger = Ledger()
+        self.widths = Widths(self)
         self.launches = 0
         self.calls = 0
 
@@ -262,6 +264,7 @@ class Writer:
         kernel = f"k{len(self.kernels)}"
         self.kernels.append((kernel, group))
         self.launches += 1
+        callee = self.widths.callee(kernel, group, source)
         grid = self.size(source.grid)
         if not is_static(source.grid):
             self.add(f"grid = {grid}")
@@ -270,9 +273,9 @@ class Writer:
             for _, role, what in source.params
         )
         if is_static(source.grid):
-            self.add(f"{kernel}({grid}, 1, 1, stream, {args})", source.name)
+            self.add(f"{callee}({grid}, 1, 1, stream, {args})", source.name)
         else:
-            self.add(f"if grid: {kernel}(grid, 1, 1, stream, {args})", source.name)
+            self.add(f"if grid: {callee}(grid, 1, 1, stream, {args})", source.name)
         places = [base_of(m.params[0]) for m in group.members if m.kind == "store"]
         for memory in dict.fromkeys([*group.stores.values(), *places]):
             if memory in self.aligned:
@@ -469,12 +472,16 @@ def compiled(text: str, label: str) -> CodeType:
 
 
 def bind(
-    writer: Writer, code: CodeType, launchers: dict[Group, Callable[..., None]]
+    writer: Writer,
+    code: CodeType,
+    launchers: dict[Group, Callable[..., None]],
+    wide: Mapping[str, Callable[..., None]],
 ) -> Callable[[list[Any]], Any]:
     """The function, with its kernels and constants, in the boxed form AOTAutograd asks for."""
     device = writer.device
     scope: dict[str, Any] = dict(writer.constants)
     scope.update({name: launchers[group] for name, group in writer.kernels})
+    scope.update(wide)
     scope.update(
         empty=private.allocator(device),
         view=private.reinterpreter(),

@@ -231,6 +231,11 @@ class Loading:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    @functools.cached_property
+    def wide(self) -> WhenNeeded:
+        """What launches it where the sizes of a call ask for places of 64 bits."""
+        return WhenNeeded(self)
+
     def result(self) -> Launcher:
         with _lock:
             launcher = _launchers.get((self.key, self.device))
@@ -260,6 +265,24 @@ class Loading:
             return static_launcher(self.source, record, self.path, self.device)
         except torch.OutOfMemoryError as e:
             raise CompileError(self.source, str(e)) from e
+
+
+class WhenNeeded:
+    """Launches a kernel's form with places of 64 bits, which its first call writes and compiles."""
+
+    def __init__(self, narrow: Loading) -> None:
+        self.narrow = narrow
+        self.launcher: Launcher | None = None
+
+    def __call__(self, *args: Any) -> None:
+        if self.launcher is None:
+            self.launcher = self._compiled()
+        self.launcher(*args)
+
+    def _compiled(self) -> Launcher:
+        narrow = self.narrow
+        assert narrow.source.widen is not None  # it has a bound
+        return Loading(narrow.source.widen(), narrow.options, narrow.device).result()
 
 
 def interpreter_launcher(path: str, source: Source) -> Launcher:

@@ -36,7 +36,7 @@ class Loops:
     reduced: list[str]
     shares: int
     sweeps: bool
-    wide64: bool
+    far: bool
     aligned: Aligned | None
     rmask: str | None
     defined: set[str]
@@ -44,6 +44,12 @@ class Loops:
 
     def body_size(self, size: Size) -> str:
         raise NotImplementedError
+
+    @property
+    def lanes(self) -> str:
+        """A tile's places along the reduced atoms, from its start."""
+        lanes = "tl.arange(0, RBLOCK)[None, :]"
+        return f"{lanes}.to(tl.int64)" if self.far else lanes
 
     def _reduced_vars(self, masked: bool = True) -> None:
         raise NotImplementedError
@@ -134,12 +140,9 @@ class Loops:
 
     def _step_at(self, start: str, steps: Sequence[Instr], masked: bool) -> None:
         outside = set(self.defined)
-        static = is_static(product(self.sizes[a] for a in self.reduced))
-        lane = "tl.arange(0, RBLOCK)[None, :]"
-        lane = f"{lane}.to(tl.int64)" if self.wide64 and not static else lane
         self.rmask = None
         at = "r" if self.aligned is None else "q"
-        self.lines.add(f"{at} = {start} + {lane}")
+        self.lines.add(f"{at} = {start} + {self.lanes}")
         if self.aligned is not None:
             self.lines.add("r = q - shift")
         self._reduced_vars(masked)

@@ -142,7 +142,8 @@ class Compilation:
         while (launchers := self._launchers()) is None:
             self._plan()
         self.clock.lap(self.report, "triton")
-        run = executor.bind(self.writer, self.code, launchers)
+        wide = {name: self.loading[group].wide for name, group in self.writer.widths.wide}
+        run = executor.bind(self.writer, self.code, launchers, wide)
         self.clock.lap(self.report, "bind")
         self.observe("done", self.report)
         return run
@@ -285,9 +286,19 @@ def source_for(
     name = kernel_name(group.members)
     whole = Renderer(body, name, target.multiprocessors, target.backend, target.shared)
     source = piecewise(whole, inlined, options.exact) or whole.run()
-    source.meta["exact"] = options.exact
-    source.meta["unaligned"] = body.unaligned
+    more = {"exact": options.exact, "unaligned": body.unaligned}
+    source.meta |= more
     source.body = body
+    if source.bound is not None:
+        source.widen = lambda: _widened(whole, more)
+    return source
+
+
+def _widened(narrow: Renderer, more: dict[str, Any]) -> Source:
+    """The kernel, with places of 64 bits."""
+    about = narrow.multiprocessors, narrow.backend, narrow.shared
+    source = Renderer(narrow.body, f"{narrow.name}_wide", *about, wide=True).run()
+    source.meta |= more
     return source
 
 

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from types import SimpleNamespace
 from typing import Any
 
@@ -190,6 +190,21 @@ class _Pointer:
 
     def data_ptr(self) -> int:
         return self.address
+
+
+def largest(size: Any, values: Iterable[Any]) -> int | None:
+    """The most that an expression of symbols may be, as far as Dynamo knows and guards; ``values``
+    are tensors and numbers of the graph."""
+    for value in values:
+        for number in value.shape if isinstance(value, torch.Tensor) else (value,):
+            if isinstance(number, torch.SymInt):
+                try:
+                    top = number.node.shape_env.bound_sympy(size).upper
+                    return int(top) if top.is_Integer else None
+                except (AttributeError, TypeError, ValueError) as e:
+                    log.info("no range of %s is known: %s", size, e)
+                    return None
+    return None
 
 
 def allocator(device: torch.device) -> Callable[..., torch.Tensor]:

@@ -19,6 +19,7 @@ from .indexing import Index, Size, is_static, product, simplify
 from .ir import SIXTEEN_BIT, Value
 from .loops import Loops, shared_first
 from .pairs import join_sums
+from .reach import LIMIT_32, Reach, is_multiple, runs_far
 from .scan import render_carry, render_scan
 from .schedule import (
     MAX_IN_FLIGHT,
@@ -35,7 +36,6 @@ from .walk import render_sweep, sweep_prologue
 from .writes import render_put
 
 HEADER = "import triton\nimport triton.language as tl\n"
-LIMIT_32 = 2**31 - 1
 
 
 class Renderer(Accumulators, Loops):
@@ -46,7 +46,9 @@ class Renderer(Accumulators, Loops):
         multiprocessors: int,
         backend: str = "",
         shared: int = MAX_IN_FLIGHT,
+        wide: bool = False,
     ) -> None:
+        """``wide``: places of symbolic sizes are numbers of 64 bits."""
         self.body, self.name, self.backend = body, name, backend
         self.nvidia = backend == "cuda"  # whose assembly may stand in a kernel
         self.group = body.group
@@ -60,7 +62,10 @@ class Renderer(Accumulators, Loops):
         self._collapse(self.parallel)
         self._collapse(self.reduced)
         self.rank = 2 if self.reduced or self.group.reduced or self._is_reduction() else 1
-        self.wide64 = self._needs_int64()
+        self.reach = Reach(self)
+        self.symbolic = bool(self.reach.sums)  # whether places depend on symbolic sizes
+        self.wide64 = (wide and self.symbolic) or self.reach.static > LIMIT_32
+        self.far = self.wide64 and runs_far(self)
         self.square: tuple[str, str] | None = None  # (x atom, y atom) of a 2-D pointwise tile
         self.along: str | None = None  # the atom of a row that pointwise programs have parts of
         self.carried: Carried | None = None  # how threads' places go on in the next row
@@ -171,27 +176,6 @@ class Renderer(Accumulators, Loops):
                     return x, y
         return None
 
-    def _needs_int64(self) -> bool:
-        for instr in self._instrs():
-            if instr.kind in ("load", "store", "put"):
-                top = instr.indices[0].const
-                for atom, c in instr.indices[0].terms:
-                    if atom not in self.group.sizes:
-                        if atom in self.body.derived:
-                            continue
-                        base = self._param(instr.text)
-                        reach = product(base.shape) if isinstance(base, Value) else 0
-                        top = top + (reach if is_static(reach) else LIMIT_32)
-                        continue
-                    top = top + abs(c) * (self.group.size(atom) - 1)
-                if not is_static(top) or top > LIMIT_32:
-                    return True
-        total = product(self.sizes[a] for a in (*self.parallel, *self.reduced))
-        return not is_static(total) or total > LIMIT_32
-
-    def _param(self, name: str) -> object:
-        return next((what for n, _, what in self.body.params if n == name), None)
-
     # text ----------------------------------------------------------------------------------------
 
     def run(self) -> Source:
@@ -210,6 +194,10 @@ class Renderer(Accumulators, Loops):
             "constants": constants,
             "num_warps": self.tile.warps,
         }
+        sizes = [(n, what) for n, role, what in self.body.params if role == "size"]
+        multiples = [n for n, what in sizes if not is_static(what) and is_multiple(what)]
+        if multiples:
+            meta["multiples"] = multiples
         modules = ", ".join(sorted(self.body.modules))
         imports = f"\nfrom gems_compile.kernels import {modules}\n" if modules else ""
         params = ", ".join([*names, *(f"{c}: tl.constexpr" for c in constants)])
@@ -221,10 +209,21 @@ class Renderer(Accumulators, Loops):
             grid,
             meta,
             self.lines.below(head),
+            bound=None if self.wide64 else self._bound(sizes),
         )
 
     def _type(self, role: str, what: object) -> str:
-        return "i64" if role == "size" else POINTER[what.dtype]  # type: ignore[attr-defined]
+        if role != "size":
+            return POINTER[what.dtype]  # type: ignore[attr-defined]
+        return "i32" if self.symbolic and not self.wide64 else "i64"
+
+    def _bound(self, sizes: Sequence[tuple[str, Size]]) -> Size | None:
+        """What ``sizes`` must keep within 32 bits; None of places that do not depend on any."""
+        if not self.symbolic:
+            return None
+        for _, what in sizes:
+            self.reach.see(what)
+        return self.reach.bound()
 
     def _prologue(self) -> Size:
         """Program ids -> x (and y), their masks and the atoms; returns the grid."""
@@ -259,7 +258,7 @@ class Renderer(Accumulators, Loops):
         begin(self)
         if self.rank == 2 and not self.body.looped:
             first = "first + " if self.shares else ""
-            add(f"r = {first}tl.arange(0, RBLOCK)[None, :]")
+            add(f"r = {first}{self.lanes}")
             self._reduced_vars()
         return simplify(blocks * max(1, self.shares))
 
@@ -359,7 +358,8 @@ class Renderer(Accumulators, Loops):
             if atom in self.body.derived and atom not in self.defined:
                 kind, inner, divisor = self.body.derived[atom]
                 self._define(inner)
-                self.lines.add(f"{atom} = ({self.index(inner)}) {kind} {self.body_size(divisor)}")
+                text = f"({self.index(inner)}) {kind} {self.body_size(divisor)}"
+                self.lines.add(f"{atom} = {f'({text}).to(tl.int64)' if self.wide64 else text}")
                 self.defined.add(atom)
 
     def index(self, index: Index) -> str:
@@ -369,6 +369,8 @@ class Renderer(Accumulators, Loops):
         for atom, c in terms:
             if atom in self.merged:
                 continue
+            if self.wide64 and atom not in self.group.sizes and atom not in self.body.derived:
+                atom = f"{atom}.to(tl.int64)"  # a number that was loaded, perhaps of 32 bits
             unit = is_static(c) and c == 1
             parts.append(atom if unit else f"{atom} * {self.body_size(c)}")
         if not (is_static(index.const) and index.const == 0):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,8 @@ class Source:
     ``params`` are (name, role, what): role "in", "out" or "size"; what a Value or a size. ``grid``
     is the number of programs. ``computes`` says what a line of the text computes. A text that was
     written for an equal kernel (``like``) speaks of that one's Values there and in ``body``;
-    ``own`` are this kernel's.
+    ``own`` are this kernel's. Where the sizes of a call bring ``bound`` above 32 bits, the kernel
+    that ``widen`` writes runs instead; no bound: never.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Source:
     body: Any = None  # the Body it was rendered from
     like: Source | None = None
     own: dict[Value, Value] = field(default_factory=dict)
+    bound: Size | None = None
+    widen: Callable[[], Source] | None = None
 
     @property
     def pointer_dtypes(self) -> list[str | None]:

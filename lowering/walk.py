@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 from .group import SHARE
 from .indexing import Size, is_static
 from .pairs import join_sums
+from .reach import LIMIT_32
 
 if TYPE_CHECKING:
     from .render import Renderer
-
-LIMIT_32 = 2**31 - 1
 
 
 def sweep_prologue(renderer: Renderer, pid: str, rows: Size) -> Size:
@@ -23,7 +22,7 @@ def sweep_prologue(renderer: Renderer, pid: str, rows: Size) -> Size:
         renderer.lines.add(f"end = ({SHARE} + 1) * {steps} // {shares} * XBLOCK")
     else:
         renderer._share_bounds(rows)
-    renderer.lines.add("r = tl.arange(0, RBLOCK)[None, :]")
+    renderer.lines.add(f"r = {renderer.lanes}")
     renderer._reduced_vars()
     return renderer.shares
 

@@ -53,7 +53,8 @@ def compile_file(path: str, meta: dict[str, Any], target: list[Any]) -> None:
     aligned = {
         (k,): [["tt.divisibility", 16]]
         for k, n in enumerate(names)
-        if signature[n].startswith("*") and n not in meta.get("unaligned", ())
+        if (signature[n].startswith("*") and n not in meta.get("unaligned", ()))
+        or n in meta.get("multiples", ())
     }
     source = ASTSource(
         fn=function,
