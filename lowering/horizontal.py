@@ -204,7 +204,9 @@ class _Combiner:
                 continue
             level: dict[Any, int] = {}
             for step in stretch:
-                level[step] = 1 + max((level.get(n, -1) for n in self._waits(step)), default=-1)
+                level[step] = 1 + max(
+                    (level.get(n, -1) for n in waits(step, self.needs)), default=-1
+                )
             yield from sorted(level, key=level.__getitem__)
 
     def _is_small(self, step: Any) -> bool:
@@ -222,19 +224,20 @@ class _Combiner:
 
     def _after(self, step: Any) -> int:
         """The last launch that something the step waits for is in."""
-        return max((self.place.get(n, -1) for n in self._waits(step)), default=-1)
+        return max((self.place.get(n, -1) for n in waits(step, self.needs)), default=-1)
 
-    def _waits(self, step: Any) -> set[Any]:
-        """The steps that a step waits for by itself, seen through Values that nobody stores."""
-        found: set[Any] = set()
-        stack = list(self.needs(step))
-        while stack:
-            thing = stack.pop()
-            if thing is not step and thing not in found:
-                found.add(thing)
-                if isinstance(thing, Value):
-                    stack.extend(self.needs(thing))
-        return found
+
+def waits(step: Any, needs: Callable[[Any], Iterable[Any]]) -> set[Any]:
+    """The steps that a step waits for by itself, seen through Values that nobody stores."""
+    found: set[Any] = set()
+    stack = list(needs(step))
+    while stack:
+        thing = stack.pop()
+        if thing is not step and thing not in found:
+            found.add(thing)
+            if isinstance(thing, Value):
+                stack.extend(needs(thing))
+    return found
 
 
 def _allocates(group: Group) -> int:
@@ -285,7 +288,7 @@ def _copies_source(parts: Sequence[_Copied]) -> Source:
         source, out = (n if n in common else f"{n}_{k}" for n, _, _ in parts[k].source.params)
         parts[k].copy.lines(lines, source, out, starts[k], k)
 
-    _branch(lines, starts, range(len(parts)), body)
+    branch(lines, starts, range(len(parts)), body)
     meta = _meta(parts, params, {}, warps=4)
     head = _head(meta["name"], list(meta["signature"]), [], parts)
     return Source(meta["name"], f"{head}\n{lines.text}", params, starts[-1], meta)
@@ -341,7 +344,7 @@ def _select(
         for name, choice in varying.items():
             lines.add(f"{name} = {choice[k]}")
 
-    _branch(lines, starts, range(len(parts)), choose)
+    branch(lines, starts, range(len(parts)), choose)
     shared = math.gcd(16, *(p.numel for p in parts))
     if "numel" in varying and shared > 1:
         lines.add(f"numel = tl.multiple_of(numel, {shared})")
@@ -351,7 +354,7 @@ def _select(
     return [f"    {line}" for line in lines.clean]
 
 
-def _branch(lines: Lines, starts: Sequence[int], parts: range, body: Callable[[int], None]) -> None:
+def branch(lines: Lines, starts: Sequence[int], parts: range, body: Callable[[int], None]) -> None:
     """Choose among ``parts`` by the program's number, and write what is done for each."""
     if len(parts) == 1:
         body(parts[0])
@@ -363,5 +366,5 @@ def _branch(lines: Lines, starts: Sequence[int], parts: range, body: Callable[[i
     ):
         lines.add(test)
         lines.depth += 1
-        _branch(lines, starts, half, body)
+        branch(lines, starts, half, body)
         lines.depth -= 1

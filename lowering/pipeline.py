@@ -33,6 +33,7 @@ from .kept import keep_weights
 from .layout import changes_layout
 from .load import CompileError, Loading
 from .options import Options
+from .order import needs_of
 from .partition import share_seeds
 from .passes import PASSES as ATEN_PASSES
 from .piecewise import piecewise
@@ -40,6 +41,7 @@ from .products import align_products
 from .render import Renderer, kernel_name
 from .scan import scans_rows
 from .schedule import needs_loop
+from .small import Joined, join, joined_source, may_join
 from .source import Source
 from .stores import store_copies
 from .translate import Program, Translator, op_of
@@ -178,6 +180,7 @@ class Compilation:
         sources: dict[Group, Source] = {}
         self.loading: dict[Group, Loading] = {}
         self.loads: dict[str, Loading] = {}  # the same, by what is loaded
+        small = may_join(groups, self.apart)
         alike = Alike(fuser.inlined, written)
         for group in groups:
             try:
@@ -186,7 +189,7 @@ class Compilation:
                 )
             except Exception as e:
                 return group, e
-            if group not in likely:  # it compiles while the others are written
+            if group not in likely and group not in small:  # it compiles while others are written
                 self._start(group, sources[group])
         candidates = [group for group in groups if group in likely]
         many = options.target.multiprocessors
@@ -195,10 +198,16 @@ class Compilation:
         parts |= find_beside(others, sources, self.apart, fuser.inlined, many)
         groups = _without_lone(groups, program, fuser, options, parts)
         steps = _launches(gm, program, fuser, groups, parts, options)
+        if small:
+            live = [g for s in steps for g in getattr(s, "groups", [s]) if isinstance(g, Group)]
+            needs = needs_of(program, live, fuser.home, fuser.reads)
+            steps = join(steps, [s for s in steps if s in small], sources, needs)
         groups = [step for step in steps if isinstance(step, Group)]
         for group in groups:
             try:
-                if isinstance(group, Combined):
+                if isinstance(group, Joined):
+                    sources[group] = joined_source([sources[g] for g in group.groups])
+                elif isinstance(group, Combined):
                     together = [parts[g] for g in group.groups]
                     sources[group] = together[0].together(together, many)
             except Exception as e:

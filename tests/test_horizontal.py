@@ -17,7 +17,7 @@ from torch import Tensor
 import gems_compile
 from gems_compile.backend import Gems
 from gems_compile.kernels.target import INTERPRETER
-from gems_compile.lowering import horizontal, pipeline
+from gems_compile.lowering import horizontal, pipeline, small
 from gems_compile.lowering.horizontal import MOST_ARGUMENTS, Combined
 from gems_compile.lowering.load import Pool
 from gems_compile.lowering.pipeline import compile_graph
@@ -70,11 +70,106 @@ def test_dtypes_keep_apart() -> None:
     assert launches(chains, *xs) == 2
 
 
-def test_chains_that_differ_keep_apart() -> None:
+def test_small_chains_that_differ_are_one_launch() -> None:
+    def fn(x, y, z):
+        return x.sin() * 2 + 1, y.cos() * 2 + 1, z[:, ::2].t() * 3 - 1
+
+    xs = [rand(64), rand(32), rand(8, 16)]
+    check(fn, *xs)
+    assert launches(fn, *xs) == 1
+
+
+def test_large_chains_that_differ_keep_apart() -> None:
+    """Their launches cost less than what they move."""
+
     def fn(x, y):
         return x.sin() * 2 + 1, y.cos() * 2 + 1
 
-    assert launches(fn, rand(64), rand(32)) == 2
+    xs = [torch.empty(small.SMALL // 8 + k, device="meta") for k in (-64, 0)]
+    assert [isinstance(g, small.Joined) for g in planned(fn, *xs)] == [True]
+    xs = [torch.empty(small.SMALL // 8 + k, device="meta") for k in (64, 128)]
+    assert [isinstance(g, small.Joined) for g in planned(fn, *xs)] == [False, False]
+
+
+@pytest.mark.parametrize("op", ["sum", "amax"])
+def test_small_reductions_are_one_launch(op) -> None:
+    """Of equal text, and of unlike."""
+
+    def fn(*xs):
+        return [getattr(x * 2, op)(-1) for x in xs] + [(xs[0] + 1).sum(-1).exp()]
+
+    xs = [rand(20, 40), rand(20, 40), rand(20, 40), rand(30, 50)]
+    check(fn, *xs)
+    assert launches(fn, *xs) == 1
+
+
+def test_second_steps_of_column_sums_are_one_launch() -> None:
+    """The gradients of biases and norm weights: partial sums first, then one kernel for all."""
+
+    def fn(*xs):
+        return [(x * 2).sum(0) for x in xs]
+
+    groups = planned(fn, *(torch.empty(4096, 64, device="meta") for _ in range(4)))
+    (last,) = [g for g in groups if isinstance(g, small.Joined)]
+    assert groups[-1] is last and len(last.groups) == 4
+    assert all(any(m.kind == "reduce" for m in g.members) for g in last.groups)
+
+
+def test_the_numbers_are_those_of_launches_apart(monkeypatch) -> None:
+    def fn(x, y, z):
+        return x.sin() * 2 + 1, (y * 2).softmax(-1), (z.exp() + 1).sum(-1), (y * 3).mean(-1)
+
+    xs = [rand(64), rand(30, 50), rand(20, 40)]
+    together = torch.compile(fn, backend="gems")(*xs)
+    assert launches(fn, *xs) == 2  # pointwise kernels, and reductions
+    torch._dynamo.reset()
+    monkeypatch.setattr(small, "SMALL", 0)
+    assert launches(fn, *xs) == 4
+    torch._dynamo.reset()
+    for a, b in zip(together, torch.compile(fn, backend="gems")(*xs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_joined_kernels_keep_wide_loads(tmp_path: Path) -> None:
+    def fn(a, b, c, d):
+        return a.sin() * 2, b.cos() + 1, (c * 2).sum(0), (d + 1).sum(0)
+
+    xs = [torch.empty(2**18, dtype=torch.bfloat16), torch.empty(2**18, dtype=torch.bfloat16)]
+    xs += [torch.empty(256, 768), torch.empty(256, 768)]
+    for k, source in enumerate(s for s in wide_sources(fn, *xs) if "_and_" in s.name):
+        path = tmp_path / f"kernel_{k}.py"
+        path.write_text(source.text)
+        assert "ld.global.v" in ptx(source, str(path))
+
+
+def planned(fn: Callable[..., Any], *args: Tensor) -> list[Any]:
+    """The groups of a graph as a large GPU would get them; nothing runs."""
+    wide = dataclasses.replace(INTERPRETER, multiprocessors=132)
+    graph = opcheck.trace(fn, *(torch.empty_like(a, device=DEVICE) for a in args))
+    return compile_graph(graph, [], opcheck.options(target=wide))[1].plan.groups
+
+
+def test_small_kernels_do_not_pass_a_write() -> None:
+    """y is read before it is written, and after."""
+
+    def fn(x, y, z):
+        a = (y * 2).sum(-1)
+        y.copy_(torch.ops.aten.cumsum.default(z, 0))
+        b = (y + 1).amax(-1)
+        y.mul_(3)
+        return a, b, (x * 2).sum(-1), (y - 1).sum(-1)
+
+    check(fn, rand(8, 16), rand(8, 16), rand(8, 16), rtol=1e-4, atol=1e-4)
+
+
+def test_a_small_kernel_that_waits_is_launched_for_its_reader() -> None:
+    def fn(x, y, w):
+        a = (x * 2).sum(-1)
+        b = (y + 1).sum(-1)
+        c = (a[:, None] @ w).exp() * 2
+        return a, b, c, (b * c.sum(-1)).sum()
+
+    check(fn, rand(8, 16), rand(8, 16), rand(1, 4), rtol=1e-4, atol=1e-4)
 
 
 def test_a_strided_operand_keeps_apart() -> None:
