@@ -92,7 +92,7 @@ class Config:
     rewrites: bool = True
     rng: str = "gems"
     layout: str = "auto"
-    keep_weights: bool = True
+    keep_weights: bool = False
     strict: bool = False
     dump: str | None = None
     threads: int | None = None

@@ -18,7 +18,7 @@ class Options:
     strict: bool = False
     alone: bool = False
     own_rng: bool = True
-    keep_weights: bool = True  # of inference, in the layout that they are converted to
+    keep_weights: bool = False  # of inference, in the layout that they are converted to
     layout: str = "auto"  # of convolutions, see ``channels_last``
     cache_dir: str | None = None
     threads: int | None = None

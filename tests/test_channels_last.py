@@ -25,6 +25,7 @@ pytestmark = gems_only
 aten = torch.ops.aten
 H100 = Target("nvidia", "cuda", "CUDA", "cuda", 90, 32, 132)
 FORCED = {"layout": "channels_last", "strict": True}
+KEEPING = {**FORCED, "keep_weights": True}
 NEAR = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -315,7 +316,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
 @torch.no_grad()
 def test_weights_are_converted_once(counted: Counted) -> None:
     model = made("Residual", False)
-    compiled = torch.compile(model, backend="gems", options=FORCED)
+    compiled = torch.compile(model, backend="gems", options=KEEPING)
     x = rand(2, 3, 8, 8)
 
     def agree() -> int:
@@ -345,7 +346,7 @@ def test_weights_are_converted_once(counted: Counted) -> None:
 def test_graphs_share_kept_weights(counted: Counted) -> None:
     model = made("Residual", False)
     for n in (2, 3):
-        torch.compile(model, backend="gems", options=FORCED, dynamic=False)(rand(n, 3, 8, 8))
+        torch.compile(model, backend="gems", options=KEEPING, dynamic=False)(rand(n, 3, 8, 8))
     assert counted.count == 2
 
 
@@ -353,7 +354,7 @@ def test_graphs_share_kept_weights(counted: Counted) -> None:
 def test_kept_weights_die_with_the_model() -> None:
     before = len(kept._kept)
     model = made("Residual", False)
-    torch.compile(model, backend="gems", options=FORCED)(rand(2, 3, 8, 8))
+    torch.compile(model, backend="gems", options=KEEPING)(rand(2, 3, 8, 8))
     assert len(kept._kept) == before + 2
     del model
     torch._dynamo.reset()
@@ -364,7 +365,7 @@ def test_kept_weights_die_with_the_model() -> None:
 @torch.inference_mode()
 def test_weights_without_a_count_of_writes(counted: Counted) -> None:
     model = made("Residual", False)
-    compiled = torch.compile(model, backend="gems", options=FORCED)
+    compiled = torch.compile(model, backend="gems", options=KEEPING)
     x = rand(2, 3, 8, 8)
     for _ in range(2):
         model.wide.weight.mul_(2)
@@ -376,7 +377,7 @@ def test_weights_without_a_count_of_writes(counted: Counted) -> None:
 @torch.no_grad()
 def test_weights_that_are_not_kept(counted: Counted) -> None:
     model = made("Residual", False)
-    options = {**FORCED, "keep_weights": False}
+    options = {**KEEPING, "keep_weights": False}
     compiled = torch.compile(model, backend="gems", options=options)
     x = rand(2, 3, 8, 8)
     for _ in range(2):
@@ -395,7 +396,7 @@ def convolutions(kind: str) -> list[Any]:
 
 
 def test_biases_are_added_by_kernels() -> None:
-    check(made("Block"), rand(2, 3, 8, 8, grad=True), options=FORCED, **NEAR)
+    check(made("Block"), rand(2, 3, 8, 8, grad=True), options=KEEPING, **NEAR)
     # the stem's result is read by a convolution too, and its bias would be a call of its own
     assert [c.args[2] is None for c in convolutions("forward")] == [False, True]
     assert not any(c.args[-1][2] for c in convolutions("backward"))
@@ -404,7 +405,7 @@ def test_biases_are_added_by_kernels() -> None:
 @torch.no_grad()
 def test_biases_stay_where_no_kernel_reads() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3)).to(DEVICE)
-    check(model, rand(2, 3, 12, 12), options=FORCED, **NEAR)
+    check(model, rand(2, 3, 12, 12), options=KEEPING, **NEAR)
     # the first is read by ATen's pooling, the second by what restores the layout of the result
     assert [c.args[2] is None for c in convolutions("inference")] == [False, True]
 

@@ -38,7 +38,7 @@ def test_defaults() -> None:
         "rewrites": True,
         "rng": "gems",
         "layout": "auto",
-        "keep_weights": True,
+        "keep_weights": False,
         "strict": False,
         "dump": None,
         "threads": None,
