@@ -96,22 +96,28 @@ class _Waiting:
 
     groups: list[Group] = field(default_factory=list)
     held: set[Value] = field(default_factory=set)
+    bytes: int = 0  # of what is held
     arguments: int = 0
     texts: set[str] = field(default_factory=set)
 
     def has_room(self, source: Source) -> bool:
-        held = self.held.union(what for _, role, what in source.params if role == "in")
         return (
             self.arguments + len(source.params) <= MOST_ARGUMENTS
-            and len(self.texts | {source.key}) <= MOST_KINDS
-            and sum(map(_bytes, held)) <= MOST_HELD
+            and (len(self.texts) < MOST_KINDS or source.key in self.texts)
+            and self.bytes + sum(map(_bytes, self._more(source))) <= MOST_HELD
         )
 
     def add(self, group: Group, source: Source) -> None:
         self.groups.append(group)
-        self.held.update(what for _, role, what in source.params if role == "in")
+        more = self._more(source)
+        self.held |= more
+        self.bytes += sum(map(_bytes, more))
         self.arguments += len(source.params)
         self.texts.add(source.key)
+
+    def _more(self, source: Source) -> set[Value]:
+        """What would be held for it, too."""
+        return {w for _, role, w in source.params if role == "in" and w not in self.held}
 
 
 class _Joiner:

@@ -17,6 +17,7 @@ from test_fuse import fused
 from torch import Tensor
 
 from gems_compile.kernels.op import T
+from gems_compile.lowering.small import Joined
 
 pytestmark = gems_only
 
@@ -374,13 +375,14 @@ def test_no_more_kernels_beside_each_other_than_a_launch_takes() -> None:
 
 
 def test_kernels_that_read_nothing_in_common_stay_apart() -> None:
-    """Each may write over its operand then."""
-    fused(
+    """Each may write over its operand then. (Small ones share a launch, for what that costs.)"""
+    report = fused(
         lambda x, y: (F.pad(x * 2, (1, 2)) + 1, F.pad(y * 2, (1, 2)) + 1),
         rand(3, 5),
         rand(3, 6),
-        kernels=2,
+        kernels=1,
     )
+    assert isinstance(report.plan.groups[0], Joined)
 
 
 def test_a_group_that_runs_apart_is_not_beside_another() -> None:
@@ -389,4 +391,6 @@ def test_a_group_that_runs_apart_is_not_beside_another() -> None:
     def fn(*xs: Tensor) -> Any:
         return [x.t() * xs[0] + y for x, y in zip(xs[1::2], xs[2::2], strict=True)]
 
-    fused(fn, rand(1), rand(40, 24), rand(24, 40), rand(48, 32), rand(32, 48), kernels=2)
+    xs = [rand(1), rand(40, 24), rand(24, 40), rand(48, 32), rand(32, 48)]
+    report = fused(fn, *xs, kernels=1)
+    assert isinstance(report.plan.groups[0], Joined)
