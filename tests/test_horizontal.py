@@ -16,7 +16,7 @@ from torch import Tensor
 
 import gems_compile
 from gems_compile.backend import Gems
-from gems_compile.kernels.target import INTERPRETER
+from gems_compile.kernels.target import INTERPRETER, current_target
 from gems_compile.lowering import horizontal, pipeline, small
 from gems_compile.lowering.horizontal import MOST_ARGUMENTS, Combined
 from gems_compile.lowering.load import Pool
@@ -144,7 +144,7 @@ def test_joined_kernels_keep_wide_loads(tmp_path: Path) -> None:
 
 def planned(fn: Callable[..., Any], *args: Tensor) -> list[Any]:
     """The groups of a graph as a large GPU would get them; nothing runs."""
-    wide = dataclasses.replace(INTERPRETER, multiprocessors=132)
+    wide = dataclasses.replace(current_target(), multiprocessors=132)
     graph = opcheck.trace(fn, *(torch.empty_like(a, device=DEVICE) for a in args))
     return compile_graph(graph, [], opcheck.options(target=wide))[1].plan.groups
 
