@@ -98,12 +98,12 @@ class _Waiting:
     held: set[Value] = field(default_factory=set)
     bytes: int = 0  # of what is held
     arguments: int = 0
-    texts: set[str] = field(default_factory=set)
+    texts: set[Any] = field(default_factory=set)
 
     def has_room(self, source: Source) -> bool:
         return (
             self.arguments + len(source.params) <= MOST_ARGUMENTS
-            and (len(self.texts) < MOST_KINDS or source.key in self.texts)
+            and (len(self.texts) < MOST_KINDS or kind_of(source) in self.texts)
             and self.bytes + sum(map(_bytes, self._more(source))) <= MOST_HELD
         )
 
@@ -113,7 +113,7 @@ class _Waiting:
         self.held |= more
         self.bytes += sum(map(_bytes, more))
         self.arguments += len(source.params)
-        self.texts.add(source.key)
+        self.texts.add(kind_of(source))
 
     def _more(self, source: Source) -> set[Value]:
         """What would be held for it, too."""
@@ -183,9 +183,9 @@ class _Joiner:
 
 def joined_source(sources: Sequence[Source]) -> Source:
     """One kernel that calls each kernel's function."""
-    kinds: dict[str, list[Source]] = {}
+    kinds: dict[Any, list[Source]] = {}
     for source in sources:
-        kinds.setdefault(source.key, []).append(source)
+        kinds.setdefault(kind_of(source), []).append(source)
     alike = list(kinds.values())
     params, named = _arguments(alike)
     name = f"{alike[0][0].name}_and_{len(sources) - 1}"
@@ -209,6 +209,11 @@ def joined_source(sources: Sequence[Source]) -> Source:
         "unaligned": _unaligned(alike, named),
     }
     return Source(name, text + lines.text, params, starts[-1], meta)
+
+
+def kind_of(source: Source) -> tuple[str, int]:
+    """What kernels alike agree in: a text that needs no mask is that of any number of rows."""
+    return source.key, source.grid
 
 
 def _arguments(

@@ -103,6 +103,19 @@ def test_small_reductions_are_one_launch(op) -> None:
     assert launches(fn, *xs) == 1
 
 
+def test_equal_text_of_unlike_numbers_of_rows() -> None:
+    """Whole tiles are not masked: nothing but the number of programs tells the kernels apart."""
+
+    def fn(x, y):
+        return x.softmax(-1), y.softmax(-1)
+
+    xs = [rand(8, 8), rand(4, 8)]
+    _, report = opcheck.lower(fn, *xs, alone=True)
+    check(fn, *xs)
+    sources = {s.grid for s in report.sources}
+    assert report.launches == 1 and sources == {12}
+
+
 def test_second_steps_of_column_sums_are_one_launch() -> None:
     """The gradients of biases and norm weights: partial sums first, then one kernel for all."""
 
