@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import _disable_current_modes
 
+from .fills import read_fills
 from .functionalized import inline_functionalized_ops
 from .graph import (
     Storage,
@@ -101,20 +101,6 @@ def drop_no_ops(gm: fx.GraphModule) -> int:
         gm.graph.erase_node(node)
         dropped += 1
     return dropped
-
-
-def read_fills(gm: fx.GraphModule) -> int:
-    """``fill(x, number on the CPU)`` -> ``fill(x, number)``: ``z[2:] = 7``; returns how many."""
-    changed = 0
-    for node in gm.graph.nodes:
-        if node.target is not aten.fill.Tensor or nodes_in(node.args)[1].op != "get_attr":
-            continue
-        constant = getattr(gm, str(node.args[1].target))
-        if constant.device.type == "cpu" and set(node.args[1].users) == {node}:
-            with _disable_current_modes():  # a compile runs under a FakeTensorMode
-                node.target, node.args = aten.fill.Scalar, (node.args[0], constant.item())
-            changed += 1
-    return changed
 
 
 def _becomes_shared(source: fx.Node, storage: Storage) -> bool:
