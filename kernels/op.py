@@ -67,7 +67,7 @@ class Op:
     - ``reduction``: ``body`` names a combine of ``lowering.spelling``; the schema names the dims
       that are reduced.
     - ``composite``: ``body(b, *schema args)`` writes the op with other declared ops, in float32,
-      on a ``lowering.ir.Builder``; it fuses with its neighbours like any other chain.
+      on a ``lowering.builder.Builder``; it fuses with its neighbours like any other chain.
     """
 
     name: str

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from types import CodeType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from . import private
 from .graph import is_view, mutated_arguments
 from .group import Group, Plan
 from .indexing import Size, is_static, size_of
 from .inplace import plan_in_place
 from .ir import SizeArg, Value, base_of, first_place
-from .kept import KEPT, kept_in_channels_last
+from .kept import KEPT
 from .ledger import Ledger
 from .order import batches, together
 from .scratch import plan_scratch
@@ -35,33 +33,6 @@ TRUSTED |= {"_softmax", "embedding", "native_layer_norm"}
 
 #: calls whose libraries choose the layout: a backward relies on the strides of what is saved
 CHOOSING = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
-
-
-def settle(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
-    """The tensor with the strides and the alignment that kernels were compiled for."""
-    if tensor.stride() == stride and not tensor.data_ptr() & 15:
-        return tensor
-    if any(s > 1 and a != b for s, a, b in zip(tensor.shape, tensor.stride(), stride, strict=True)):
-        out = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
-        return out.copy_(tensor)
-    return tensor if not tensor.data_ptr() & 15 else aligned(tensor)
-
-
-def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, copied if its data does not start on a 16-byte boundary."""
-    if not tensor.data_ptr() & 15:
-        return tensor
-    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    out = torch.empty(span, dtype=tensor.dtype, device=tensor.device)
-    out = out.as_strided(tensor.shape, tensor.stride())
-    return out.copy_(tensor)
-
-
-def input_view(
-    tensor: torch.Tensor, size: tuple[int, ...], stride: tuple[int, ...], offset: int
-) -> torch.Tensor:
-    """A view as ATen makes it, with ``_base`` set."""
-    return torch.as_strided(tensor, size, stride, tensor.storage_offset() + offset)
 
 
 class Writer:
@@ -464,54 +435,3 @@ def _symbol(name: str) -> Any:
     import sympy
 
     return sympy.Symbol(name, integer=True)
-
-
-def compiled(text: str, label: str) -> CodeType:
-    """The function's text as Python runs it, which takes about as long as writing it did."""
-    return compile(text, f"<gems {label}>", "exec")
-
-
-def bind(
-    writer: Writer,
-    code: CodeType,
-    launchers: dict[Group, Callable[..., None]],
-    wide: Mapping[str, Callable[..., None]],
-) -> Callable[[list[Any]], Any]:
-    """The function, with its kernels and constants, in the boxed form AOTAutograd asks for."""
-    device = writer.device
-    scope: dict[str, Any] = dict(writer.constants)
-    scope.update({name: launchers[group] for name, group in writer.kernels})
-    scope.update(wide)
-    scope.update(
-        empty=private.allocator(device),
-        view=private.reinterpreter(),
-        aligned=aligned,
-        input_view=input_view,
-        kept=kept_in_channels_last,
-        settle=settle,
-        math=math,
-        Max=max,
-        Min=min,
-        Mod=operator.mod,
-        FloorDiv=operator.floordiv,
-    )
-    if device.type == "cuda":
-        scope["current_stream"] = private.current_stream(device.index or 0)
-    exec(code, scope)
-    return _boxed(scope["call"], device)
-
-
-def _boxed(call: Callable[..., Any], device: torch.device) -> Callable[[list[Any]], Any]:
-    if device.type != "cuda" or torch.cuda.device_count() < 2:
-        call._boxed_call = True  # type: ignore[attr-defined]
-        return call
-    index = device.index or 0
-
-    def guarded(args: list[Any]) -> Any:
-        if torch.cuda.current_device() == index:
-            return call(args)
-        with torch.cuda.device(index):
-            return call(args)
-
-    guarded._boxed_call = True  # type: ignore[attr-defined]
-    return guarded

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .builder import Builder
 from .indexing import is_one
-from .ir import Builder, Value
+from .ir import Value
 
 #: the ops and kinds of Values at whose operands ``sum_of_one_hot`` looks
 LOOKED_INTO = {"where", "logical_and", "eq", "full", "iota"}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .builder import Builder
 from .indexing import ZERO, Index, Size, is_static, simplify, split_index
-from .ir import Builder, Value
+from .ir import Value
 from .pieces import mask_line, tests, tile
 from .views import Reshape, Slice
 

@@ -14,13 +14,14 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..kernels import load_ops
-from . import executor
 from .alike import Alike
 from .beside import find_beside, may_stand_beside
+from .binding import bind, compiled
 from .channels_last import Decision, decide
 from .conv_bias import take_biases_apart
 from .embedding import take_embeddings_apart
 from .emit import emit
+from .executor import Writer
 from .flow import find_escapes, written_by_aten
 from .foreach import take_foreach_apart
 from .fuse import Fuser
@@ -145,7 +146,7 @@ class Compilation:
             self._plan()
         self.clock.lap(self.report, "triton")
         wide = {name: self.loading[group].wide for name, group in self.writer.widths.wide}
-        run = executor.bind(self.writer, self.code, launchers, wide)
+        run = bind(self.writer, self.code, launchers, wide)
         self.clock.lap(self.report, "bind")
         self.observe("done", self.report)
         return run
@@ -237,10 +238,10 @@ class Compilation:
         self.observe("fuse", plan)
         self.observe("emit", list(sources.values()))
         self.clock.lap(report, "emit")
-        self.writer = writer = executor.Writer(self.gm, program, plan, self.device, sources)
+        self.writer = writer = Writer(self.gm, program, plan, self.device, sources)
         report.wrapper, report.peak_bytes = writer.write(), writer.peak_bytes
         self.clock.lap(self.report, "wrapper")
-        self.code = executor.compiled(report.wrapper, report.label)  # while the kernels compile
+        self.code = compiled(report.wrapper, report.label)  # while the kernels compile
         self.clock.lap(self.report, "bind")
         report.plan, report.source_of = plan, sources
         report.sources = list({s.key: s for s in sources.values()}.values())

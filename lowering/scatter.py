@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from ..kernels.indexing import masks, picked
+from .builder import Builder
 from .indexing import is_one
-from .ir import INTEGERS, Builder, Declined, Value
+from .ir import INTEGERS, Declined, Value
 
 #: node.meta's word for 16-bit sums that the target adds atomically, each rounded as eager's are
 NATIVE = "gems_adds_in_16_bits"

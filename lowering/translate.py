@@ -14,17 +14,9 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ..kernels.op import OPS, Op
+from .builder import Builder, result_dtype
 from .indexing import Size, is_one, is_static, size_of
-from .ir import (
-    INTEGERS,
-    SUPPORTED,
-    Builder,
-    Declined,
-    SizeArg,
-    Value,
-    dtype_name,
-    result_dtype,
-)
+from .ir import INTEGERS, SUPPORTED, Declined, SizeArg, Value, dtype_name
 from .one_hot import sum_of_one_hot
 from .parts import normalize_axes
 from .repeats import Repeats

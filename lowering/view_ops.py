@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 
+from .builder import Builder
 from .graph import value_of
 from .indexing import Size, is_static, product, simplify, size_of
 from .ir import (
-    Builder,
     Declined,
     SizeArg,
     Value,
     base_of,
-    contiguous_axis,
     dtype_name,
     first_place,
     is_dense,
 )
+from .parts import contiguous_axis
 from .patch import patched, patched_part
 
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from torch.fx import Node
 
 from .body import Instr
+from .builder import Builder
 from .indexing import ZERO, Index
-from .ir import SIXTEEN_BIT, Builder, Declined, Value, base_of
+from .ir import SIXTEEN_BIT, Declined, Value, base_of
 from .scatter import NATIVE, OWN, SCATTERS
 from .views import Permute, Reshape, Slice
 
