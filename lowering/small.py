@@ -199,7 +199,11 @@ def joined_source(sources: Sequence[Source]) -> Source:
     starts = [0]
     for some in alike:
         starts.append(starts[-1] + some[0].grid * len(some))
-    _dispatch(lines, alike, named, starts, range(len(alike)))
+
+    def call(kind: int) -> None:
+        _call(lines, alike[kind], named[kind], starts[kind], kind)
+
+    branch(lines, starts, range(len(alike)), call)
     meta = {
         **alike[0][0].meta,
         "name": name,
@@ -252,28 +256,6 @@ def _function(source: Source, name: str) -> str:
     return f"{_START}{name}({', '.join([*names, *constants])}):\n" + body.replace(
         "tl.program_id(0)", "pid"
     )
-
-
-def _dispatch(
-    lines: Lines,
-    alike: Sequence[Sequence[Source]],
-    named: Sequence[Sequence[dict[str, str]]],
-    starts: Sequence[int],
-    kinds: range,
-) -> None:
-    """Branch to the function of the program's kernel."""
-    if len(kinds) == 1:
-        _call(lines, alike[kinds[0]], named[kinds[0]], starts[kinds[0]], kinds[0])
-        return
-    middle = len(kinds) // 2
-    for test, half in (
-        (f"if pid < {starts[kinds[middle]]}:", kinds[:middle]),
-        ("else:", kinds[middle:]),
-    ):
-        lines.add(test)
-        lines.depth += 1
-        _dispatch(lines, alike, named, starts, half)
-        lines.depth -= 1
 
 
 def _call(
