@@ -32,6 +32,7 @@ from .schedule import (
     transpose_tile,
 )
 from .source import POINTER, Lines, Source
+from .square import axes_of, square_prologue
 from .walk import render_sweep, sweep_prologue
 from .writes import render_put
 
@@ -120,7 +121,7 @@ class Renderer(Accumulators, Loops):
         rows = product(self.sizes[a] for a in self.parallel)
         reduced = product(self.sizes[a] for a in self.reduced)
         if self.rank == 1:
-            self.square = None if self.body.folds else self._transposed()
+            self.square = None if self.body.folds else axes_of(self)
             if self.square is not None:
                 x, y = (self.sizes[a] for a in self.square)
                 return transpose_tile(x, y, long=stores_more(self, rows))
@@ -157,24 +158,6 @@ class Renderer(Accumulators, Loops):
             return False
         spans = self._spans(index)
         return any(map(self._varies, index.atoms)) and (spans["x"] or spans["other"])
-
-    def _transposed(self) -> tuple[str, str] | None:
-        """The axes along which the output and some operand are contiguous, when they differ."""
-        if len(self.parallel) < 2 or not is_static(*(self.sizes[a] for a in self.parallel)):
-            return None
-        x = self.parallel[-1]
-        stores = [i for i in self._instrs() if i.kind == "store"]
-        if not all(i.indices[0].coefficient(x) == 1 for i in stores) or self.sizes[x] < 8:
-            return None
-        for instr in self._instrs():
-            if instr.kind != "load":
-                continue
-            index = instr.indices[0]
-            along = index.coefficient(x)
-            for y in self.parallel[:-1]:
-                if index.coefficient(y) == 1 and along not in (0, 1) and self.sizes[y] >= 8:
-                    return x, y
-        return None
 
     # text ----------------------------------------------------------------------------------------
 
@@ -236,7 +219,7 @@ class Renderer(Accumulators, Loops):
         self.rmask: str | None = None
         self.defined: set[str] = set()
         if self.square is not None:
-            return self._square_prologue(pid)
+            return square_prologue(self, pid, self.square)
         if self.along is not None:
             return row_prologue(self, self.along, pid)
         if self.carried is not None:
@@ -270,26 +253,6 @@ class Renderer(Accumulators, Loops):
             share = f"(({self.body_size(rows)} + {self.shares - 1}) // {self.shares})"
         self.lines.add(f"first = {SHARE} * {share}")
         self.lines.add(f"end = tl.minimum(first + {share}, {self.body_size(rows)})")
-
-    def _square_prologue(self, pid: str) -> Size:
-        assert self.square is not None  # who calls this has looked
-        add = self.lines.add
-        ax, ay = self.square
-        nx = -(-self.sizes[ax] // self.tile.x)
-        ny = -(-self.sizes[ay] // self.tile.r)
-        rest = [a for a in self.parallel if a not in self.square]
-        add(f"pid = {pid}")
-        add(f"x = (pid % {nx}) * XBLOCK + tl.arange(0, XBLOCK)[None, :]")
-        add(f"y = (pid // {nx} % {ny}) * YBLOCK + tl.arange(0, YBLOCK)[:, None]")
-        for var, atom, block in (("x", ax, self.tile.x), ("y", ay, self.tile.r)):
-            if self.sizes[atom] % block:
-                add(f"{var}mask = {var} < {self.sizes[atom]}")
-                setattr(self, f"{var}mask", f"{var}mask")
-            add(f"{atom} = {var}")
-        if rest:
-            add(f"z = pid // {nx * ny}")
-            self._unravel("z", rest)
-        return nx * ny * product(self.sizes[a] for a in rest)
 
     def _unravel(self, var: str, atoms: Sequence[str]) -> None:
         """Define the atoms as the digits of ``var``."""
