@@ -29,20 +29,42 @@ def repair() -> None:
     """
     if not triton.knobs.runtime.interpret:
         return
-    import numpy as np
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
     if getattr(builder, "repaired_by_gems", False):
         return
 
-    def quiet(method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with np.errstate(all="ignore"):
-                return method(*args, **kwargs)
+    patch_tensor = interpreter._patch_lang_tensor
 
-        return call
+    def patched_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patched_tensor
+    _repair_builder(interpreter, builder)
+    interpreter.ScanOps.generic_scan = _scan_by_doubling
+    interpreter.ReduceOps.generic_reduce = _reduce_by_halving
+    options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    interpreter.interpreter_builder.options = options
+    builder.repaired_by_gems = True
+
+
+def _quiet(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method without NumPy's warnings."""
+    import numpy as np
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with np.errstate(all="ignore"):
+            return method(*args, **kwargs)
+
+    return call
+
+
+def _repair_builder(interpreter: Any, builder: Any) -> None:
+    """What single operations compute."""
+    import numpy as np
 
     cast = builder.cast_impl
 
@@ -77,24 +99,12 @@ def repair() -> None:
         ]
         return atomic_rmw(self, op, *whole, *how)
 
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patched_tensor(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
-    interpreter._patch_lang_tensor = patched_tensor
     builder.binary_op = typed_binary_op
     for name in _QUIET:
-        setattr(builder, name, quiet(getattr(builder, name)))
-    builder.cast_impl = quiet(cast_impl)
-    builder.create_fma = quiet(create_fma)
+        setattr(builder, name, _quiet(getattr(builder, name)))
+    builder.cast_impl = _quiet(cast_impl)
+    builder.create_fma = _quiet(create_fma)
     builder.create_atomic_rmw = create_atomic_rmw
-    interpreter.ScanOps.generic_scan = _scan_by_doubling
-    interpreter.ReduceOps.generic_reduce = _reduce_by_halving
-    options = interpreter.InterpreterOptions(sanitize_overflow=False)
-    interpreter.interpreter_builder.options = options
-    builder.repaired_by_gems = True
 
 
 def _scan_by_doubling(self: Any, given: Any) -> list[Any]:
