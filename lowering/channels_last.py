@@ -93,16 +93,19 @@ def lay_out_convolutions(gm: fx.GraphModule, target: Any, layout: str = "auto") 
     slow = {c.node: why_not(c, training) if layout == "auto" else None for c in found}
     wanted = {c.node: c for c in found if slow[c.node] is None}
     changed = [c for c in wanted.values() if not is_channels_last(value_of(c.input))]
-    try:
-        trial = Trial(gm.graph, found, wanted)
-        saved, cost = sum(map(saved_bytes, changed)), trial.cost()
+    saved = cost = 0
+    try:  # where nothing would change there is nothing to weigh: only weights may be converted
+        trial = Trial(gm.graph, found, wanted if changed else {})
+        if changed:
+            saved, cost = sum(map(saved_bytes, changed)), trial.cost()
     except CannotRestore as why:
         return Decision(f"channels-last: no: {why}")
     if changed and (saved > cost or layout == "channels_last"):
         reason = f"channels-last: {_mb(saved)} less for convolutions, {_mb(cost)} for conversions"
     else:
         reason = _why_kept(found, slow, changed, saved, cost)
-        trial, changed = Trial(gm.graph, found, {}), []
+        if changed:
+            trial, changed = Trial(gm.graph, found, {}), []
     trial.commit(gm)
     moved = [copy for copy in trial.all_copies() if not trial.is_free(copy)]
     weights = sum(map(trial.is_weight, moved))
