@@ -52,6 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _fresh_state():
     """No compiled code and no random state of an earlier test; memory nobody wrote reads as NaN.
 
+    Convolutions of float32 are computed in float32: in TF32 two layouts of one differ by 1e-3.
     `fill_uninitialized_memory` works below Python (so for `empty_strided` and `new_empty` of any
     caller), but only while deterministic algorithms are on.
     """
@@ -60,7 +61,8 @@ def _fresh_state():
     before = torch.get_deterministic_debug_mode()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
     torch.set_deterministic_debug_mode(before)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,13 +27,6 @@ H100 = Target("nvidia", "cuda", "CUDA", "cuda", 90, 32, 132)
 FORCED = {"layout": "channels_last", "strict": True}
 KEEPING = {**FORCED, "keep_weights": True}
 NEAR = {"rtol": 1e-4, "atol": 1e-4}
-
-
-@pytest.fixture(autouse=True)
-def _whole_float32() -> Iterator[None]:
-    """Products in TF32 are not as near to eager's as ``NEAR`` asks."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
 
 
 class Residual(nn.Module):
