@@ -225,7 +225,7 @@ class Renderer(Accumulators, Loops):
         if self.carried is not None:
             return prologue(self, self.carried, pid)
         if self.sweeps:
-            return sweep_prologue(self, pid, rows)
+            return sweep_prologue(self, pid)
         column = "[:, None]" if self.rank == 2 else ""
         blocks = -(-rows // x) if is_static(rows) else _ceil_div(rows, x)
         if self.shares:
