@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: more objects than Python 3.12 freezes as it starts (375), fewer than any program that calls
+#: ``gc.freeze`` has
+FROZEN_BY_PYTHON = 1000
+
 _told: set[str] = set()
 
 
@@ -154,7 +158,7 @@ def _call_it_old() -> None:
     """Count what was allocated meanwhile among the old objects, which the next full collection
     looks through. As young ones they would all be looked through at the next allocation: 0.15 s
     after a ResNet-50, 0.5 s after 16 layers of Llama."""
-    if gc.get_freeze_count() == 0:  # or thawing would take in what somebody froze
+    if gc.get_freeze_count() < FROZEN_BY_PYTHON:  # or thawing would take in what a user froze
         gc.freeze()
         gc.unfreeze()
 

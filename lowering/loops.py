@@ -41,6 +41,7 @@ class Loops:
     rmask: str | None
     defined: set[str]
     level: int | None = None  # of the loop that is being written
+    yields: bool  # whether what is stored outside of loops leaves the cache first
 
     def body_size(self, size: Size) -> str:
         raise NotImplementedError
@@ -85,8 +86,11 @@ class Loops:
         return _bytes({load for load in again if own.intersection(load[1][0].atoms)})
 
     def _policy(self, instr: Instr) -> str:
-        """What the cache does with a load or a store of a loop."""
-        if not self.tile.cached or self.level is None:
+        """What the cache does with a load or a store."""
+        if self.level is None:
+            first = instr.kind == "store" and self.yields
+            return ', eviction_policy="evict_first"' if first else ""
+        if not self.tile.cached:
             return ""
         load = (instr.text, instr.indices, instr.dtype)
         others = self._loads()

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .indexing import Size, is_static, product
-from .schedule import COLUMNS, MAX_PERSISTENT, SWEPT_BY_TWO, sweeps_together
+from .schedule import CACHED, COLUMNS, MAX_PERSISTENT, SWEPT_BY_TWO, sweeps_together
 
 if TYPE_CHECKING:
     from .ir import Value
 
 #: the longest row of a kernel that walks over rows and reduces their columns beside
 MAX_SWEPT_ROW = 2 * SWEPT_BY_TWO
-#: bytes that one program reads in a microsecond, and that all of a multiprocessor do together
-BY_PROGRAM, BY_MULTIPROCESSOR = 40_000, 32_000
+#: bytes that a multiprocessor reads in a microsecond: for one program; for programs of whole rows
+#: that are in the second-level cache when they are read again, and that are not; for many programs
+#: of parts (H200: softmax, norms and batch norm of 64 to 260 rows of 40 kB to 1 MB)
+BY_PROGRAM, IN_CACHE, BEYOND, BY_PARTS = 40_000, 33_000, 21_000, 28_000
 #: microseconds that a second launch takes, and that make it worth its while
 LAUNCH = 3
 #: shares of the rows are whole steps of a loop over columns
@@ -49,9 +51,10 @@ def parts_wanted(x: Value, axes: Sequence[int], multiprocessors: int) -> int:
 def pays(rows: int, row: int, passes: int, multiprocessors: int) -> bool:
     """Whether rows of so many bytes, read or written so often, are worth two launches: one that
     reduces parts of them, and one that combines a row's parts where it needs them."""
-    whole = row * max(1, rows / multiprocessors) / BY_PROGRAM
-    parts = row * rows / (multiprocessors * BY_MULTIPROCESSOR)
-    return passes * (whole - parts) > LAUNCH
+    each = rows / multiprocessors
+    together = IN_CACHE if row <= CACHED else BEYOND
+    whole = row * max(1 / BY_PROGRAM, each / together)
+    return passes * (whole - row * each / BY_PARTS) > LAUNCH
 
 
 def column_parts(columns: Size, reduced: Size, stored: bool, multiprocessors: int) -> int:

@@ -20,6 +20,7 @@ from .ir import SIXTEEN_BIT, Value
 from .loops import Loops, shared_first
 from .pairs import join_sums
 from .reach import LIMIT_32, Reach, is_multiple, runs_far
+from .reused import leaves_first
 from .scan import render_carry, render_scan
 from .schedule import (
     MAX_IN_FLIGHT,
@@ -72,6 +73,7 @@ class Renderer(Accumulators, Loops):
         self.carried: Carried | None = None  # how threads' places go on in the next row
         self.tile = self._choose_tile()
         self.aligned = aligned_of(self)
+        self.yields = leaves_first(self)
         self.outside_sweep = False  # where there is no row, and no x
 
     def _is_reduction(self) -> bool:
@@ -141,7 +143,9 @@ class Renderer(Accumulators, Loops):
             return sweep_tile(reduced, self._loaded_bytes(), self.shared)
         if self.body.looped:
             online = any(i.kind == "online_step" for i in self._instrs())
-            return looped_row_tile(reduced, self._loaded_bytes(), self._bytes_again(), online)
+            few = is_static(rows) and rows <= 2 * self.multiprocessors
+            loaded, again = self._loaded_bytes(), self._bytes_again()
+            return looped_row_tile(reduced, loaded, again, online, few)
         whole = [i for i in self._instrs() if i.kind == "load" and self._is_whole(i)]
         gathers = any(
             a not in self.sizes and a not in self.body.derived

@@ -74,9 +74,10 @@ def transpose_tile(x: int, y: int, long: bool = False) -> Tile:
     return Tile(across, down, warps=max(1, min(8, across * down // 512)))
 
 
-def looped_row_tile(reduced: Size, loaded: int, again: int, online: bool) -> Tile:
+def looped_row_tile(reduced: Size, loaded: int, again: int, online: bool, few: bool) -> Tile:
     """``loaded``: bytes that a step loads for one element; ``again``: those that a later loop loads
-    once more, of the whole row; ``online``: whether a step updates a running maximum and sum.
+    once more, of the whole row; ``online``: whether a step updates a running maximum and sum;
+    ``few``: whether a multiprocessor has one or two rows, which must keep it busy.
 
     Programs of more warps are fewer: as many at once as the second-level cache has room for their
     rows (softmax of 8192 x 65536 in bfloat16, H200: 550 us; 1100 with small programs).
@@ -90,8 +91,9 @@ def looped_row_tile(reduced: Size, loaded: int, again: int, online: bool) -> Til
         length = min(power_of_two(reduced), most)
         return Tile(1, length, warps, each=max(1, length // (256 * warps)), cached=True)
     if online:
-        length = min(4096, power_of_two(reduced))
-        return Tile(1, length, warps=4, each=max(1, length // 1024))
+        warps = 16 if few else 4
+        length = min(warps * 1024, power_of_two(reduced))
+        return Tile(1, length, warps, each=max(1, length // (256 * warps)))
     return Tile(1, min(4096, power_of_two(reduced)), warps=8)
 
 

@@ -12,6 +12,8 @@ from helpers import DEVICE, assert_same_values, gems_only, ints, rand
 from opcheck import lower
 from torch import Tensor
 
+from gems_compile.lowering.parts import pays
+
 pytestmark = gems_only
 
 LENGTH = 1 << 15
@@ -153,3 +155,27 @@ def test_little_data_is_one_launch(rows: int, length: int, launches: int) -> Non
         rows, length, launches = 3, 40000, 2
     _, report = lower(SOFTMAX["softmax"], rand(rows, length), alone=True, multiprocessors=132)
     assert report.launches == launches
+
+
+@pytest.mark.parametrize(
+    ("rows", "kilobytes", "passes", "expected"),
+    [
+        (256, 803, 1, True),  # batch norm's gradients of 64 x 256 x 56 x 56: 127 us, not 142
+        (128, 803, 1, True),  # 68, not 105
+        (256, 100, 1, False),  # 32 x 256 x 28 x 28: 16, not 21
+        (
+            256,
+            262,
+            3,
+            False,
+        ),  # softmax, whose rows are in cache when they are read again: 47, not 60
+        (256, 524, 3, True),  # of rows that are not: 111, not 145
+        (128, 262, 3, False),  # 28, not 34
+        (8, 262, 3, True),  # 7.7, not 15.0
+    ],
+)
+def test_what_two_launches_are_worth(
+    rows: int, kilobytes: int, passes: int, expected: bool
+) -> None:
+    """What was faster on an H200, bfloat16."""
+    assert pays(rows, kilobytes * 1000, passes, 132) is expected

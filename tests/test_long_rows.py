@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DEVICE, assert_same_values, gems_only, ints, rand
-from opcheck import lower
+from opcheck import lower, options, trace
 from torch import Tensor
+
+from gems_compile.lowering.pipeline import compile_graph
 
 pytestmark = gems_only
 
@@ -169,3 +171,16 @@ def test_odd_rows_with_a_number_each(name: str, length: int, dtype: torch.dtype)
 
     got, _ = lower(fn, x, scale, alone=True)
     assert_same_values(got[0], fn(x, scale))
+
+
+@pytest.mark.parametrize(("batch", "first"), [(16, True), (1, False), (2, False)])
+def test_results_make_way_for_a_bias_that_the_batch_shares(batch: int, first: bool) -> None:
+    """Not where nothing is read again, nor where a reader may find the results in the cache."""
+
+    def fn(x: Tensor, bias: Tensor) -> Tensor:
+        return torch.softmax(x + bias, -1)
+
+    x, bias = (torch.empty(b, 12, 256, 512, dtype=torch.bfloat16) for b in (batch, 1))
+    (source,) = compile_graph(trace(fn, x, bias), [], options())[1].sources
+    (store,) = [line for line in source.text.split("\n") if "tl.store" in line]
+    assert ("evict_first" in store) is first
