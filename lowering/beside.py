@@ -45,7 +45,7 @@ class Beside(Part):
         return _source([p for p in parts if isinstance(p, Beside)], multiprocessors)
 
 
-def kind_of(group: Group) -> Any:
+def ops_of(group: Group) -> Any:
     """What groups have in common that may be parts of one launch; None for one that may not."""
     if not KINDS.issuperset(m.kind for m in group.members):
         return None
@@ -54,7 +54,7 @@ def kind_of(group: Group) -> Any:
 
 def may_stand_beside(groups: Iterable[Group]) -> set[Group]:
     """Groups of which there is another of equal ops; cheap, and true of too many."""
-    kinds = {group: kind_of(group) for group in groups}
+    kinds = {group: ops_of(group) for group in groups}
     many = Counter(kind for kind in kinds.values() if kind is not None)
     return {group for group, kind in kinds.items() if many[kind] > 1}
 
@@ -74,7 +74,7 @@ def find_beside(
     for group, shared in _sharing(groups, sources, apart).items():
         part = _part_of(group, sources[group], inlined, multiprocessors)
         if part is not None:
-            found[group] = replace(part, key=("beside", kind_of(group), shared))
+            found[group] = replace(part, key=("beside", ops_of(group), shared))
     keys = Counter(part.key for part in found.values())
     return {group: part for group, part in found.items() if keys[part.key] > 1}
 
@@ -86,10 +86,10 @@ def _sharing(
     reads = {
         group: {what for _, role, what in sources[group].params if role == "in"}
         for group in groups
-        if kind_of(group) is not None and not any(node in apart for node in group.nodes)
+        if ops_of(group) is not None and not any(node in apart for node in group.nodes)
     }
-    many = Counter((kind_of(group), v) for group, read in reads.items() for v in read)
-    shared = {g: frozenset(v for v in read if many[kind_of(g), v] > 1) for g, read in reads.items()}
+    many = Counter((ops_of(group), v) for group, read in reads.items() for v in read)
+    shared = {g: frozenset(v for v in read if many[ops_of(g), v] > 1) for g, read in reads.items()}
     return {group: values for group, values in shared.items() if values}
 
 
