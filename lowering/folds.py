@@ -95,7 +95,7 @@ def _try(fuser: Fuser, group: Group) -> None:
     """Fold the group's members into all kernels that read them, if each can be written so."""
     readers = dict.fromkeys(h for m in group.members for h in _reading(fuser, m) if h is not group)
     kept = [m for m in group.members if m in fuser.escapes]
-    if not readers or not all(map(_may_fold, readers)):
+    if not readers or not all(_may_fold(fuser, h, group) for h in readers):
         return
     host, frames = _host(fuser, group, kept, readers) if kept else (next(iter(readers)), {})
     if len(frames) < len(kept):
@@ -133,10 +133,25 @@ def _reading(fuser: Fuser, v: Value) -> Iterator[Group]:
             yield fuser.home[reader]
 
 
-def _may_fold(host: Group) -> bool:
+def _may_fold(fuser: Fuser, host: Group, group: Group) -> bool:
     """Whether the kernel is of a kind that may combine parts."""
     plain = all(m.kind in (*KINDS, "random", "gather") for m in host.members)
-    return plain and not (host.column or host.shares or host.scans or host.stores)
+    if not plain or host.column or host.shares or host.scans or host.stores:
+        return False
+    return bool(host.reduced) or not _runs_across_rows(fuser, host, group)
+
+
+def _runs_across_rows(fuser: Fuser, host: Group, group: Group) -> bool:
+    """Whether neighbours in the memory of what a pointwise kernel stores lie in different rows of
+    the group, as they do where channels are last: ``row_of`` finds no program with a row of its
+    own then, but only once all else is written."""
+    out = next((m for m in host.members if fuser._stored(m, host)), None)
+    frame = None if out is None else host.frame(out)
+    if out is None or frame is None or None in frame or not is_static(*out.strides):
+        return False
+    steps = [(step, axis[-1]) for step, axis in zip(out.strides, frame, strict=True) if axis]
+    rows = {a for run in _atoms(group, host).values() for a in run}
+    return bool(steps) and min(steps)[1] in rows
 
 
 def _host(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DEVICE, assert_same_values, gems_only, ints, rand
-from opcheck import lower
+from opcheck import lower, options, trace
 from torch import Tensor
 
+from gems_compile.kernels.target import INTERPRETER
+from gems_compile.lowering import folds
 from gems_compile.lowering.parts import pays
+from gems_compile.lowering.pipeline import compile_graph
 
 pytestmark = gems_only
 
@@ -179,3 +183,28 @@ def test_what_two_launches_are_worth(
 ) -> None:
     """What was faster on an H200, bfloat16."""
     assert pays(rows, kilobytes * 1000, passes, 132) is expected
+
+
+def test_images_whose_channels_are_last_need_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial would say what is told without one: no program has a row of its own."""
+    trials = []
+    plain = folds._can_be_written
+
+    def noted(*about: Any) -> bool:
+        trials.append(plain(*about))
+        return trials[-1]
+
+    def texts() -> list[str]:
+        x = torch.empty(64, 512, 7, 7).to(memory_format=torch.channels_last)
+        args = x, *(torch.ones(512) for _ in range(4))
+        norm = aten._native_batch_norm_legit_functional
+        graph = trace(lambda *args: norm(*args, True, 0.1, 1e-5)[0].relu(), *args)
+        target = dataclasses.replace(INTERPRETER, multiprocessors=132)
+        return [s.text for s in compile_graph(graph, [], options(target=target))[1].sources]
+
+    monkeypatch.setattr(folds, "_can_be_written", noted)
+    told = texts()
+    assert not trials
+    monkeypatch.setattr(folds, "_runs_across_rows", lambda *_: False)
+    assert texts() == told
+    assert trials and not any(trials)
