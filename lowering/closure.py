@@ -27,7 +27,8 @@ class Closure:
 
     def before(self, v: Value) -> int:
         """The groups that v waits for."""
-        return self.sets[self.place[v]] if v in self.place else 0
+        place = self.place.get(v)
+        return 0 if place is None else self.sets[place]
 
     def until_read(self, v: Value) -> int:
         """The groups that must have run before v can be read."""
@@ -39,17 +40,22 @@ class Closure:
         return bool(self.before(two.members[0]) & 1 << one.number)
 
     def meet(self, v: Value, sources: Sequence[Value]) -> None:
-        """The next value waits for its sources."""
-        self.put(v, sources)
-        self.met = self.place[v] + 1
+        """The next value waits for its sources. No group was opened behind it."""
+        place = self.place[v]
+        self.sets[place] = self._until_read(sources)
+        self.met = place + 1
 
     def put(self, v: Value, sources: Iterable[Value]) -> None:
-        """A value, met before or not, waits for these sources."""
+        """A value that was met before waits for these sources."""
+        place = self.place[v]
+        waits = self.sets[place] = self._until_read(sources)
+        self._note(place, waits)
+
+    def _until_read(self, sources: Iterable[Value]) -> int:
         waits = 0
         for source in sources:
             waits |= self.until_read(source)
-        self._note(self.place[v], waits)
-        self.sets[self.place[v]] = waits
+        return waits
 
     def grow(self, group: Group) -> None:
         """The group waits for what its last member does; so does all that waits for the group."""

@@ -101,7 +101,10 @@ class Fuser:
     def _stored(self, v: Value, group: Group) -> bool:
         if v in self.escapes:
             return True
-        return any(self._reads_elsewhere(r, group) for r, _ in self.readers.get(v, []))
+        for reader, _ in self.readers.get(v, ()):
+            if self.home.get(reader) is not group and self._reads_elsewhere(reader, group):
+                return True
+        return False
 
     def _reads_elsewhere(self, reader: Value, group: Group) -> bool:
         if reader in self.inlined:
@@ -210,7 +213,7 @@ class Fuser:
             reads_through(v, self.inlined, group.tied) or strays(v, frame, group, group.tied)
         ):
             return "it reads what the kernel has for its own row only in another place"
-        if any(self.home.get(w) is group for w in self.waits.get(v, ())):
+        if v in self.waits and any(self.home.get(w) is group for w in self.waits[v]):
             return WRITES
         if group.parts:  # a look at views splits atoms
             frame = tuple(group.resolve(axis) for axis in frame)

@@ -73,16 +73,16 @@ class Group:
 
     @property
     def domain(self) -> tuple[str, ...]:
-        return self.resolve(self._domain)
+        return self.resolve(self._domain) if self.parts else self._domain
 
     @property
     def reduced(self) -> tuple[str, ...]:
-        return self.resolve(self._reduced)
+        return self.resolve(self._reduced) if self.parts else self._reduced
 
     @property
     def parallel(self) -> tuple[str, ...]:
-        reduced = set(self.reduced)
-        return tuple(a for a in self.domain if a not in reduced)
+        domain, reduced = self.domain, set(self.reduced)
+        return tuple([a for a in domain if a not in reduced]) if reduced else domain
 
     def set_reduced(self, atoms: Sequence[str]) -> None:
         self._reduced = tuple(atoms)

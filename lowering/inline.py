@@ -116,11 +116,13 @@ class Inliner:
         """
         out: set[Value] = set()
         for v in self.program.values:
-            if v.kind != "pointwise" or v.op in HEAVY or not self._may_move(v):
-                continue
             readers = self.readers.get(v, ())
+            if len(readers) < 2 or v.kind != "pointwise" or v.op in HEAVY:
+                continue
             reduced = [r.reduces or r in self.column_feeds for r, _ in readers]
             if not any(reduced) or all(reduced) or not all(same for _, same in readers):
+                continue
+            if not self._may_move(v):
                 continue
             operands = {base_of(a) for a in v.inputs}
             read = sum(BITS[a.dtype] for a in operands if product(a.shape) == product(v.shape))
@@ -133,7 +135,7 @@ class Inliner:
         return (
             v not in self.escapes
             and v not in self.waits
-            and not any(base_of(a) in self.written for a in v.inputs)
+            and self.written.isdisjoint(map(base_of, v.inputs))
         )
 
     def _read_elsewhere(self) -> set[Value]:
@@ -144,7 +146,8 @@ class Inliner:
             if (
                 v.kind in ("pointwise", "cast", "concat", "gather", "patch")
                 and readers
-                and (self._may_move(v) and all(not same or r in out for r, same in readers))
+                and all(not same or r in out for r, same in readers)  # seldom: asked first
+                and self._may_move(v)
             ):
                 out.add(v)
         return out

@@ -36,15 +36,25 @@ def recompute(fuser: Fuser) -> None:
 
     A kernel that computes one value anew may have loaded what another needs: hence once more.
     """
-    while any([_try(fuser, v) for v in fuser.program.values if v in fuser.home]):
+    values = [v for v in fuser.program.values if v in fuser.home and _may_move(fuser, v)]
+    while any([_try(fuser, v) for v in values if _is_shared(fuser, v)]):
         pass
 
 
+def _is_shared(fuser: Fuser, v: Value) -> bool:
+    """Whether a kernel computes v and another reads it, which is so of few."""
+    home = fuser.home
+    group = home.get(v)
+    if group is not None:
+        for reader, _ in fuser.readers.get(v, ()):
+            if home.get(reader) is not group:
+                return True
+    return False
+
+
 def _try(fuser: Fuser, v: Value) -> bool:
-    group = fuser.home.get(v)
-    if group is None or all(fuser.home.get(r) is group for r, _ in fuser.readers.get(v, ())):
-        return False  # which is so of most
-    if not _may_move(fuser, v) or not _read_in_place(fuser, v):
+    group = fuser.home[v]
+    if not _read_in_place(fuser, v):
         return False
     readers = set(_reading_groups(fuser, v)) - {group}
     chain = _chain(fuser, group, v) if readers else None
