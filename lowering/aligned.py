@@ -49,7 +49,7 @@ def aligned_of(renderer: Renderer) -> Aligned | None:
     inner = renderer.along or _looped(renderer)
     if inner is None or renderer.body.unaligned:
         return None
-    found = {_residue(renderer, i, inner) for i in renderer._instrs() if _moves_rows(renderer, i)}
+    found = {_residue(renderer, i, inner) for i in renderer.instrs if _moves_rows(renderer, i)}
     if len(found) != 1 or None in found:
         return None
     (aligned,) = found
@@ -63,7 +63,7 @@ def _looped(renderer: Renderer) -> str | None:
     plain = renderer.body.looped and not renderer.group.column and not renderer.shares
     if not plain or renderer.tile.x != 1 or len(renderer.reduced) != 1:
         return None
-    instrs = renderer._instrs()
+    instrs = renderer.instrs
     if any(i.kind in ORDERED or i.text in ("argmax", "argmin") for i in instrs):
         return None
     (inner,) = renderer.reduced
@@ -115,7 +115,7 @@ def inside(length: int) -> str:
 
 
 def _vectors(renderer: Renderer) -> list[int]:
-    moved = (i for i in renderer._instrs() if _moves_rows(renderer, i))
+    moved = (i for i in renderer.instrs if _moves_rows(renderer, i))
     return sorted({128 // BITS[i.dtype] for i in moved})
 
 

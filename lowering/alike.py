@@ -107,10 +107,10 @@ class _Description:
 
     def _described(self, v: Value) -> tuple[Any, ...]:
         member, inlined = v in self.members, v in self.inlined
+        sizes = v.shape + v.strides  # as many of the ones as of the others
         memory = (
             v.dtype,
-            _exact(v.shape),
-            _exact(v.strides),
+            sizes if is_static(*sizes) else tuple([(type(size), size) for size in sizes]),
             self.group.frames.get(v),
             v in self.written,
         )
@@ -122,7 +122,7 @@ class _Description:
             v.kind,
             v.op,
             None if v.params is None else self._parameter(v.params),
-            self._salted(v) if v.kind == "random" else tuple(map(self._argument, v.args)),
+            self._salted(v) if v.kind == "random" else self._arguments(v),
             member,
             inlined,
             None if v.node is None else v.node.target,
@@ -133,11 +133,16 @@ class _Description:
         number = _Salt(self.salts.setdefault(salt, len(self.salts)))
         return self._place(seed), number, threshold
 
-    def _argument(self, a: Any) -> Any:
-        if isinstance(a, Value):
-            return self._place(a)
+    def _arguments(self, v: Value) -> tuple[Any, ...]:
         # 1, 1.0 and True are equal, and so are 0.0 and -0.0
-        return (type(a), a.expr if isinstance(a, SizeArg) else repr(a))
+        return tuple(
+            [
+                self._place(a)
+                if isinstance(a, Value)
+                else (type(a), a.expr if isinstance(a, SizeArg) else repr(a))
+                for a in v.args
+            ]
+        )
 
     def _parameter(self, p: Any) -> Any:
         if isinstance(p, View):
@@ -145,10 +150,3 @@ class _Description:
         if isinstance(p, Value):
             return ("value", self._place(p))
         return tuple(map(self._parameter, p)) if isinstance(p, (tuple, list)) else p
-
-
-def _exact(sizes: tuple[Any, ...]) -> Any:
-    """Sizes, such that a number and an expression that equals it differ."""
-    if is_static(*sizes):
-        return sizes
-    return tuple((type(size), size) for size in sizes)

@@ -58,7 +58,7 @@ def _has_row_values(renderer: Renderer, inner: str) -> bool:
     """Whether something is loaded once a row, and all that is stored runs along one."""
     outer = set(renderer.parallel) - {inner}
     once = False
-    for instr in renderer._instrs():
+    for instr in renderer.instrs:
         atoms = set(instr.indices[0].atoms) if instr.indices else set()
         if instr.kind in ("store", "put") and inner not in atoms:
             return False

@@ -65,7 +65,7 @@ def carried_of(renderer: Renderer) -> tuple[Carried, Tile] | None:
         return None
     carried = Carried(atoms[-1], length, atoms[-2], sizes[-2])
     reads_rows = False
-    for instr in renderer._instrs():
+    for instr in renderer.instrs:
         if not _is_plain(renderer, carried, instr):
             return None
         reads_rows |= instr.kind == "load" and _reads_rows(renderer, carried, instr)

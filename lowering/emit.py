@@ -154,8 +154,13 @@ class Emitter:
             self.body.wide.add(name)
         return Index({name: 1})
 
-    def _varies(self, index: Index) -> bool:
-        return any(a in self.wide_atoms or a in self.body.wide for a in index.atoms)
+    def _varies(self, *places: Index) -> bool:
+        atoms, registers = self.wide_atoms, self.body.wide
+        for place in places:
+            for atom, _ in place.terms:
+                if atom in atoms or atom in registers:
+                    return True
+        return False
 
     # evaluation ------------------------------------------------------------------------------
 
@@ -177,7 +182,7 @@ class Emitter:
             if not self._over_rows(v) and not self.is_own_place(v, coords):
                 raise EmitError(f"{v!r} is read in another place than its own")
             return self.results[v]
-        wide = any(self._varies(c) for c in coords) or cond in self.body.wide
+        wide = self._varies(*coords) or cond in self.body.wide
         section = self._section(wide, level if wide else self.level(v))
         if self.walked and cond is None and self._is_fixed(v, coords):
             section = ("once", 0)
@@ -259,9 +264,7 @@ class Emitter:
         return register
 
     def address(self, v: Value, coords: Sequence[Index]) -> Index:
-        index = ZERO
-        for c, stride in zip(coords, v.strides, strict=True):
-            index = index + c.scale(stride)
+        index = Index.sum(coords, v.strides)
         for _, c in index.terms:
             self.size_name(c)
         self.size_name(index.const)
@@ -436,7 +439,7 @@ class Emitter:
                 register = self.line(
                     section, f"tl.where({register} < 0, {register} + {size}, {register})"
                 )
-                if section[0] == "loop" or any(self._varies(c) for c in coords):
+                if section[0] == "loop" or self._varies(*coords):
                     self.body.wide.add(register)
             own[axis] = Index({register: 1})
         return self.eval(base, own, cond, level)

@@ -29,7 +29,7 @@ def asks_for_little(renderer: Renderer) -> bool:
     body = renderer.body
     if body.derived or not renderer.parallel:
         return False
-    instrs = renderer._instrs()
+    instrs = renderer.instrs
     if any(i.kind == "line" and any(word in i.text for word in LONG) for i in instrs):
         return False
     bits = 0
@@ -44,7 +44,7 @@ def asks_for_little(renderer: Renderer) -> bool:
 
 def stores_more(renderer: Renderer, numel: int) -> bool:
     """Whether the stores of a large transposing kernel take more memory than its loads."""
-    instrs = renderer._instrs()
+    instrs = renderer.instrs
     bits = {k: [BITS[i.dtype] for i in instrs if i.kind == k] for k in ("load", "store")}
     busy = numel >= LONG_TILES * renderer.multiprocessors
     return busy and min(bits["store"], default=0) > max(bits["load"])

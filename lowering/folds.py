@@ -247,7 +247,7 @@ def fold(
         raise EmitError("the row is a quotient, or a number that was loaded")
     emitter.body.modules.add("reductions")
     have = accumulator_dtype(r)
-    if any(emitter._varies(c) for c in coords):
+    if emitter._varies(*coords):
         name = _one_by_one(emitter, r, axis, coords, level, section)
     else:
         atom = f"f{x.shape[axis]}"
@@ -359,7 +359,7 @@ def render_fold(renderer: Renderer, instr: Instr) -> None:
 def row_atoms(renderer: Renderer) -> set[str]:
     """The loop variables that say which row's parts a program combines."""
     found: set[str] = set()
-    for instr in renderer._instrs() if renderer.body.folds else ():
+    for instr in renderer.instrs if renderer.body.folds else ():
         for index in instr.indices if instr.kind == "load" else ():
             if parts_of(renderer, index) is not None:
                 found.update(_variables(renderer, index))

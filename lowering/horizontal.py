@@ -142,7 +142,7 @@ def _part_of(source: Source, multiprocessors: int) -> Part | None:
         return _Copied(shared, source, copy.numel, ("copy", pointers), copy)
     if shared.square or shared.wide64 or len(shared.parallel) > 1:
         return None
-    stores = [i.indices[0] for i in shared._instrs() if i.kind == "store"]
+    stores = [i.indices[0] for i in shared.instrs if i.kind == "store"]
     if any(store.coefficient(a) != 1 for store in stores for a in shared.parallel):
         return None
     numel = product(shared.sizes[a] for a in shared.parallel)

@@ -114,6 +114,17 @@ class Index:
         terms = {a: simplify(c * factor) for a, c in self.terms}
         return Index(terms, simplify(self.const * factor))
 
+    @staticmethod
+    def sum(places: Sequence[Index], steps: Sequence[Size]) -> Index:
+        """The sum of places, each so many times."""
+        terms: dict[str, Size] = {}
+        const: Size = 0
+        for place, step in zip(places, steps, strict=True):
+            for atom, c in place.terms:
+                terms[atom] = simplify(terms.get(atom, 0) + c * step)
+            const = const + place.const * step
+        return Index(terms, simplify(const))
+
     def shift(self, offset: Size) -> Index:
         return Index(dict(self.terms), simplify(self.const + offset))
 

@@ -117,7 +117,10 @@ class Value:
         """The same of other operands, made by no node."""
         v = Value.__new__(Value)
         v.id, v.node = next(_ids), None
-        v.become(self.kind, self.op, args, self.params)
+        v.kind, v.op, v.params = self.kind, self.op, self.params
+        v.reduces, v.computes = self.reduces, self.computes
+        v.args = tuple(args)
+        v.inputs = tuple([a for a in v.args if isinstance(a, Value)])
         v.shape, v.strides, v.dtype = self.shape, self.strides, self.dtype
         return v
 

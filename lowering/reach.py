@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from .indexing import Index, Size, is_static, product, simplify
@@ -35,9 +36,14 @@ class Reach:
         self.renderer = renderer
         self.static = 0  # of what is a number
         self.sums: Sum = {}  # of what is not: the bound of all
-        for instr in renderer._instrs():
+        bases = defaultdict(set)  # place -> what is read or written there
+        for instr in renderer.instrs:
             for index in instr.indices:
-                self._see_index(index, instr.text)
+                bases[index].add(instr.text)
+        for index, texts in bases.items():
+            counted = all(map(self._is_counted, index.atoms))
+            for base in ("",) if counted else sorted(texts):
+                self._see_index(index, base)
         for atoms in (renderer.parallel, renderer.reduced):
             self.see(product(renderer.sizes[a] for a in atoms))
 

@@ -54,6 +54,7 @@ class Renderer(Accumulators, Loops):
         self.body, self.name, self.backend = body, name, backend
         self.nvidia = backend == "cuda"  # whose assembly may stand in a kernel
         self.group = body.group
+        self.instrs = [i for section in body.sections.values() for i in section]
         self.multiprocessors, self.shared = multiprocessors, shared
         self.sizes: dict[str, Size] = {a: body.size(a) for a in self.group.domain}
         self.merged: dict[str, str | None] = {}  # atom -> atom it became, None when it vanished
@@ -81,16 +82,13 @@ class Renderer(Accumulators, Loops):
 
     # loop order --------------------------------------------------------------------------------
 
-    def _instrs(self) -> list[Instr]:
-        return [i for section in self.body.sections.values() for i in section]
-
     def _indices(self) -> list[Index]:
-        found = [x for i in self._instrs() for x in i.indices]
+        found = [x for i in self.instrs for x in i.indices]
         return found + [index for _, index, _ in self.body.derived.values()]
 
     def _order(self, atoms: Sequence[str]) -> list[str]:
         """Outermost first, by the strides of the first output that has all of them."""
-        for instr in self._instrs():
+        for instr in self.instrs:
             if instr.kind == "store":
                 strides = dict(instr.indices[0].terms)
                 if all(type(strides.get(a)) is int for a in atoms):
@@ -142,11 +140,11 @@ class Renderer(Accumulators, Loops):
         if self.sweeps:
             return sweep_tile(reduced, self._loaded_bytes(), self.shared)
         if self.body.looped:
-            online = any(i.kind == "online_step" for i in self._instrs())
+            online = any(i.kind == "online_step" for i in self.instrs)
             few = is_static(rows) and rows <= 2 * self.multiprocessors
             loaded, again = self._loaded_bytes(), self._bytes_again()
             return looped_row_tile(reduced, loaded, again, online, few)
-        whole = [i for i in self._instrs() if i.kind == "load" and self._is_whole(i)]
+        whole = [i for i in self.instrs if i.kind == "load" and self._is_whole(i)]
         gathers = any(
             a not in self.sizes and a not in self.body.derived
             for i in whole

@@ -29,18 +29,12 @@ def leaves_first(renderer: Renderer) -> bool:
     outer = next((a for a in renderer.parallel if renderer.sizes[a] != 1), None)
     if outer is None:
         return False
-    own = {*renderer.parallel, *renderer.reduced, *renderer.merged}
-    again = stored = 0
-    for instr in renderer._instrs():
-        size = _bytes(renderer, instr) if instr.kind in ("load", "store") else None
-        if size is None:
-            continue
-        atoms = set(instr.indices[0].atoms)
-        if instr.kind == "store":
-            stored += size
-        elif outer not in atoms and atoms <= own:
-            again += size
-    return again in WORTH_KEEPING and stored >= TOO_MUCH
+    stores = [i for i in renderer.instrs if i.kind == "store"]
+    if sum(_bytes(renderer, store) or 0 for store in stores) < TOO_MUCH:
+        return False
+    own = {*renderer.parallel, *renderer.reduced, *renderer.merged} - {outer}
+    again = [i for i in renderer.instrs if i.kind == "load" and own.issuperset(i.indices[0].atoms)]
+    return sum(_bytes(renderer, load) or 0 for load in again) in WORTH_KEEPING
 
 
 def _bytes(renderer: Renderer, instr: Instr) -> int | None:

@@ -20,10 +20,10 @@ def axes_of(renderer: Renderer) -> tuple[str, str] | None:
     if len(parallel) < 2 or not is_static(*(sizes[a] for a in parallel)):
         return None
     x = parallel[-1]
-    stores = [i for i in renderer._instrs() if i.kind == "store"]
+    stores = [i for i in renderer.instrs if i.kind == "store"]
     if not all(i.indices[0].coefficient(x) == 1 for i in stores) or sizes[x] < LEAST:
         return None
-    for instr in renderer._instrs():
+    for instr in renderer.instrs:
         if instr.kind != "load":
             continue
         index = instr.indices[0]

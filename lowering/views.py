@@ -42,9 +42,9 @@ class View:
 
     src: tuple[Size, ...]
     shape: tuple[Size, ...]
-    derived = ("runs", "back")
+    derived = ("runs", "back", "key")
 
-    @property
+    @functools.cached_property
     def key(self) -> tuple[Any, ...]:
         """All that tells one view from another; what is ``derived`` follows from the rest."""
         return (type(self), *(w for name, w in vars(self).items() if name not in self.derived))

@@ -68,7 +68,7 @@ def emit_store(emitter: Emitter, v: Value, level: int) -> None:
     """Put v's operand at its places."""
     target, axes, places, wrap, how = v.params
     coords = emitter.coords(v)
-    wide = any(emitter._varies(c) for c in coords)
+    wide = emitter._varies(*coords)
     register = emitter.at(v.args[0], coords, v.shape, None, level)
     section = emitter._section(wide, level)
     own = [ZERO if p is None else coords[p] for p in places]
