@@ -180,7 +180,8 @@ def test_results_make_way_for_a_bias_that_the_batch_shares(batch: int, first: bo
     def fn(x: Tensor, bias: Tensor) -> Tensor:
         return torch.softmax(x + bias, -1)
 
-    x, bias = (torch.empty(b, 12, 256, 512, dtype=torch.bfloat16) for b in (batch, 1))
+    shape, kind = (12, 256, 512), {"dtype": torch.bfloat16, "device": DEVICE}
+    x, bias = (torch.empty(b, *shape, **kind) for b in (batch, 1))
     (source,) = compile_graph(trace(fn, x, bias), [], options())[1].sources
     (store,) = [line for line in source.text.split("\n") if "tl.store" in line]
     assert ("evict_first" in store) is first
