@@ -101,9 +101,12 @@ def _compile(
 ) -> Any:
     options = lowering_options(config, target)
     if target.name != "interpreter":
+        from .lowering import native
         from .lowering.load import pool
 
         pool(options.threads)  # workers start while AOTAutograd traces
+        if target.backend == "cuda":
+            native.start(options.cache_dir)
     session = _dump_session(config)
     program = Program(gm) if _may_train(inputs) else None
     rewrites = _rewrite(gm, session) if config.rewrites else None

@@ -30,6 +30,7 @@ def examine() -> dict[str, Any]:
 
     from .config import cache_dir, vendor
     from .kernels.target import current_target
+    from .lowering import native
 
     target = current_target(vendor())
     found: dict[str, Any] = {
@@ -41,6 +42,7 @@ def examine() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
         "target": "none: graphs run as ATen" if target is None else target.label,
         "cache": cache_dir() or "none that is safe to use: kernels are compiled afresh",
+        "launcher": native.in_use(target, cache_dir()),
     }
     start = time.perf_counter()
     try:

@@ -259,10 +259,12 @@ def _wrapper_text(report: Report) -> str:
     """The generated function, behind a list of what its names stand for."""
     head = [
         "# What one call of the graph runs. Not a program: these names are put in by the executor.",
-        "#   k0, k1 ...   launch a kernel: (grid x, y, z, stream, arguments); its name follows",
-        "#   k0w ...      the same kernel with 64-bit places, for sizes above wide0, wide1 ...",
+        "#   r0, r1 ...   launch the kernels that follow, in one call of the native launcher if that",
+        "#                is there; what each does stands above the function",
+        "#   r0w ...      the same kernels with 64-bit places, for sizes above wide0, wide1 ...",
+        "#   k0, k1 ...   launch a kernel: (grid x, y, z, stream, arguments)",
         "#   empty, view  allocate, and look at memory with another shape, without a dispatcher",
         "#   aligned, settle   a copy, only if a tensor lacks the alignment or strides foreseen",
     ]
     head += [f"#   {name} = {what}" for name, what in report.constants.items()]
-    return "\n".join(head) + "\n\n" + report.wrapper
+    return "\n\n".join(["\n".join(head), *filter(None, [report.runs]), report.wrapper])

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import private
+from . import native, private
 from .group import Group
 from .kept import kept_in_channels_last
+from .runs import in_python
 
 if TYPE_CHECKING:
     from .executor import Writer
@@ -59,8 +60,7 @@ def bind(
     """The function, with its kernels and constants, in the boxed form AOTAutograd asks for."""
     device = writer.device
     scope: dict[str, Any] = dict(writer.constants)
-    scope.update({name: launchers[group] for name, group in writer.kernels})
-    scope.update(wide)
+    scope.update(bound_runs(writer, launchers, wide))
     scope.update(
         empty=private.allocator(device),
         view=private.reinterpreter(),
@@ -78,6 +78,22 @@ def bind(
         scope["current_stream"] = private.current_stream(device.index or 0)
     exec(code, scope)
     return _boxed(scope["call"], device)
+
+
+def bound_runs(
+    writer: Writer,
+    launchers: dict[Group, Callable[..., None]],
+    wide: Mapping[str, Callable[..., None]],
+) -> dict[str, Callable[..., None]]:
+    """What launches each run: natively where that is possible."""
+    device, runs = writer.device, writer.runs.made
+    natively = {run.name: native.launcher(run, launchers, device) for run in runs}
+    found = {name: launch for name, launch in natively.items() if launch is not None}
+    others, wider = [run for run in runs if run.name not in found], [r for r in runs if r.flag]
+    if others or wider:
+        kernels = {name: launchers[group] for name, group in writer.kernels}
+        found.update(in_python(others, wider, {**kernels, **wide}))
+    return found
 
 
 def _boxed(call: Callable[..., Any], device: torch.device) -> Callable[[list[Any]], Any]:

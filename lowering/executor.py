@@ -22,6 +22,7 @@ from .ir import SizeArg, Value, base_of, first_place
 from .kept import KEPT
 from .ledger import Ledger
 from .order import batches, together
+from .runs import ADDRESS, GRID, NUMBERS, TENSOR, Launch, Operand, Runs
 from .scratch import plan_scratch
 from .source import Source
 from .translate import Program
@@ -61,7 +62,7 @@ class Writer:
         self.scratch, self.scratch_bytes = plan_scratch(plan.steps, sources, plan.escapes)
         self.in_place = plan_in_place(gm, program, plan, sources, self.scratch)
         self.ledger = Ledger()
-        self.widths = Widths(self)
+        self.widths, self.runs = Widths(self), Runs(self)
         self.launches = 0
         self.calls = 0
 
@@ -162,6 +163,7 @@ class Writer:
             else:
                 self._call(steps[0])
         self._return()
+        self.runs.gather()
         return self._assemble()
 
     def _unpack(self) -> None:
@@ -235,18 +237,14 @@ class Writer:
         kernel = f"k{len(self.kernels)}"
         self.kernels.append((kernel, group))
         self.launches += 1
-        callee = self.widths.callee(kernel, group, source)
-        grid = self.size(source.grid)
-        if not is_static(source.grid):
-            self.add(f"grid = {grid}")
-        args = ", ".join(
-            self.size(what) if role == "size" else self._operand(what)
-            for _, role, what in source.params
-        )
-        if is_static(source.grid):
-            self.add(f"{callee}({grid}, 1, 1, stream, {args})", source.name)
-        else:
-            self.add(f"if grid: {callee}(grid, 1, 1, stream, {args})", source.name)
+        flag = self.widths.flag(kernel, group, source)
+        kinds = (NUMBERS.get(kind, TENSOR) for kind in source.meta["signature"].values())
+        args = [
+            self._number(kind, what) if role == "size" else self._operand(what)
+            for kind, (_, role, what) in zip(kinds, source.params, strict=True)
+        ]
+        grid = self._number(GRID, source.grid)
+        self.runs.launch(Launch(kernel, group, source.name, grid, args, flag))
         places = [base_of(m.params[0]) for m in group.members if m.kind == "store"]
         for memory in dict.fromkeys([*group.stores.values(), *places]):
             if memory in self.aligned:
@@ -262,21 +260,25 @@ class Writer:
         if operand is not None:
             whole = self.use(self.names[operand])
             self.ledger.share(name, whole)
-            self.add(
+            self.runs.ahead(
                 f"{name} = view({whole}, {self.sizes(out.shape)}, {self.sizes(out.strides)}, 0)"
             )
             return
         dtype = self.constant(getattr(torch, out.dtype), "d")
         self.ledger.allocate(name, len(self.lines), out)
-        self.add(f"{name} = empty({self.sizes(out.shape)}, {self.sizes(out.strides)}, {dtype})")
+        shape, strides = self.sizes(out.shape), self.sizes(out.strides)
+        self.runs.ahead(f"{name} = empty({shape}, {strides}, {dtype})")
 
-    def _operand(self, value: Value) -> str:
-        """The address of a tensor: passing that costs less per launch than the tensor."""
+    def _number(self, kind: str, size: Any) -> Operand:
+        text = self.size(size)
+        return Operand(kind, plus=int(text)) if is_static(size) else Operand(kind, text)
+
+    def _operand(self, value: Value) -> Operand:
+        """Where a tensor is."""
         if value in self.scratch:
             self.use("scratch")
-            return f"s0 + {self.scratch[value]}"
-        name = self.use(self.aligned.get(value) or self.names[value])
-        return f"{name}.data_ptr()"
+            return Operand(ADDRESS, "s0", self.scratch[value])
+        return Operand(TENSOR, self.use(self.aligned.get(value) or self.names[value]))
 
     def _call(self, node: Node) -> None:
         if node.op == "get_attr":
@@ -421,7 +423,8 @@ class Writer:
                 dead.setdefault(last, []).append(name)
         body = []
         for k, line in enumerate(self.lines):
-            body.append(line)
+            if line:  # else a launch that a later line makes
+                body.append(line)
             if k in dead:
                 body.append(f"del {', '.join(dead[k])}")
         if self.kernels and self.device.type != "cpu":

@@ -37,15 +37,19 @@ class Ledger:
         blocks = self.held.get(source or "", ())
         self.held[name] = blocks if part is None else blocks[part : part + 1]
 
-    def peak(self, uses: Mapping[str, int], end: int) -> int | None:
-        """The most bytes at once; ``uses``: the last line that names a variable, ``end``: the
-        function's. None where sizes are symbolic."""
+    def ends(self, uses: Mapping[str, int], end: int) -> dict[Block, int]:
+        """The line behind which each block is free; ``uses``: the last line that names a variable,
+        ``end``: the function's."""
         last: dict[Block, int] = {}
         for name, blocks in self.held.items():
             for block in blocks:
                 last[block] = max(last.get(block, block.born), uses.get(name, end))
+        return last
+
+    def peak(self, uses: Mapping[str, int], end: int) -> int | None:
+        """The most bytes at once; see ``ends``. None where sizes are symbolic."""
         change = [0] * (end + 2)
-        for block, line in last.items():
+        for block, line in self.ends(uses, end).items():
             if block.size is None:
                 return None
             change[block.born] += block.size

@@ -144,7 +144,7 @@ def private_directory() -> str:
     return holder.name
 
 
-def _is_writable(folder: str) -> bool:
+def usable(folder: str) -> bool:
     """Whether kernels can be kept there; makes the folder."""
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -198,7 +198,7 @@ class Loading:
             self._start()
 
     def _start(self) -> None:
-        if not _is_writable(self.folder):
+        if not usable(self.folder):
             self.folder = private_directory()
             self.path = os.path.join(self.folder, f"{self.key}.py")
         if self.options.target.name == "interpreter":

@@ -77,6 +77,7 @@ class Report:
     sources: list[Source] = field(default_factory=list)
     source_of: dict[Group, Source] = field(default_factory=dict)
     wrapper: str = ""
+    runs: str = ""  # what the wrapper's r0, r1 ... launch, kernel by kernel
     constants: dict[str, str] = field(default_factory=dict)  # what the wrapper's names stand for
     graph: int = 0  # Dynamo's graphs, counted; a forward and its backward share a number
     kind: str = ""  # forward, backward or inference
@@ -243,6 +244,7 @@ class Compilation:
         self.clock.lap(self.report, "wrapper")
         self.code = compiled(report.wrapper, report.label)  # while the kernels compile
         self.clock.lap(self.report, "bind")
+        report.runs = "\n".join(run.as_python() for run in writer.runs.made)
         report.plan, report.source_of = plan, sources
         report.sources = list({s.key: s for s in sources.values()}.values())
         report.fused = sum(len(g.nodes) for g in plan.groups)

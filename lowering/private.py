@@ -163,6 +163,31 @@ def _direct(kernel: Any) -> Callable[..., None]:
     return run
 
 
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A kernel on a device, as the driver launches it. ``nulls``: addresses of scratch memory that
+    it takes behind its own arguments and does not use."""
+
+    function: int
+    threads: int
+    shared: int
+    nulls: int
+
+
+def loaded_kernel(launcher: Callable[..., None]) -> Loaded | None:
+    """What ``launcher`` launches; None where only that itself can tell."""
+    kernel = getattr(launcher, "kernel", None)
+    if kernel is None or not isinstance(kernel.function, int):
+        return None
+    nulls = int(kernel.has_global_scratch) + int(kernel.has_profile_scratch)
+    return Loaded(kernel.function, 32 * kernel.num_warps, kernel.shared, nulls)
+
+
+def address_method() -> Any:
+    """``Tensor.data_ptr`` as a method of the class that all tensors are of."""
+    return torch._C.TensorBase.data_ptr
+
+
 def jit_launcher(source: Source, path: str) -> Callable[..., None]:
     from .worker import load_module
 

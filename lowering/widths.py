@@ -26,22 +26,21 @@ class Widths:
         self.flags: dict[Any, str] = {}  # bound -> variable that says whether it is passed
         self.wide: list[tuple[str, Group]] = []  # kernels that a call may need in 64 bits
 
-    def callee(self, kernel: str, group: Group, source: Source) -> str:
-        """What launches ``kernel`` in this call."""
+    def flag(self, kernel: str, group: Group, source: Source) -> str:
+        """The variable that tells whether a call needs the wide form of ``kernel``; "": none may."""
         if source.bound is None:
-            return kernel
+            return ""
         flag = self.flags.get(source.bound)
         if flag is None:
             flag = self.flags[source.bound] = self._decide(source.bound)
-        if not flag:
-            return kernel
-        self.wide.append((f"{kernel}w", group))
-        return f"({kernel}w if {flag} else {kernel})"
+        if flag:
+            self.wide.append((f"{kernel}w", group))
+        return flag
 
     def _decide(self, bound: Any) -> str:
         top = largest(bound, map(value_of, self.writer.placeholders))
         if top is not None and top <= LIMIT_32:
             return ""
         flag = f"wide{sum(map(bool, self.flags.values()))}"
-        self.writer.add(f"{flag} = {self.writer.size(bound)} > {LIMIT_32}")
+        self.writer.runs.ahead(f"{flag} = {self.writer.size(bound)} > {LIMIT_32}")
         return flag

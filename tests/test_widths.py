@@ -144,7 +144,7 @@ def test_a_known_range_needs_no_comparison() -> None:
     x = rand(5, 4)
     torch._dynamo.mark_dynamic(x, 0, min=2, max=10**6)
     report = report_of(lambda x: (x * 2 + 1).relu(), x, dynamic=None)
-    assert "wide" not in report.wrapper and "if grid: k0(grid" in report.wrapper
+    assert "wide" not in report.wrapper and "r0(stream, " in report.wrapper
     torch._dynamo.reset()
     x = rand(5, 4)
     torch._dynamo.mark_dynamic(x, 0, min=2, max=LIMIT_32 // 4 + 1)

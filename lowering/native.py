@@ -1,0 +1,253 @@
+"""The native launcher: ``native.c``, compiled once a machine, and the Runs that are made of it.
+
+The C compiler is the one that Triton uses. It runs in a thread when the backend starts, and what
+it made is kept among the kernels; graphs that are bound before it is ready, or where it fails, are
+launched kernel by kernel from Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import logging
+import os
+import platform
+import shlex
+import shutil
+import struct
+import subprocess
+import sysconfig
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .group import Group
+from .load import private_directory, usable
+from .private import Loaded, address_method, loaded_kernel
+from .runs import INT32, Operand, Run
+from .worker import write_atomically
+
+log = logging.getLogger("gems_compile.lowering.native")
+
+SOURCE = Path(__file__).with_name("native.c")
+DRIVER = "libcuda.so.1"
+FLAGS = ("-O2", "-shared", "-fPIC")
+MODULE = "gems_native"
+SECONDS = 60  # that a compiler may take
+
+_current: Extension | None = None  # of this process
+_lock = threading.Lock()
+
+
+class Unavailable(Exception):
+    """Why there is no native launcher."""
+
+
+class Extension:
+    """The compiled ``native.c`` on its way: ``run`` is its class once it is ready."""
+
+    def __init__(self, cache_dir: str | None) -> None:
+        self.run: Callable[..., Any] | None = None
+        self.path, self.why = "", "it is not ready"
+        self.where = cache_dir
+        self.thread = threading.Thread(target=self._make, daemon=True, name="gems native launcher")
+        self.thread.start()
+
+    def wait(self) -> Extension:
+        self.thread.join()
+        return self
+
+    def _make(self) -> None:
+        try:
+            self.run = self._kept_or_built()
+            self.why = ""
+        except Exception as e:  # whatever it is, kernels can be launched without
+            self.why = str(e) if isinstance(e, Unavailable) else f"{type(e).__name__}: {e}"
+            log.info("kernels are launched from Python: %s", self.why)
+
+    def _kept_or_built(self) -> Callable[..., Any]:
+        compiler = find_compiler()
+        folder = os.path.join(self.where or private_directory(), "native")
+        if not usable(folder):
+            folder = private_directory()
+        self.path = os.path.join(folder, f"{MODULE}-{digest(compiler)}.so")
+        if is_whole(self.path):
+            try:
+                return _imported(self.path)
+            except ImportError as e:  # made on a machine with another libc
+                log.info("%s is built anew: %s", self.path, e)
+        write_atomically(self.path, _signed(build(compiler)))
+        return _imported(self.path)
+
+
+def start(cache_dir: str | None) -> Extension:
+    """The extension, which is made in a thread."""
+    global _current
+    with _lock:
+        if _current is None or _current.where != cache_dir:
+            _current = Extension(cache_dir)
+        return _current
+
+
+def _forget() -> None:
+    """In a forked process: its parent's thread does not run here."""
+    global _current, _lock
+    _current, _lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+# building ----------------------------------------------------------------------------------------
+
+
+def find_compiler() -> list[str]:
+    """The C compiler's command, looked for where Triton looks."""
+    given = os.environ.get("CC")
+    if given:
+        return shlex.split(given)
+    found = shutil.which("gcc") or shutil.which("clang")
+    if found is None:
+        raise Unavailable("there is no C compiler (neither CC is set, nor is there a gcc or clang)")
+    return [found]
+
+
+def include_folder() -> str:
+    scheme = sysconfig.get_default_scheme()
+    if scheme == "posix_local":  # Debian's: headers do not lie there
+        scheme = "posix_prefix"
+    folder = sysconfig.get_paths(scheme=scheme)["include"]
+    if not os.path.exists(os.path.join(folder, "Python.h")):
+        raise Unavailable(f"Python's headers are not installed (no Python.h in {folder})")
+    return folder
+
+
+def digest(compiler: list[str]) -> str:
+    """Of all that the compiled extension depends on."""
+    found = shutil.which(compiler[0])
+    if found is None:
+        raise Unavailable(f"the C compiler {compiler[0]} is not there")
+    binary = os.stat(found)
+    abi = (sysconfig.get_config_var("SOABI"), platform.machine(), FLAGS)
+    told = (compiler, os.path.realpath(found), binary.st_size, binary.st_mtime_ns, abi)
+    return hashlib.sha256(SOURCE.read_bytes() + repr(told).encode()).hexdigest()[:24]
+
+
+def build(compiler: list[str]) -> bytes:
+    """The shared library."""
+    include = include_folder()
+    with tempfile.TemporaryDirectory(prefix="gems_") as folder:
+        out = os.path.join(folder, f"{MODULE}.so")
+        command = [*compiler, *FLAGS, f"-I{include}", str(SOURCE), "-o", out, "-ldl"]
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SECONDS
+            )
+        except (OSError, subprocess.TimeoutExpired) as e:
+            raise Unavailable(f"the C compiler did not run: {e}") from e
+        if done.returncode:
+            complaint = " ".join(done.stderr.strip().splitlines()[:2])
+            raise Unavailable(f"{shlex.join(compiler)} failed: {complaint[:300]}")
+        return Path(out).read_bytes()
+
+
+def _signed(library: bytes) -> bytes:
+    """With a digest behind it, which whoever loads a library does not look at: half of one that a
+    full disk left would end the process when a page is missing."""
+    return library + hashlib.sha256(library).digest()
+
+
+def is_whole(path: str) -> bool:
+    with contextlib.suppress(OSError):
+        found = Path(path).read_bytes()
+        return len(found) > 32 and _signed(found[:-32]) == found
+    return False
+
+
+def _imported(path: str) -> Callable[..., Any]:
+    loader = importlib.machinery.ExtensionFileLoader(MODULE, path)
+    spec = importlib.util.spec_from_file_location(MODULE, path, loader=loader)
+    assert spec is not None  # a loader is given
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    made: Callable[..., Any] = module.Run
+    return made
+
+
+# runs --------------------------------------------------------------------------------------------
+
+
+def launcher(
+    run: Run, launchers: dict[Group, Callable[..., None]], device: torch.device
+) -> Callable[..., None] | None:
+    """What launches ``run`` natively; None where that cannot be."""
+    extension = _current
+    if extension is None or extension.run is None or device.type != "cuda":
+        return None
+    own = [launchers[launch.group] for launch in run.launches]
+    kernels = [loaded_kernel(launch) for launch in own]
+    try:
+        known = [kernel for kernel in kernels if kernel is not None]
+        if len(known) < len(kernels):  # Triton's JIT launches one of them
+            return None
+        return made(extension.run, run, known, device.index or 0, own)
+    except (OSError, TypeError, ValueError, OverflowError, struct.error) as e:
+        _tell_once(f"{run.name} is launched from Python: {type(e).__name__}: {e}")
+        return None
+
+
+def made(
+    make: Callable[..., Any],
+    run: Run,
+    kernels: list[Loaded],
+    device: int,
+    kept: Any,
+    driver: str = DRIVER,
+) -> Callable[..., None]:
+    """``run`` as an object of the extension."""
+
+    def packed(operand: Operand) -> Any:
+        if operand.text:
+            return run.place(operand), operand.plus
+        struct.pack("<i" if operand.kind == INT32 else "<q", operand.plus)  # or it does not fit
+        return operand.plus
+
+    launches = tuple(
+        (
+            launch.name,
+            kernel.function,
+            packed(launch.grid),
+            kernel.threads,
+            kernel.shared,
+            (*map(packed, launch.args), *(0,) * kernel.nulls),
+        )
+        for launch, kernel in zip(run.launches, kernels, strict=True)
+    )
+    kinds = "".join(kind for kind, _ in run.values)
+    found: Callable[..., None] = make(driver, device, kinds, launches, kept, address_method())
+    return found
+
+
+@functools.cache
+def _tell_once(message: str) -> None:
+    log.info("%s", message)
+
+
+def in_use(target: Any, cache_dir: str | None) -> str:
+    """Which launcher graphs are bound to, for people."""
+    if target is None or target.name == "interpreter":
+        return "none: no kernel runs on a GPU"
+    if target.backend != "cuda":
+        return f"from Python, kernel by kernel (on {target.backend})"
+    extension = start(cache_dir).wait()
+    if extension.run is None:
+        return f"from Python, kernel by kernel: {extension.why}"
+    return f"native ({extension.path})"

@@ -1,0 +1,188 @@
+"""Straight runs of kernels: launches with nothing but allocations between them, in one call.
+
+What is allocated between two launches of a run is allocated ahead of it, and what dies there lives
+to its end, as long as that does not take more memory than the function has at its peak anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from .group import Group
+
+if TYPE_CHECKING:
+    from .executor import Writer
+
+#: Kinds of values, as ``native.c`` knows them: a tensor, an address, integers of 64 and 32 bits,
+#: the number of programs of a kernel.
+TENSOR, ADDRESS, INT64, INT32, GRID = "TPqig"
+NUMBERS = {"i64": INT64, "i32": INT32}  # of a kernel's signature
+
+#: as many values as a line of the function can still be read with
+MOST_VALUES = 256
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A number, or what a text of the function yields in a call plus a number."""
+
+    kind: str
+    text: str = ""
+    plus: int = 0
+
+    def spelled(self, text: str) -> str:
+        """The operand as Python, where the value of its text is named ``text``."""
+        if not self.text:
+            return str(self.plus)
+        if self.kind == TENSOR:
+            return f"{text}.data_ptr()"
+        return f"{text} + {self.plus}" if self.plus else text
+
+
+@dataclass
+class Launch:
+    """``flag``: the variable that tells whether this call needs places of 64 bits, if any may."""
+
+    kernel: str
+    group: Group
+    name: str
+    grid: Operand
+    args: list[Operand]
+    flag: str = ""
+
+
+@dataclass
+class Run:
+    """Launches in one call. ``values`` are what it passes: where they come among the arguments."""
+
+    name: str
+    launches: list[Launch]
+    values: dict[tuple[str, str], int] = field(default_factory=dict)  # (kind, text) -> place
+
+    def __post_init__(self) -> None:
+        for launch in self.launches:
+            for operand in (launch.grid, *launch.args):
+                if operand.text:
+                    self.values.setdefault((operand.kind, operand.text), len(self.values))
+
+    @property
+    def flag(self) -> str:
+        return next((launch.flag for launch in self.launches if launch.flag), "")
+
+    @property
+    def call(self) -> str:
+        """The line of the function."""
+        callee = f"({self.name}w if {self.flag} else {self.name})" if self.flag else self.name
+        args = ", ".join(["stream", *(text for _, text in self.values)])
+        return f"{callee}({args})  # {'; '.join(launch.name for launch in self.launches)}"
+
+    def place(self, operand: Operand) -> int:
+        return self.values[operand.kind, operand.text]
+
+    def as_python(self, wide: bool = False) -> str:
+        """The run as a function that calls kernel by kernel."""
+        values = "".join(f", v{k}" for k in range(len(self.values)))
+        lines = [f"def {self.name}{'w' * wide}(stream{values}):"]
+        for launch in self.launches:
+            grid, *args = (
+                operand.spelled(f"v{self.place(operand)}" if operand.text else "")
+                for operand in (launch.grid, *launch.args)
+            )
+            kernel = f"{launch.kernel}w" if wide and launch.flag else launch.kernel
+            guard = f"if {grid}: " if launch.grid.text else ""
+            inner = ", ".join([grid, "1", "1", "stream", *args])
+            lines.append(f"    {guard}{kernel}({inner})  # {launch.name}")
+        return "\n".join(lines) + "\n"
+
+
+class Runs:
+    """The part of the Writer that gathers launches into runs."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.writer = writer
+        self.launches: dict[int, Launch] = {}  # by line
+        self.early: set[int] = set()  # lines that may as well come earlier
+        self.made: list[Run] = []
+
+    def launch(self, launch: Launch) -> None:
+        """The function's next line launches a kernel; what it says is known in the end."""
+        self.launches[len(self.writer.lines)] = launch
+        self.writer.add("")
+
+    def ahead(self, line: str) -> None:
+        """A line that may as well come ahead of the launches before it."""
+        self.early.add(len(self.writer.lines))
+        self.writer.add(line)
+
+    def gather(self) -> None:
+        """Write the lines of the runs, once all lines are known."""
+        memory = Memory(self.writer)
+        pending: list[int] = []
+        for line in range(len(self.writer.lines)):
+            goes_on = (
+                self._fits(pending, self.launches[line])
+                if line in self.launches
+                else line in self.early and memory.allows(line)
+            )
+            if pending and not goes_on:
+                self._write(pending)
+                pending = []
+            if line in self.launches:
+                pending.append(line)
+            memory.passes(line, bool(pending))
+        if pending:
+            self._write(pending)
+
+    def _fits(self, pending: list[int], launch: Launch) -> bool:
+        before = [self.launches[line] for line in pending]
+        flags = {other.flag for other in (*before, launch)} - {""}
+        values = {(o.kind, o.text) for other in before for o in (other.grid, *other.args)}
+        return len(flags) < 2 and len(values) + len(launch.args) < MOST_VALUES
+
+    def _write(self, lines: list[int]) -> None:
+        """One run, in the place of its last launch."""
+        run = Run(f"r{len(self.made)}", [self.launches[line] for line in lines])
+        self.made.append(run)
+        self.writer.lines[lines[-1]] = run.call
+        for name, last in self.writer.uses.items():
+            if lines[0] <= last < lines[-1]:
+                self.writer.uses[name] = lines[-1]
+
+
+class Memory:
+    """What the function holds line by line, and what a run would hold beyond that."""
+
+    def __init__(self, writer: Writer) -> None:
+        end = len(writer.lines)
+        change, self.freed = [0] * (end + 2), [0] * (end + 1)
+        ends = writer.ledger.ends(writer.uses, end)
+        for block, last in ends.items():
+            size = block.size or 1  # where it is not known: that something dies
+            change[block.born] += size
+            change[last + 1] -= size
+            self.freed[last] += size
+        self.held = list(accumulate(change))
+        known = all(block.size is not None for block in ends)
+        self.peak = max(self.held) if known else 0
+        self.late = 0  # bytes that died in the run
+
+    def allows(self, line: int) -> bool:
+        """Whether what ``line`` allocates may be there together with all that died in the run."""
+        return not self.late or self.held[line] + self.late <= self.peak
+
+    def passes(self, line: int, within: bool) -> None:
+        self.late = self.late + self.freed[line] if within else 0
+
+
+def in_python(
+    runs: list[Run], wide: list[Run], kernels: Mapping[str, Callable[..., None]]
+) -> dict[str, Callable[..., None]]:
+    """The runs as Python functions, and with their kernels' wide forms those of ``wide``."""
+    text = "".join([*(run.as_python() for run in runs), *(run.as_python(True) for run in wide)])
+    scope: dict[str, Any] = dict(kernels)
+    exec(compile(text, "<gems launches>", "exec"), scope)
+    names = [*(run.name for run in runs), *(f"{run.name}w" for run in wide)]
+    return {name: scope[name] for name in names}
