@@ -259,8 +259,8 @@ def _wrapper_text(report: Report) -> str:
     """The generated function, behind a list of what its names stand for."""
     head = [
         "# What one call of the graph runs. Not a program: these names are put in by the executor.",
-        "#   r0, r1 ...   launch the kernels that follow, in one call of the native launcher if that",
-        "#                is there; what each does stands above the function",
+        "#   r0, r1 ...   launch the kernels that follow, in one call of the native launcher where",
+        "#                that is there; kernel by kernel they stand above the function",
         "#   r0w ...      the same kernels with 64-bit places, for sizes above wide0, wide1 ...",
         "#   k0, k1 ...   launch a kernel: (grid x, y, z, stream, arguments)",
         "#   empty, view  allocate, and look at memory with another shape, without a dispatcher",

@@ -27,7 +27,7 @@ class Widths:
         self.wide: list[tuple[str, Group]] = []  # kernels that a call may need in 64 bits
 
     def flag(self, kernel: str, group: Group, source: Source) -> str:
-        """The variable that tells whether a call needs the wide form of ``kernel``; "": none may."""
+        """The variable that tells whether a call needs the wide form of ``kernel``, if any may."""
         if source.bound is None:
             return ""
         flag = self.flags.get(source.bound)
