@@ -75,7 +75,7 @@ def launch_costs() -> dict[str, float]:
         call = bound(longer, launchers, x.device)
         assert call is not None, "there is no native launcher: see gems_compile doctor"
         kernels = {run.launches[0].kernel: launchers[run.launches[0].group]}
-        python = runs.in_python([longer], [], kernels)[run.name]
+        python = runs.in_python([longer], kernels)[run.name]
         for what, fn, args in (
             ("native", call, (stream, *values)),
             ("python", python, (stream, *values)),

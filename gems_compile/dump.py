@@ -267,4 +267,5 @@ def _wrapper_text(report: Report) -> str:
         "#   aligned, settle   a copy, only if a tensor lacks the alignment or strides foreseen",
     ]
     head += [f"#   {name} = {what}" for name, what in report.constants.items()]
-    return "\n\n".join(["\n".join(head), *filter(None, [report.runs]), report.wrapper])
+    runs = [run.as_python() for run in report.runs]
+    return "\n\n".join(["\n".join(head), *runs, report.wrapper])

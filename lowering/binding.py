@@ -13,7 +13,7 @@ import torch
 from . import native, private
 from .group import Group
 from .kept import kept_in_channels_last
-from .runs import in_python
+from .runs import in_python, wide_when_called
 
 if TYPE_CHECKING:
     from .executor import Writer
@@ -89,10 +89,11 @@ def bound_runs(
     device, runs = writer.device, writer.runs.made
     natively = {run.name: native.launcher(run, launchers, device) for run in runs}
     found = {name: launch for name, launch in natively.items() if launch is not None}
-    others, wider = [run for run in runs if run.name not in found], [r for r in runs if r.flag]
-    if others or wider:
-        kernels = {name: launchers[group] for name, group in writer.kernels}
-        found.update(in_python(others, wider, {**kernels, **wide}))
+    kernels = {**{name: launchers[group] for name, group in writer.kernels}, **wide}
+    others = [run for run in runs if run.name not in found]
+    if others:
+        found.update(in_python(others, kernels))
+    found.update((f"{run.name}w", wide_when_called(run, kernels)) for run in runs if run.flag)
     return found
 
 

@@ -111,6 +111,8 @@ if hasattr(os, "register_at_fork"):
 
 def find_compiler() -> list[str]:
     """The C compiler's command, looked for where Triton looks."""
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        raise Unavailable("it relies on the GIL, which this Python does not have")
     given = os.environ.get("CC")
     if given:
         return shlex.split(given)

@@ -40,6 +40,7 @@ from .passes import PASSES as ATEN_PASSES
 from .piecewise import piecewise
 from .products import align_products
 from .render import Renderer, kernel_name
+from .runs import Run
 from .scan import scans_rows
 from .schedule import needs_loop
 from .small import Joined, join, joined_source, may_join
@@ -77,7 +78,7 @@ class Report:
     sources: list[Source] = field(default_factory=list)
     source_of: dict[Group, Source] = field(default_factory=dict)
     wrapper: str = ""
-    runs: str = ""  # what the wrapper's r0, r1 ... launch, kernel by kernel
+    runs: list[Run] = field(default_factory=list)  # what the wrapper's r0, r1 ... launch
     constants: dict[str, str] = field(default_factory=dict)  # what the wrapper's names stand for
     graph: int = 0  # Dynamo's graphs, counted; a forward and its backward share a number
     kind: str = ""  # forward, backward or inference
@@ -244,8 +245,7 @@ class Compilation:
         self.clock.lap(self.report, "wrapper")
         self.code = compiled(report.wrapper, report.label)  # while the kernels compile
         self.clock.lap(self.report, "bind")
-        report.runs = "\n".join(run.as_python() for run in writer.runs.made)
-        report.plan, report.source_of = plan, sources
+        report.plan, report.source_of, report.runs = plan, sources, writer.runs.made
         report.sources = list({s.key: s for s in sources.values()}.values())
         report.fused = sum(len(g.nodes) for g in plan.groups)
         report.kernels, report.launches = len(report.sources), writer.launches

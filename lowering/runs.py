@@ -6,6 +6,7 @@ to its end, as long as that does not take more memory than the function has at i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -178,11 +179,20 @@ class Memory:
 
 
 def in_python(
-    runs: list[Run], wide: list[Run], kernels: Mapping[str, Callable[..., None]]
+    runs: list[Run], kernels: Mapping[str, Callable[..., None]], wide: bool = False
 ) -> dict[str, Callable[..., None]]:
-    """The runs as Python functions, and with their kernels' wide forms those of ``wide``."""
-    text = "".join([*(run.as_python() for run in runs), *(run.as_python(True) for run in wide)])
+    """The runs as Python functions; with their kernels' wide forms, if asked."""
     scope: dict[str, Any] = dict(kernels)
+    text = "".join(run.as_python(wide) for run in runs)
     exec(compile(text, "<gems launches>", "exec"), scope)
-    names = [*(run.name for run in runs), *(f"{run.name}w" for run in wide)]
-    return {name: scope[name] for name in names}
+    return {run.name: scope[f"{run.name}{'w' * wide}"] for run in runs}
+
+
+def wide_when_called(run: Run, kernels: Mapping[str, Callable[..., None]]) -> Callable[..., None]:
+    """The run with its kernels' wide forms, which hardly any call asks for."""
+
+    @functools.cache
+    def made() -> Callable[..., None]:
+        return in_python([run], kernels, wide=True)[run.name]
+
+    return lambda *args: made()(*args)
