@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import logging
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -19,23 +16,24 @@ from torch.fx import GraphModule
 from .config import Config, cache_dir, vendor
 from .kernels import load_ops
 from .kernels.target import current_target
+from .late import Boxed, Late, no_collection
 from .lowering.channels_last import Decision
+from .lowering.constants import Unsaveable
 from .lowering.decompose import decompositions
 from .lowering.options import Options
 from .lowering.partition import partition
 from .lowering.passes import draws_random_numbers
 from .lowering.pipeline import Compilation, Report
 from .lowering.private import backward_at_once, donate_nothing
+from .lowering.saved import Saved, as_text
+from .lowering.whole_graphs import Lookup
 from .second_order import Program, with_second_order
+from .warm import Graph, tag, why_off
 
 if TYPE_CHECKING:
     from .dump import Session
 
 log = logging.getLogger(__name__)
-
-#: more objects than Python 3.12 freezes as it starts (375), fewer than any program that calls
-#: ``gc.freeze`` has
-FROZEN_BY_PYTHON = 1000
 
 _told: set[str] = set()
 
@@ -48,15 +46,17 @@ def reports() -> list[Report]:
 class Gems:
     """The backend object: ``torch.compile(model, backend=gems)``, or ``backend="gems"``.
 
-    ``reports`` tells what became of each graph compiled through this object, oldest first.
+    ``reports`` tells what became of each graph compiled through this object, oldest first. Where
+    it is ``fresh`` none comes from the cache of whole graphs, whose reports tell less.
     """
 
     compiler_name = "gems"
     __name__ = "gems"
 
-    def __init__(self) -> None:
+    def __init__(self, fresh: bool = False) -> None:
+        self.fresh = fresh
         self.reports: list[Report] = []
-        self.late: weakref.WeakSet[_Late] = weakref.WeakSet()  # compiled, as long as they are used
+        self.late: weakref.WeakSet[Late] = weakref.WeakSet()  # compiled, as long as they are used
         self.graphs = count()
 
     def __call__(
@@ -75,8 +75,8 @@ class Gems:
                 gm, inputs
             )
         load_ops()
-        with _no_collection():
-            return _compile(gm, inputs, config, target, self)
+        with no_collection():
+            return _Front(gm, inputs, config, target, self).compiled()
 
     def wait(self) -> None:
         """Wait for the kernels of all that was compiled so far, before anything runs."""
@@ -96,74 +96,117 @@ class Gems:
 gems = Gems()
 
 
-def _compile(
-    gm: GraphModule, inputs: Sequence[Any], config: Config, target: Any, owner: Gems
-) -> Any:
-    options = lowering_options(config, target)
-    if target.name != "interpreter":
-        from .lowering import native
-        from .lowering.load import pool
+class _Front:
+    """One of Dynamo's graphs on its way: a forward and its backward, or an inference graph."""
 
-        pool(options.threads)  # workers start while AOTAutograd traces
-        if target.backend == "cuda":
-            native.start(options.cache_dir)
-    session = _dump_session(config)
-    program = Program(gm) if _may_train(inputs) else None
-    rewrites = _rewrite(gm, session) if config.rewrites else None
-    number = next(owner.graphs)
-    layouts: list[Decision] = []
+    def __init__(
+        self, gm: GraphModule, inputs: Sequence[Any], config: Config, target: Any, owner: Gems
+    ) -> None:
+        self.gm, self.inputs, self.config, self.owner = gm, inputs, config, owner
+        self.options = lowering_options(config, target)
+        if target.name != "interpreter":
+            from .lowering import native
+            from .lowering.load import pool
 
-    def compiler(kind: str) -> Callable[..., Any]:
-        def compile_one(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            report = Report(f"{len(owner.reports)}_{kind}")
-            if kind == "forward":
-                donate_nothing()
-            if program is not None and kind == "forward":
-                program.random = any(map(draws_random_numbers, gm.graph.nodes))
-            report.graph, report.kind, report.rewrites = number, kind, rewrites
-            if layouts and kind != "inference":
-                report.layout = layouts[-1]
-            with _no_collection():  # a backward may be compiled when it first runs
-                run = _compile_one(gm, inputs, options, report, session, owner.late)
-            owner.reports.append(report)
-            return run
+            pool(self.options.threads)  # workers start while AOTAutograd traces
+            if target.backend == "cuda":
+                native.start(self.options.cache_dir)
+        self.session = _dump_session(config)
+        self.program = Program(gm) if _may_train(inputs) else None
+        self.rewrites = _rewrite(gm, self.session) if config.rewrites else None
+        self.number = next(owner.graphs)
+        self.layouts: list[Decision] = []
+        self.reports: list[Report] = []
+        self.revived: list[Saved] = []  # from the cache
 
-        return compile_one
+    def compiled(self) -> Callable[..., Any]:
+        """What runs in place of Dynamo's graph."""
+        off = why_off(self.config)
+        if off is None:
+            compiled = self._kept()
+        else:
+            compiled = self._through_aot(lambda compile_one: lambda *g: compile_one(*g)[0])
+            self._say(f"off: {off}")
+        return compiled if self.program is None else with_second_order(compiled, self.program)
 
-    with backward_at_once():
-        compiled = aot_autograd(
-            fw_compiler=compiler("forward"),
-            bw_compiler=compiler("backward"),
-            inference_compiler=compiler("inference"),
-            decompositions=partial(decompositions, options.own_rng),
-            partition_fn=partial(partition, options=options, decided=layouts.append),
-            keep_inference_input_mutations=True,
-        )(gm, inputs)
-    return compiled if program is None else with_second_order(compiled, program)
+    def _kept(self) -> Callable[..., Any]:
+        """Through the cache of whole graphs."""
+        lookup = Lookup(
+            Graph, tag(self.config, self.options, self.inputs), self._revive, self.owner.fresh
+        )
+        with lookup.active():
+            compiled = self._through_aot(lookup.compiler)
+        failed = next(filter(None, (saved.failure() for saved in self.revived)), None)
+        if failed is not None:
+            log.warning("a graph in the cache is not used: %s", failed)
+            del self.owner.reports[-len(self.reports) :]
+            self.reports.clear()
+            compiled = self._through_aot(lambda compile_one: lambda *g: compile_one(*g)[0])
+            lookup.said = f"not kept: a kernel of it failed ({failed})"
+        self._say(lookup.said)
+        return compiled
 
+    def _say(self, cache: str) -> None:
+        for report in self.reports:
+            report.cache = cache
 
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """No cyclic garbage collection meanwhile: tracing allocates much that lives on, and looking
-    through it again and again took a fifth of the compile time of a 64-layer model."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        _call_it_old()
-        gc.enable()
+    def _through_aot(self, compiler: Callable[[Any], Any]) -> Callable[..., Any]:
+        """AOTAutograd's function; ``compiler`` makes of ours what it takes."""
+        with backward_at_once():
+            return aot_autograd(
+                fw_compiler=compiler(partial(self._compile, "forward")),
+                bw_compiler=compiler(partial(self._compile, "backward")),
+                inference_compiler=compiler(partial(self._compile, "inference")),
+                decompositions=partial(decompositions, self.options.own_rng),
+                partition_fn=partial(partition, options=self.options, decided=self.layouts.append),
+                keep_inference_input_mutations=True,
+            )(self.gm, self.inputs)
 
+    def _report(self, kind: str) -> Report:
+        report = Report(f"{len(self.owner.reports)}_{kind}")
+        report.graph, report.kind, report.rewrites = self.number, kind, self.rewrites
+        return report
 
-def _call_it_old() -> None:
-    """Count what was allocated meanwhile among the old objects, which the next full collection
-    looks through. As young ones they would all be looked through at the next allocation: 0.15 s
-    after a ResNet-50, 0.5 s after 16 layers of Llama."""
-    if gc.get_freeze_count() < FROZEN_BY_PYTHON:  # or thawing would take in what a user froze
-        gc.freeze()
-        gc.unfreeze()
+    def _compile(
+        self, kind: str, gm: GraphModule, inputs: Sequence[Any]
+    ) -> tuple[Boxed, Callable[[], str]]:
+        """One ATen graph -> (what runs, what writes it for another process)."""
+        report = self._report(kind)
+        if kind == "forward":
+            donate_nothing()
+        if self.program is not None and kind == "forward":
+            self.program.random = any(map(draws_random_numbers, gm.graph.nodes))
+        if self.layouts and kind != "inference":
+            report.layout = self.layouts[-1]
+        with no_collection():  # a backward may be compiled when it first runs
+            run, write = _compile_one(
+                gm, inputs, self.options, report, self.session, self.owner.late
+            )
+        self._add(report)
+        random = self.program is not None and self.program.random
+        return run, partial(write, kind=kind, random=random)
+
+    def _add(self, report: Report) -> None:
+        self.reports.append(report)
+        self.owner.reports.append(report)
+
+    def _revive(self, text: str) -> Boxed:
+        """A graph that the cache had, as ``_compile`` would have made it."""
+        report = self._report("")
+        saved = Saved(text, self.options, report)
+        report.kind = saved.more["kind"]
+        report.label += report.kind
+        if self.program is not None:
+            self.program.random |= saved.more["random"]
+
+        def otherwise(e: Exception) -> Boxed:
+            raise e
+
+        late = Late(saved.load, otherwise)
+        self.owner.late.add(late)
+        self.revived.append(saved)
+        self._add(report)
+        return late.boxed()
 
 
 def _may_train(inputs: Sequence[Any]) -> bool:
@@ -214,9 +257,9 @@ def _compile_one(
     options: Options,
     report: Report,
     session: Session | None,
-    late: weakref.WeakSet[_Late],
-) -> Callable[[list[Any]], Any]:
-    """One ATen graph -> boxed callable.
+    late: weakref.WeakSet[Late],
+) -> tuple[Boxed, Callable[..., str]]:
+    """One ATen graph -> (boxed callable, what writes it for another process).
 
     Its kernels are waited for when it is first called: those of a forward compile while AOTAutograd
     and we go on to its backward.
@@ -224,7 +267,7 @@ def _compile_one(
     dump = session.start(report.kind) if session is not None else None
     observe = {"observe": dump.observe} if dump is not None else {}
 
-    def otherwise(e: Exception) -> Callable[[list[Any]], Any]:
+    def otherwise(e: Exception) -> Boxed:
         if options.strict:
             raise e
         log.warning("graph %s runs as ATen: %s: %s", report.label, type(e).__name__, e)
@@ -234,9 +277,9 @@ def _compile_one(
     try:
         begun = Compilation(gm, options, report, **observe)
         if dump is None:
-            waiting = _Late(begun.load, otherwise)
+            waiting = Late(begun.load, otherwise)
             late.add(waiting)
-            return waiting.boxed()
+            return waiting.boxed(), partial(as_text, begun)
         run = begun.load()
     except Exception as e:
         if dump is not None:
@@ -244,40 +287,14 @@ def _compile_one(
         run = otherwise(e)
     if dump is not None:
         dump.finish(report)
-    return run
+    return run, partial(_not_written, report)
 
 
-class _Late:
-    """A graph whose kernels are waited for when it is first called."""
-
-    def __init__(
-        self,
-        load: Callable[[], Callable[[list[Any]], Any]],
-        otherwise: Callable[[Exception], Callable[[list[Any]], Any]],
-    ) -> None:
-        self.load, self.otherwise, self.lock = load, otherwise, threading.Lock()
-        self.loaded: Callable[[list[Any]], Any] | None = None
-
-    def boxed(self) -> Callable[[list[Any]], Any]:
-        def run(args: list[Any]) -> Any:
-            return (self.loaded or self.wait())(args)
-
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
-
-    def wait(self) -> Callable[[list[Any]], Any]:
-        with self.lock:
-            if self.loaded is None:
-                with _no_collection():
-                    try:
-                        self.loaded = self.load()
-                    except Exception as e:
-                        self.loaded = self.otherwise(e)
-                del self.load, self.otherwise  # and with them the graph
-            return self.loaded
+def _not_written(report: Report, **more: Any) -> str:
+    raise Unsaveable("; ".join(report.failures) or "it was dumped")
 
 
-def run_as_aten(gm: GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
+def run_as_aten(gm: GraphModule, inputs: Sequence[Any]) -> Boxed:
     """The graph, node by node, through ATen; boxed as AOTAutograd asks for."""
     interpreter = torch.fx.Interpreter(gm)
 

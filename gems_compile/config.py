@@ -70,6 +70,7 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "strict": _switch,
     "dump": _folder,
     "threads": _workers,
+    "cache": _switch,
 }
 
 
@@ -86,6 +87,7 @@ class Config:
     strict:   a failure inside the compiler raises instead of running the group as ATen.
     dump:     the folder that gets every stage of every compile as files, or None.
     threads:  worker processes that compile kernels; 0 compiles in this one, None chooses.
+    cache:    whether whole graphs are kept for later processes, through torch's cache.
     """
 
     numerics: str = "eager"
@@ -96,6 +98,7 @@ class Config:
     strict: bool = False
     dump: str | None = None
     threads: int | None = None
+    cache: bool = True
 
     def __post_init__(self) -> None:
         for name, parse in PARSERS.items():
@@ -177,6 +180,7 @@ VARIABLES: dict[str, Variable] = {
     "GEMS_THREADS": Variable(
         "threads", _text_workers, f"0 to {MAX_THREADS}", "Kernel compile workers."
     ),
+    "GEMS_CACHE": Variable("cache", _text_switch, "0, 1", "Whether whole graphs are kept."),
     "GEMS_CACHE_DIR": Variable(None, _folder, "a folder", "Where compiled kernels are kept."),
     "GEMS_VENDOR": Variable(
         None,
@@ -263,15 +267,20 @@ def cache_dir() -> str | None:
     writable by nobody else. Nothing here raises: without a directory, kernels are compiled afresh.
     """
     path = _cache_path()
-    try:
-        os.makedirs(path, mode=0o700, exist_ok=True)
-        problem = _why_unsafe(path)
-    except (OSError, ValueError) as error:
-        problem = str(error)
+    problem = why_unsafe(path)
     if problem is None:
         return path
     _once(logging.WARNING, f"the cache directory {path} is not used: {problem}")
     return None
+
+
+def why_unsafe(path: str) -> str | None:
+    """Why what lies in a folder should not be run; makes the folder if need be."""
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        return _why_unsafe(path)
+    except (OSError, ValueError) as error:
+        return str(error)
 
 
 def _cache_path() -> str:

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from . import native, private
-from .group import Group
 from .kept import kept_in_channels_last
-from .runs import in_python, wide_when_called
-
-if TYPE_CHECKING:
-    from .executor import Writer
+from .runs import Run, in_python, wide_when_called
 
 
 def settle(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
@@ -52,15 +48,15 @@ def compiled(text: str, label: str) -> CodeType:
 
 
 def bind(
-    writer: Writer,
     code: CodeType,
-    launchers: dict[Group, Callable[..., None]],
-    wide: Mapping[str, Callable[..., None]],
+    device: torch.device,
+    constants: Mapping[str, Any],
+    runs: Sequence[Run],
+    kernels: Mapping[str, Callable[..., None]],
 ) -> Callable[[list[Any]], Any]:
-    """The function, with its kernels and constants, in the boxed form AOTAutograd asks for."""
-    device = writer.device
-    scope: dict[str, Any] = dict(writer.constants)
-    scope.update(bound_runs(writer, launchers, wide))
+    """The function, in the boxed form AOTAutograd asks for. ``kernels`` are what launches each
+    kernel that the runs name, in both widths."""
+    scope: dict[str, Any] = {**constants, **bound_runs(device, runs, kernels)}
     scope.update(
         empty=private.allocator(device),
         view=private.reinterpreter(),
@@ -81,15 +77,11 @@ def bind(
 
 
 def bound_runs(
-    writer: Writer,
-    launchers: dict[Group, Callable[..., None]],
-    wide: Mapping[str, Callable[..., None]],
+    device: torch.device, runs: Sequence[Run], kernels: Mapping[str, Callable[..., None]]
 ) -> dict[str, Callable[..., None]]:
     """What launches each run: natively where that is possible."""
-    device, runs = writer.device, writer.runs.made
-    natively = {run.name: native.launcher(run, launchers, device) for run in runs}
+    natively = {run.name: native.launcher(run, kernels, device) for run in runs}
     found = {name: launch for name, launch in natively.items() if launch is not None}
-    kernels = {**{name: launchers[group] for name, group in writer.kernels}, **wide}
     others = [run for run in runs if run.name not in found]
     if others:
         found.update(in_python(others, kernels))

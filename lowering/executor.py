@@ -244,7 +244,7 @@ class Writer:
             for kind, (_, role, what) in zip(kinds, source.params, strict=True)
         ]
         grid = self._number(GRID, source.grid)
-        self.runs.launch(Launch(kernel, group, source.name, grid, args, flag))
+        self.runs.launch(Launch(kernel, source.name, grid, args, flag))
         places = [base_of(m.params[0]) for m in group.members if m.kind == "store"]
         for memory in dict.fromkeys([*group.stores.values(), *places]):
             if memory in self.aligned:

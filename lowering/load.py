@@ -186,8 +186,9 @@ class Loading:
     def __init__(self, source: Source, options: Options, device: int | None) -> None:
         self.source, self.options, self.device = source, options, device
         self.key = source.key
-        self.answer: queue.Queue[str | None] | None = None
+        self.answer: Answer | None = None
         self.compiled, self.asker = False, 0
+        self.error: str | None = None
         target = options.target
         where = options.cache_dir or private_directory()
         self.folder = os.path.join(
@@ -221,6 +222,25 @@ class Loading:
             "target": [target.backend, target.arch, target.warp],
         }
 
+    @property
+    def _mark(self) -> str:
+        return self.path.removesuffix(".py") + ".useless"
+
+    def why_useless(self) -> str | None:
+        """Why an earlier process could not use the kernel, if that was so."""
+        try:
+            with open(self._mark, encoding="utf-8", errors="replace") as f:
+                return f.read(200) or "it failed"
+        except OSError:
+            return None
+
+    def mark_useless(self, why: str) -> None:
+        """Let processes that find a graph with this kernel in a cache know that it is of no use.
+        What may have been a full disk or a killed worker is not held against it."""
+        if "OSError" not in why:
+            with contextlib.suppress(OSError):
+                write_atomically(self._mark, why.encode())
+
     def _record(self) -> dict[str, Any] | None:
         """What is known of the compiled kernel; a damaged record is a miss."""
         try:
@@ -244,20 +264,29 @@ class Loading:
                 _launchers[(self.key, self.device)] = launcher
         return launcher
 
+    def settle(self) -> None:
+        """Wait until the kernel is compiled, if it was not; raises CompileError."""
+        with _lock:
+            self._settle()
+
+    def _settle(self) -> None:
+        if self.compiled:
+            asked = self.answer is not None and self.asker == os.getpid()  # or its parent did
+            self.error = self.answer.get() if self.answer is not None and asked else None
+            if not asked or (self.error or "").startswith("OSError"):
+                try:
+                    do(self._job())
+                    self.error = None
+                except Exception as e:
+                    self.error = f"{type(e).__name__}: {e}"
+            self.compiled = False
+        if self.error is not None:
+            raise CompileError(self.source, self.error)
+
     def _load(self) -> Launcher:
         if self.options.target.name == "interpreter":
             return interpreter_launcher(self.path, self.source)
-        if self.compiled:
-            asked = self.answer is not None and self.asker == os.getpid()  # or its parent did
-            error = self.answer.get() if self.answer is not None and asked else None
-            if not asked or (error or "").startswith("OSError"):
-                try:
-                    do(self._job())
-                    error = None
-                except Exception as e:
-                    error = f"{type(e).__name__}: {e}"
-            if error is not None:
-                raise CompileError(self.source, error)
+        self._settle()
         record = self._record()
         if record is None:
             raise CompileError(self.source, "the compiled kernel vanished from the cache")

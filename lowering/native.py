@@ -22,13 +22,12 @@ import subprocess
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .group import Group
 from .load import private_directory, usable
 from .private import Loaded, address_method, loaded_kernel
 from .runs import INT32, Operand, Run
@@ -188,17 +187,17 @@ def _imported(path: str) -> Callable[..., Any]:
 
 
 def launcher(
-    run: Run, launchers: dict[Group, Callable[..., None]], device: torch.device
+    run: Run, kernels: Mapping[str, Callable[..., None]], device: torch.device
 ) -> Callable[..., None] | None:
     """What launches ``run`` natively; None where that cannot be."""
     extension = _current
     if extension is None or extension.run is None or device.type != "cuda":
         return None
-    own = [launchers[launch.group] for launch in run.launches]
-    kernels = [loaded_kernel(launch) for launch in own]
+    own = [kernels[launch.kernel] for launch in run.launches]
+    loaded = [loaded_kernel(launch) for launch in own]
     try:
-        known = [kernel for kernel in kernels if kernel is not None]
-        if len(known) < len(kernels):  # Triton's JIT launches one of them
+        known = [kernel for kernel in loaded if kernel is not None]
+        if len(known) < len(loaded):  # Triton's JIT launches one of them
             return None
         return made(extension.run, run, known, device.index or 0, own)
     except (OSError, TypeError, ValueError, OverflowError, struct.error) as e:

@@ -84,6 +84,7 @@ class Report:
     kind: str = ""  # forward, backward or inference
     rewrites: Any = None  # RewriteLog of Dynamo's graph
     layout: Decision = field(default_factory=Decision)  # of its convolutions
+    cache: str = ""  # of whole graphs: whether this came from it, went into it, or why neither
 
 
 def compile_graph(
@@ -147,8 +148,10 @@ class Compilation:
         while (launchers := self._launchers()) is None:
             self._plan()
         self.clock.lap(self.report, "triton")
-        wide = {name: self.loading[group].wide for name, group in self.writer.widths.wide}
-        run = bind(self.writer, self.code, launchers, wide)
+        writer = self.writer
+        kernels = {name: launchers[group] for name, group in writer.kernels}
+        kernels.update((name, self.loading[group].wide) for name, group in writer.widths.wide)
+        run = bind(self.code, self.device, writer.constants, writer.runs.made, kernels)
         self.clock.lap(self.report, "bind")
         self.observe("done", self.report)
         return run
@@ -160,9 +163,16 @@ class Compilation:
             try:
                 found[group] = self.loading[group].result()
             except CompileError as e:
+                self.loading[group].mark_useless(str(e))
                 self._give_up(group, e)
                 return None
         return found
+
+    def wide_source(self, group: Group) -> Source:
+        """The form of a group's kernel whose places are numbers of 64 bits."""
+        widen = self.loading[group].source.widen
+        assert widen is not None  # the wrapper names it
+        return widen()
 
     def _plan(self) -> None:
         while (failed := self._attempt()) is not None:

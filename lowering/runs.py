@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from .group import Group
-
 if TYPE_CHECKING:
     from .executor import Writer
 
@@ -48,7 +46,6 @@ class Launch:
     """``flag``: the variable that tells whether this call needs places of 64 bits, if any may."""
 
     kernel: str
-    group: Group
     name: str
     grid: Operand
     args: list[Operand]

@@ -16,10 +16,15 @@ import tempfile
 import pytest
 
 os.environ.setdefault("GEMS_STRICT", "1")
+os.environ.setdefault(
+    "GEMS_CACHE", "0"
+)  # tests look at what was compiled; test_warm.py turns it on
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-if "GEMS_CACHE_DIR" not in os.environ:  # xdist's workers inherit the first process's folder
-    os.environ["GEMS_CACHE_DIR"] = tempfile.mkdtemp(prefix="gems-tests-")
-    atexit.register(shutil.rmtree, os.environ["GEMS_CACHE_DIR"], ignore_errors=True)
+# xdist's workers inherit the first process's folders; no test meets another day's entries
+for folder in ("GEMS_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+    if folder not in os.environ:
+        os.environ[folder] = tempfile.mkdtemp(prefix="gems-tests-")
+        atexit.register(shutil.rmtree, os.environ[folder], ignore_errors=True)
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("gems_compile"):
     try:

@@ -94,7 +94,7 @@ def driver(built_driver: Driver) -> Driver:
 
 def launch(*args: Operand, grid: Operand | int = 1, name: str = "fused") -> Launch:
     grid = Operand(GRID, plus=grid) if isinstance(grid, int) else grid
-    return Launch("k0", None, name, grid, list(args))
+    return Launch("k0", name, grid, list(args))
 
 
 # what the driver is given ------------------------------------------------------------------------

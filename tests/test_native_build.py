@@ -98,7 +98,7 @@ def test_without_a_compiler_python_launches(fresh: Path, monkeypatch, caplog, wh
     target = SimpleNamespace(name="cuda", backend="cuda")
     assert reason in native.in_use(target, str(fresh))
     run = Run("r0", [launch()])
-    assert native.launcher(run, {None: print}, torch.device("cuda", 0)) is None
+    assert native.launcher(run, {"k0": print}, torch.device("cuda", 0)) is None
 
 
 @needs_compiler

@@ -29,8 +29,8 @@ pytestmark = gems_only
 def test_the_same_in_python() -> None:
     """What a run does where there is no native launcher: the same launches, wide ones if asked."""
     x, s, n = Operand(TENSOR, "x"), Operand(ADDRESS, "s0", 128), Operand(INT32, "n", 0)
-    first = Launch("k0", None, "fused_a", Operand(GRID, "g"), [x, s, n], "wide0")
-    run = Run("r0", [first, Launch("k1", None, "fused_b", Operand(GRID, plus=4), [s])])
+    first = Launch("k0", "fused_a", Operand(GRID, "g"), [x, s, n], "wide0")
+    run = Run("r0", [first, Launch("k1", "fused_b", Operand(GRID, plus=4), [s])])
     assert run.call == "(r0w if wide0 else r0)(stream, g, x, s0, n)  # fused_a; fused_b"
     seen: list[tuple] = []
     kernels = {k: lambda *a, k=k: seen.append((k, *a)) for k in ("k0", "k1", "k0w")}

@@ -1,0 +1,115 @@
+"""Warm starts: whether torch's cache of whole graphs is used, and under which key."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .config import Config, cache_dir, vendor, why_unsafe
+from .kernels.target import current_target
+from .lowering import whole_graphs
+from .lowering.decompose import decompositions
+from .lowering.load import library_digest
+from .lowering.options import Options
+from .lowering.pipeline import Report
+from .lowering.saved import Saved
+
+log = logging.getLogger(__name__)
+
+_told: set[str] = set()
+
+
+class Graph(whole_graphs.Kept):
+    """A compiled graph of ours in torch's cache, which knows it by this class's name."""
+
+    def revive(self, text: str) -> Callable[[list[Any]], Any]:
+        lookup = whole_graphs.current_lookup()
+        return lookup.revive(text) if lookup is not None else _alone(text)
+
+
+def _alone(text: str) -> Callable[[list[Any]], Any]:
+    """A graph from a file, with no compile around it: see ``torch.compile(...).aot_compile``."""
+    target = current_target(vendor())
+    if target is None:
+        raise RuntimeError("there is no device here for what was compiled")
+    options = Options(target=target, cache_dir=cache_dir())
+    saved = Saved(text, options, Report("file"))
+    run: list[Callable[[list[Any]], Any]] = []
+
+    def first(args: list[Any]) -> Any:
+        if not run:
+            run.append(saved.load())
+        return run[0](args)
+
+    return first
+
+
+def why_off(config: Config) -> str | None:
+    """Why graphs are neither looked up nor kept."""
+    if not config.cache:
+        return "the option cache is off"
+    if config.dump is not None:
+        return "a dump shows every stage of a compile"
+    return whole_graphs.why_off() or _why_not_there(whole_graphs.folder())
+
+
+def _why_not_there(folder: str | None) -> str | None:
+    """What torch reads from its folder it runs, so the rules of our own cache hold for it."""
+    why = None if folder is None else why_unsafe(folder)
+    if why is None:
+        return None
+    why = f"torch's cache directory {folder} is not used: {why}"
+    if why not in _told:
+        _told.add(why)
+        log.warning("%s", why)
+    return why
+
+
+def tag(config: Config, options: Options, inputs: Sequence[Any]) -> str:
+    """A digest of what decides about a graph's code, beyond what torch puts into its keys: the
+    program, what it is called with, torch's version and settings."""
+    facts = {
+        "sources": sources_digest(),
+        "kernels": library_digest(),
+        "decompositions": _decomposed(options.own_rng),
+        "python": sys.version_info[:2],
+        "options": repr(replace(options, cache_dir=None, threads=None)),
+        "rewrites": config.rewrites,
+        "tf32": torch.backends.cudnn.allow_tf32,
+        "precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "ranges": whole_graphs.symbol_ranges(inputs),
+    }
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+@functools.cache
+def sources_digest() -> str:
+    """A digest of this package's own files, and its version."""
+    from . import __version__
+
+    digest = hashlib.sha256(__version__.encode())
+    for package in ("gems_compile", "gems_compile.lowering", "gems_compile.kernels"):
+        (folder,) = sys.modules[package].__path__
+        for name in sorted(os.listdir(folder)):
+            if name.endswith(".py"):
+                digest.update(name.encode())
+                with open(os.path.join(folder, name), "rb") as file:
+                    digest.update(file.read())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _decomposed(own_rng: bool) -> str:
+    """A digest of which ops AOTAutograd takes apart: a program may have added to torch's table."""
+    names = sorted(map(str, decompositions(own_rng)))
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
