@@ -26,7 +26,7 @@ from .lowering.passes import draws_random_numbers
 from .lowering.pipeline import Compilation, Report
 from .lowering.private import backward_at_once, donate_nothing
 from .lowering.saved import Saved, as_text
-from .lowering.whole_graphs import Lookup
+from .lowering.whole_graphs import NOT_KEPT, Lookup
 from .second_order import Program, with_second_order
 from .warm import Graph, tag, why_off
 
@@ -142,7 +142,7 @@ class _Front:
             del self.owner.reports[-len(self.reports) :]
             self.reports.clear()
             compiled = self._through_aot(lambda compile_one: lambda *g: compile_one(*g)[0])
-            lookup.said = f"not kept: a kernel of it failed ({failed})"
+            lookup.said = f"{NOT_KEPT}a kernel of it failed ({failed})"
         self._say(lookup.said)
         return compiled
 

@@ -230,7 +230,7 @@ def run(
     say("eager runs forward and one training step ...")
     eager = _both(model(), batch, counting=True)
     reference = _both(model(torch.float32), batch) if gpu else None
-    backend, watch = Gems(), Watch()
+    backend, watch = Gems(fresh=True), Watch()
     options: dict[str, Any] | None = {"dump": dump} if dump else None
     compiled: Any = torch.compile(model(), backend=backend, options=options)
     with watch:

@@ -64,7 +64,7 @@ def _self_test(torch: Any, target: Any) -> str:
     def fn(x: Any) -> Any:
         return torch.softmax(torch.nn.functional.gelu(x) * 2 + x, -1)
 
-    backend, results = Gems(), []
+    backend, results = Gems(fresh=True), []
     for run in (fn, torch.compile(fn, backend=backend)):
         y = run(x)
         results.append((y, *torch.autograd.grad(y.square().sum(), x)))

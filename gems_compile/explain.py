@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .backend import Gems
 from .config import vendor
 from .kernels.target import current_target
+from .lowering.whole_graphs import NOT_KEPT
 from .summary import ATEN, FREE, GraphSummary, summarize
 from .tables import Table, as_text
 
@@ -31,11 +32,12 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
 
     Where a result requires grad, a backward from random cotangents runs as well, so that its graph
     is compiled. The tensors given are copied, no ``.grad`` is touched, and random state and a
-    module's buffers are put back; code that was compiled before stays compiled. Other effects of
+    module's buffers are put back; code that was compiled before stays compiled, and no graph comes
+    from the cache of whole graphs or goes there. Other effects of
     ``fn`` (an optimizer step inside it) happen. Settings come from the ``GEMS_*`` variables.
     """
     fn = _without_compile(fn)
-    backend, watch = Gems(), Watch()
+    backend, watch = Gems(fresh=True), Watch()
     compiled = torch.compile(_fresh_function(), backend=backend)
     args, kwargs = tree_map(_copy, (args, kwargs))
     with _put_back(fn), watch:
@@ -196,6 +198,7 @@ class Explanation:
             *_layouts(self.graphs),
             *_unfused(self.graphs),
             *_failures(self.graphs),
+            *_not_kept(self.graphs),
             *_breaks(self.breaks),
             self._time(),
         ]
@@ -288,6 +291,17 @@ def _failures(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
         yield Table("Failed to compile, and runs as ATen", ("graph", "failure"), rows)
 
 
+def _not_kept(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
+    """The graphs that no later process finds in the cache, and why."""
+    rows: list[Sequence[Any]] = [
+        (f"{g.graph} {g.kind}", textwrap.shorten(g.cache.removeprefix(NOT_KEPT), 300))
+        for g in graphs
+        if g.cache.startswith(NOT_KEPT)
+    ]
+    if rows:
+        yield Table("Compiled anew by every process", ("graph", "because"), rows)
+
+
 def _breaks(breaks: dict[str, int]) -> Iterator[Table]:
     if breaks:
         rows: list[Sequence[Any]] = [
@@ -339,6 +353,8 @@ def _facts(explanation: Explanation) -> Iterator[str]:
             yield f"{head}: convolutions: {graph.layout}"
         for text in graph.failures:
             yield f"{head}: failed to compile: {text}"
+        if graph.cache:
+            yield f"{head}: cache: {graph.cache}"
     for why, times in explanation.breaks.items():
         yield f"graph break, {times} times: {' '.join(why.split())}"
 

@@ -133,8 +133,10 @@ class GraphSummary:
     near_misses: tuple[NearMiss, ...] = ()
     failures: tuple[str, ...] = ()
     layout: str = ""  # which one convolutions have, and why; empty where there are none
+    cache: str = ""  # of whole graphs: whether it came from there, went there, or why neither
     kernels: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    counted: dict[str, int] = field(default_factory=dict)  # of a graph whose nodes are not known
 
     @property
     def title(self) -> str:
@@ -164,6 +166,7 @@ class GraphSummary:
             "unfused": len(self.unfused),
             "failures": len(self.failures),
             "seconds": round(sum(self.seconds.values()), 4),
+            **self.counted,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -178,12 +181,15 @@ def summarize(report: Report) -> GraphSummary:
         "kind": report.kind,
         "failures": tuple(report.failures),
         "layout": report.layout.reason,
+        "cache": report.cache,
         "seconds": dict(report.seconds),
         **_rewrites(report),
     }
     plan = report.plan
-    if plan is None:  # the whole graph runs as ATen
-        return GraphSummary(**head)
+    if plan is None:  # the whole graph runs as ATen, or came from the cache
+        names = ("nodes", "fused", "aten_calls", "launches")
+        counted = {name: getattr(report, name) for name in names}
+        return GraphSummary(**head, kernels=len(report.sources), counted=counted)
     origins = _origins(plan)
     return GraphSummary(
         **head,

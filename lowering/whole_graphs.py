@@ -44,6 +44,7 @@ except (ImportError, AttributeError) as missing:
         OutputCode = object
 
 FROM_CACHE, KEPT, FRESH = "from the cache", "kept", "compiled afresh, as was asked"
+NOT_KEPT = "not kept: "
 
 _lookup: ContextVar[Lookup | None] = ContextVar("gems_lookup", default=None)
 
@@ -206,7 +207,7 @@ class Lookup:
         elif self.why == FRESH:
             self.said = FRESH
         else:
-            self.said = f"not kept: {self.why or 'torch tells no reason'}"
+            self.said = f"{NOT_KEPT}{self.why or 'torch tells no reason'}"
 
 
 def _counted() -> dict[str, int]:

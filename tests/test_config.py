@@ -42,6 +42,7 @@ def test_defaults() -> None:
         "strict": False,
         "dump": None,
         "threads": None,
+        "cache": True,
     }
     assert {field.name for field in fields(Config)} == set(PARSERS)
 

@@ -1,0 +1,514 @@
+"""Whole graphs from torch's cache: the same numbers, without tracing or compiling again."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import DEVICE, gems_only, rand
+from torch import nn
+from torch._dynamo.utils import counters
+
+import gems_compile
+from gems_compile.backend import Gems
+from gems_compile.kernels.op import T
+from gems_compile.lowering import load, pipeline, whole_graphs
+from gems_compile.lowering.rewrites import TABLE
+from gems_compile.lowering.whole_graphs import FRESH, FROM_CACHE, KEPT
+from gems_compile.summary import summarize
+
+pytestmark = gems_only
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path, monkeypatch):
+    """The cache is on, and empty; torch's folder."""
+    monkeypatch.setenv("GEMS_CACHE", "1")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "torch"))
+    counters["aot_autograd"].clear()
+    return tmp_path / "torch"
+
+
+def entries(folder: Any) -> list[str]:
+    return glob.glob(f"{folder}/aotautograd/*/*")
+
+
+def said(reports: list[Any]) -> set[str]:
+    return {report.cache for report in reports}
+
+
+def results(step: Callable[[Any], Any], make: Callable[[], Any], **compile: Any) -> Any:
+    """What ``step`` of the compiled thing returns, and the reports."""
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    backend = Gems()
+    found = step(torch.compile(make(), backend=backend, **compile))
+    return found, list(backend.reports)  # the backend forgets them when torch is reset
+
+
+def same(
+    step: Callable[[Any], Any], make: Callable[[], Any], **compile: Any
+) -> tuple[list[Any], list[Any]]:
+    """The reports of a cold and a warm run, which must not differ by a bit."""
+    cold, first = results(step, make, **compile)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.Compilation, "__init__", _not_again)
+        warm, second = results(step, make, **compile)
+    assert len(cold) == len(warm) and all(map(torch.equal, cold, warm))
+    assert said(first) == {KEPT} and said(second) == {FROM_CACHE}
+    assert [r.kind for r in first] == [r.kind for r in second]
+    for one, two in zip(first, second, strict=True):
+        for name in ("launches", "aten_calls", "nodes", "fused", "kernels", "aten", "wrapper"):
+            assert getattr(one, name) == getattr(two, name)
+    return first, second
+
+
+def _not_again(*args: Any) -> None:
+    raise AssertionError("compiled again")
+
+
+def gradients(module: nn.Module) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in module.parameters()]
+
+
+class Block(nn.Module):
+    def __init__(self, drop: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.norm = nn.Linear(16, 32), nn.BatchNorm1d(32)
+        self.drop, self.down = nn.Dropout(drop), nn.Linear(32, 16)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        y = self.drop(torch.nn.functional.gelu(self.norm(self.up(x))))
+        return (x + self.down(y)).softmax(-1)
+
+
+def make_block(drop: float = 0.0) -> nn.Module:
+    return Block(drop).to(DEVICE)
+
+
+def train(module: Any) -> list[torch.Tensor]:
+    for step in range(2):
+        (module(rand(8, 16)) * (step + 1)).square().sum().backward()
+    return [*gradients(module), *module.buffers()]
+
+
+def test_training():
+    _, second = same(train, make_block)
+    assert [r.kind for r in second] == ["forward", "backward"]
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+    assert not set(second[0].seconds) & {"passes", "fuse", "emit"}
+
+
+def test_dropout():
+    same(train, lambda: make_block(0.5))
+
+
+def test_inference():
+    def step(module):
+        with torch.no_grad():
+            return [module(rand(8, 16)), module(rand(8, 16))]
+
+    same(step, lambda: make_block().eval())
+
+
+def test_graph_breaks_and_several_graphs():
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = make_block(), make_block()
+
+        def forward(self, x):
+            y = self.one(x)
+            torch._dynamo.graph_break()
+            return self.two(y) + y.exp()
+
+    first, _ = same(train, Broken)
+    assert len(first) == 4
+
+
+def test_sizes_that_are_symbols():
+    def step(f):
+        return [f(rand(n, 33)) for n in (4, 7, 130)]
+
+    def make():
+        return lambda x: (x.exp() + 1).softmax(-1) * x.shape[0]
+
+    first, second = same(step, make, dynamic=True)
+    assert len(second) == 1
+    assert "wide0" in second[0].wrapper  # and what would run beyond 32 bits came along
+    saved = second[0].sources[0].widen()
+    wide = first[0].sources[0].widen()
+    assert (saved.text, saved.key) == (wide.text, wide.key)
+
+
+def test_training_with_sizes_that_are_symbols():
+    def step(module):
+        for n in (4, 7):
+            module(rand(n, 16)).square().sum().backward()
+        return gradients(module)
+
+    same(step, make_block, dynamic=True)
+
+
+def test_the_range_of_a_size_is_part_of_the_key():
+    """The code for a size that stays below a bound may be wrong above it."""
+
+    def run(most):
+        torch._dynamo.reset()
+        backend = Gems()
+        x = rand(8, 16)
+        torch._dynamo.mark_dynamic(x, 0, **({} if most is None else {"min": 2, "max": most}))
+        torch.compile(lambda x: (x * 2 + 1).exp(), backend=backend)(x)
+        return list(backend.reports)
+
+    assert "wide0" not in run(100)[0].wrapper
+    bounded, free = run(100), run(None)
+    assert (said(bounded), said(free)) == ({FROM_CACHE}, {KEPT})
+    assert "wide0" in free[0].wrapper
+
+
+def test_inputs_are_written():
+    def step(f):
+        x, y = rand(8, 16), rand(8, 16)
+        out = f(x, y)
+        return [x, y, out]
+
+    def make():
+        def f(x, y):
+            x.mul_(2).add_(y)
+            y[2:4] = x[:2]
+            return x.relu() + y
+
+        return f
+
+    same(step, make)
+
+
+def test_views_of_inputs_are_views():
+    def step(f):
+        x = rand(8, 16)
+        out = f(x)
+        out[1].add_(1)
+        return [x, *out]
+
+    same(step, lambda: lambda x: (x * 2, x.t()[3:]))
+
+
+def test_constants():
+    def step(f):
+        return [f(rand(3, 4)), f(rand(3, 4))]
+
+    def make():
+        def f(x):
+            table = torch.tensor([1.5, -2.0, 0.25], device=x.device)
+            return (x * table[:, None]).exp() + torch.tensor(3.0, dtype=torch.float64)
+
+        return f
+
+    same(step, make)
+
+
+def test_other_constants_are_other_graphs():
+    def scaled(number):
+        def f(x):
+            return (x * torch.tensor([number, 2.0], device=x.device)).exp()
+
+        return results(lambda f: f(rand(3, 2)), lambda: f)
+
+    one, _ = scaled(1.0)
+    two, second = scaled(3.0)
+    assert said(second) == {KEPT} and not torch.equal(one, two)
+
+
+def test_much_data_is_not_kept():
+    numbers = [float(k) for k in range(20_000)]
+    step = lambda f: [f(rand(20_000))]  # noqa: E731
+    for _ in range(2):
+        _, reports = results(step, lambda: lambda x: x * torch.tensor(numbers) + 1)
+        (why,) = said(reports)
+        assert why.startswith("not kept: it holds a constant tensor of 80000 bytes")
+
+
+def test_nothing_is_lowered():
+    first, _ = same(lambda f: [f(rand(4, 5), rand(5, 6))], lambda: lambda a, b: a @ b)
+    assert first[0].launches == 0
+
+
+def test_convolutions_in_another_layout():
+    def make():
+        torch.manual_seed(0)
+        parts = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)
+        return nn.Sequential(*parts).eval().to(DEVICE)
+
+    def step(module):
+        with torch.no_grad():
+            return [module(rand(2, 3, 9, 9)), module(rand(2, 3, 9, 9))]
+
+    for keep in (False, True):
+        options = {"layout": "channels_last", "keep_weights": keep}
+        first, second = same(step, make, options=options)
+        assert second[0].layout == first[0].layout
+        assert ("kept(" in second[0].wrapper) is keep
+
+
+def test_gradients_of_gradients():
+    def step(module):
+        x = rand(4, 16).requires_grad_()
+        (dx,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+        dx.square().sum().backward()
+        return [x.grad, *gradients(module)]
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)).to(DEVICE)
+
+    same(step, make)
+
+
+def test_a_program_that_draws_random_numbers_is_known_as_such():
+    """Running it again would draw others, so it has no second gradient: warm as cold."""
+
+    def step(module):
+        x = rand(4, 16).requires_grad_()
+        (dx,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError):
+            dx.square().sum().backward()
+        return [dx.detach()]
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 8), nn.Dropout(0.5), nn.Tanh()).to(DEVICE)
+
+    same(step, make)
+
+
+def test_backward_twice():
+    def step(module):
+        loss = module(rand(8, 16)).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        return gradients(module)
+
+    same(step, make_block)
+
+
+def test_threads():
+    """torch's settings are a thread's own, so all of these run in threads."""
+    x, module = rand(8, 16), make_block().eval()
+
+    def run(many):
+        torch._dynamo.reset()
+        backend, found = Gems(), []
+        compiled = torch.compile(module, backend=backend)
+        threads = [threading.Thread(target=lambda: found.append(compiled(x))) for _ in range(many)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return found, said(backend.reports)
+
+    (wanted,), cold = run(1)
+    found, warm = run(4)
+    assert (cold, warm) == ({KEPT}, {FROM_CACHE})
+    assert len(found) == 4 and all(torch.equal(one, wanted) for one in found)
+
+
+@pytest.mark.parametrize("rule", TABLE, ids=lambda rule: rule.name)
+def test_rewrites_do_not_stand_in_the_way(rule):
+    """They put other calls into Dynamo's graph, which torch's check must let through."""
+    given = rule.samples[0].inputs
+    inputs = [torch.randn(t.shape).to(DEVICE) if isinstance(t, T) else t for t in given]
+    _, reports = results(lambda f: f(*inputs), lambda: rule.samples[0].program)
+    assert said(reports) == {KEPT} and reports[0].rewrites.fired
+
+
+# what is not kept, and why -----------------------------------------------------------------------
+
+
+def double_exp(x):
+    return (x * 2).exp() + 1
+
+
+def once(**how: Any) -> set[str]:
+    """What is said of a graph that is compiled now."""
+    return said(results(lambda f: [f(rand(8, 16))], lambda: double_exp, **how)[1])
+
+
+def test_options_that_differ_are_other_entries(caches, monkeypatch):
+    changes = [
+        {},
+        {"numerics": "fast"},
+        {"rewrites": False},
+        {"rng": "eager"},
+        {"layout": "keep"},
+        {"keep_weights": True},
+        {"strict": False},
+    ]
+    for options in changes:
+        assert once(options=options or {"strict": True}) == {KEPT}
+    assert len(entries(caches)) == len(changes)
+    assert once(options={"numerics": "fast"}) == {FROM_CACHE}
+    assert once(options={"threads": 3}) == {FROM_CACHE}  # decides nothing
+    with monkeypatch.context() as patch:
+        patch.setattr(gems_compile.warm, "sources_digest", lambda: "another version")
+        assert once() == {KEPT}
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert once() == {KEPT}
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def test_what_turns_it_off(caches, tmp_path):
+    assert once(options={"cache": False}) == {"off: the option cache is off"}
+    (why,) = once(options={"dump": str(tmp_path / "dump")})
+    assert why.startswith("off: a dump")
+    with torch.compiler.config.patch(force_disable_caches=True):
+        (why,) = once()
+        assert "force_disable_caches" in why
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        (why,) = once()
+        assert "enable_autograd_cache" in why
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        assert once() == {"not kept: torch: FX graph cache is not enabled"}
+    assert not entries(caches)
+
+
+def test_another_torch(monkeypatch, caches):
+    monkeypatch.setattr(whole_graphs, "MISSING", "this torch keeps it elsewhere")
+    assert once() == {"off: this torch keeps it elsewhere"}
+
+
+def test_a_folder_that_others_can_write(caches, caplog, monkeypatch):
+    monkeypatch.setattr(gems_compile.warm, "_told", set())
+    os.makedirs(caches)
+    os.chmod(caches, 0o777)
+    for _ in range(2):
+        (why,) = once()
+        assert "others can write to it" in why
+    assert sum("others can write" in r.getMessage() for r in caplog.records) == 1
+    assert not entries(caches)
+
+
+def test_an_entry_that_cannot_be_written(caches, monkeypatch):
+    def full(path, content, **how):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(whole_graphs.autograd_cache, "write_atomic", full)
+    (why,) = once()
+    assert why.startswith("not kept") and not entries(caches)
+
+
+@pytest.mark.parametrize("damage", ["cut", "random", "empty", "text"])
+def test_a_damaged_entry_is_a_miss(caches, damage):
+    assert once() == {KEPT}
+    (path,) = entries(caches)
+    data = Path(path).read_bytes()
+    place = data.index(b"def call(args)")
+    harm = {
+        "cut": data[: len(data) // 2],
+        "random": bytes(range(256)) * 20,
+        "empty": b"",
+        "text": data[:place] + b"def Call" + data[place + 8 :],
+    }
+    Path(path).write_bytes(harm[damage])
+    assert once() == {KEPT}  # compiled and written anew
+    assert once() == {FROM_CACHE}
+
+
+def test_what_torch_does_not_cache_is_told(caches):
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy * 2
+
+    step = lambda f: [f(rand(4, 5).requires_grad_()).detach()]  # noqa: E731
+    _, reports = results(step, lambda: lambda x: Double.apply(x).exp())
+    assert all(why.startswith("not kept: torch: ") for why in said(reports))
+
+
+def test_a_graph_with_a_part_that_failed_is_not_kept(caches, monkeypatch):
+    monkeypatch.setenv("GEMS_STRICT", "0")
+
+    def fails(*args):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(pipeline, "emit", fails)
+    (why,) = once()
+    assert why.startswith("not kept: a part of it failed to compile") and not entries(caches)
+
+
+def test_a_kernel_that_turned_out_to_be_of_no_use(caches, monkeypatch):
+    """The graph is kept before its kernels are loaded; the next process compiles it again."""
+    monkeypatch.setenv("GEMS_STRICT", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr(load.Loading, "result", _no_room)
+        assert once() == {KEPT}
+    (why,) = once()
+    assert why.startswith("not kept: its kernel") and "no room" in why
+    for mark in glob.glob(f"{os.environ['GEMS_CACHE_DIR']}/kernels/*/*/*.useless"):
+        os.remove(mark)
+
+
+def _no_room(loading: Any) -> None:
+    raise load.CompileError(loading.source, "no room")
+
+
+def test_a_missing_kernel_that_does_not_compile(caches, monkeypatch):
+    assert once() == {KEPT}
+    monkeypatch.setattr(load.Loading, "settle", _no_room)
+    (why,) = once()
+    assert why.startswith("not kept: a kernel of it failed")
+
+
+def test_a_fresh_backend_neither_finds_nor_keeps(caches):
+    def fresh():
+        torch._dynamo.reset()
+        backend = Gems(fresh=True)
+        torch.compile(double_exp, backend=backend)(rand(8, 16))
+        return said(backend.reports)
+
+    assert fresh() == {FRESH} and not entries(caches)
+    assert once() == {KEPT}
+    assert fresh() == {FRESH} and len(entries(caches)) == 1
+
+
+# what is told ------------------------------------------------------------------------------------
+
+
+def test_a_report_from_the_cache_tells_what_the_first_did(caches):
+    _, (first,) = results(lambda f: [f(rand(8, 16))], lambda: double_exp)
+    _, (second,) = results(lambda f: [f(rand(8, 16))], lambda: double_exp)
+    one, two = summarize(first), summarize(second)
+    assert (one.cache, two.cache) == (KEPT, FROM_CACHE)
+    same = ("nodes", "fused", "kernels", "launches", "aten_calls")
+    assert {n: one.numbers()[n] for n in same} == {n: two.numbers()[n] for n in same}
+    assert set(second.seconds) == {"load", "triton", "bind"}
+    assert [s.text for s in second.sources] == [s.text for s in first.sources]
+    json.dumps(two.to_dict())
+
+
+def test_explain_compiles_afresh_and_tells_what_is_not_kept(caches):
+    assert once() == {KEPT}
+    found = gems_compile.explain(double_exp, rand(8, 16))
+    assert found.graphs[0].nodes and "every process" not in str(found)
+    numbers = [float(k) for k in range(20_000)]
+    found = gems_compile.explain(lambda x: x * torch.tensor(numbers), rand(20_000))
+    assert "Compiled anew by every process" in str(found)
+    assert any("constant tensor of 80000 bytes" in fact for fact in found.why("cache"))
+    assert len(entries(caches)) == 1
