@@ -26,7 +26,7 @@ from .lowering.passes import draws_random_numbers
 from .lowering.pipeline import Compilation, Report
 from .lowering.private import backward_at_once, donate_nothing
 from .lowering.saved import Saved, as_text
-from .lowering.whole_graphs import NOT_KEPT, Lookup
+from .lowering.whole_graphs import NOT_KEPT, Kept, Lookup
 from .second_order import Program, with_second_order
 from .warm import Graph, tag, why_off
 
@@ -76,7 +76,7 @@ class Gems:
             )
         load_ops()
         with no_collection():
-            return _Front(gm, inputs, config, target, self).compiled()
+            return _Front(gm, inputs, config, target, self).compiled(gm, inputs)
 
     def wait(self) -> None:
         """Wait for the kernels of all that was compiled so far, before anything runs."""
@@ -102,7 +102,7 @@ class _Front:
     def __init__(
         self, gm: GraphModule, inputs: Sequence[Any], config: Config, target: Any, owner: Gems
     ) -> None:
-        self.gm, self.inputs, self.config, self.owner = gm, inputs, config, owner
+        self.config, self.owner = config, owner
         self.options = lowering_options(config, target)
         if target.name != "interpreter":
             from .lowering import native
@@ -119,38 +119,54 @@ class _Front:
         self.reports: list[Report] = []
         self.revived: list[Saved] = []  # from the cache
 
-    def compiled(self) -> Callable[..., Any]:
+    def compiled(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """What runs in place of Dynamo's graph."""
         off = why_off(self.config)
         if off is None:
-            compiled = self._kept()
+            compiled = self._through_cache(gm, inputs)
         else:
-            compiled = self._through_aot(lambda compile_one: lambda *g: compile_one(*g)[0])
+            compiled = self._through_aot(gm, inputs, _plain)
             self._say(f"off: {off}")
         return compiled if self.program is None else with_second_order(compiled, self.program)
 
-    def _kept(self) -> Callable[..., Any]:
-        """Through the cache of whole graphs."""
-        lookup = Lookup(
-            Graph, tag(self.config, self.options, self.inputs), self._revive, self.owner.fresh
-        )
-        with lookup.active():
-            compiled = self._through_aot(lookup.compiler)
-        failed = next(filter(None, (saved.failure() for saved in self.revived)), None)
+    def _through_cache(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Through the cache of whole graphs; compiled without it where that fails."""
+        key = tag(self.config, self.options, inputs)
+        lookup = Lookup(Graph, key, self._revive, self.owner.fresh)
+        try:
+            with lookup.active():
+                compiled = self._through_aot(gm, inputs, lookup.compiler)
+            failed: Exception | None = self._failure()
+        except (AttributeError, TypeError, AssertionError) as e:  # a torch that we do not know
+            failed = e
         if failed is not None:
-            log.warning("a graph in the cache is not used: %s", failed)
-            del self.owner.reports[-len(self.reports) :]
-            self.reports.clear()
-            compiled = self._through_aot(lambda compile_one: lambda *g: compile_one(*g)[0])
-            lookup.said = f"{NOT_KEPT}a kernel of it failed ({failed})"
+            self._forget()
+            compiled = self._through_aot(
+                gm, inputs, _plain
+            )  # what is wrong without it, too, raises
+            lookup.said = f"{NOT_KEPT}{type(failed).__name__}: {failed}"
+            log.warning("the cache of whole graphs is not used: %s", failed)
         self._say(lookup.said)
         return compiled
+
+    def _failure(self) -> Exception | None:
+        """Why a graph from the cache cannot run: a kernel that was missing does not compile."""
+        return next(filter(None, (saved.failure() for saved in self.revived)), None)
+
+    def _forget(self) -> None:
+        """Begin anew."""
+        mine = set(map(id, self.reports))
+        self.owner.reports[:] = [r for r in self.owner.reports if id(r) not in mine]
+        self.reports.clear()
+        self.revived.clear()
 
     def _say(self, cache: str) -> None:
         for report in self.reports:
             report.cache = cache
 
-    def _through_aot(self, compiler: Callable[[Any], Any]) -> Callable[..., Any]:
+    def _through_aot(
+        self, gm: GraphModule, inputs: Sequence[Any], compiler: Callable[[Any], Any]
+    ) -> Callable[..., Any]:
         """AOTAutograd's function; ``compiler`` makes of ours what it takes."""
         with backward_at_once():
             return aot_autograd(
@@ -160,7 +176,7 @@ class _Front:
                 decompositions=partial(decompositions, self.options.own_rng),
                 partition_fn=partial(partition, options=self.options, decided=self.layouts.append),
                 keep_inference_input_mutations=True,
-            )(self.gm, self.inputs)
+            )(gm, inputs)
 
     def _report(self, kind: str) -> Report:
         report = Report(f"{len(self.owner.reports)}_{kind}")
@@ -168,9 +184,12 @@ class _Front:
         return report
 
     def _compile(
-        self, kind: str, gm: GraphModule, inputs: Sequence[Any]
+        self, kind: str, gm: GraphModule, inputs: Sequence[Any], holder: Any = None
     ) -> tuple[Boxed, Callable[[], str]]:
-        """One ATen graph -> (what runs, what writes it for another process)."""
+        """One ATen graph -> (what runs, what writes it for another process). ``holder``: see
+        ``Late.boxed``."""
+        if self.revived:  # a backward from the cache was of no use
+            self._forget()
         report = self._report(kind)
         if kind == "forward":
             donate_nothing()
@@ -180,7 +199,7 @@ class _Front:
             report.layout = self.layouts[-1]
         with no_collection():  # a backward may be compiled when it first runs
             run, write = _compile_one(
-                gm, inputs, self.options, report, self.session, self.owner.late
+                gm, inputs, self.options, report, self.session, self.owner.late, holder
             )
         self._add(report)
         random = self.program is not None and self.program.random
@@ -190,23 +209,25 @@ class _Front:
         self.reports.append(report)
         self.owner.reports.append(report)
 
-    def _revive(self, text: str) -> Boxed:
+    def _revive(self, graph: Kept) -> Boxed:
         """A graph that the cache had, as ``_compile`` would have made it."""
         report = self._report("")
-        saved = Saved(text, self.options, report)
+        saved = Saved(graph.text, self.options, report)
         report.kind = saved.more["kind"]
         report.label += report.kind
         if self.program is not None:
             self.program.random |= saved.more["random"]
 
-        def otherwise(e: Exception) -> Boxed:
-            raise e
-
-        late = Late(saved.load, otherwise)
+        late = Late(saved.load)
         self.owner.late.add(late)
         self.revived.append(saved)
         self._add(report)
-        return late.boxed()
+        return late.boxed(graph)
+
+
+def _plain(compile_one: Callable[..., tuple[Boxed, Any]]) -> Callable[..., Boxed]:
+    """As AOTAutograd takes it where nothing is kept."""
+    return lambda gm, inputs: compile_one(gm, inputs)[0]
 
 
 def _may_train(inputs: Sequence[Any]) -> bool:
@@ -258,6 +279,7 @@ def _compile_one(
     report: Report,
     session: Session | None,
     late: weakref.WeakSet[Late],
+    holder: Any,
 ) -> tuple[Boxed, Callable[..., str]]:
     """One ATen graph -> (boxed callable, what writes it for another process).
 
@@ -279,7 +301,7 @@ def _compile_one(
         if dump is None:
             waiting = Late(begun.load, otherwise)
             late.add(waiting)
-            return waiting.boxed(), partial(as_text, begun)
+            return waiting.boxed(holder), partial(as_text, begun)
         run = begun.load()
     except Exception as e:
         if dump is not None:

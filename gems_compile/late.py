@@ -16,13 +16,22 @@ FROZEN_BY_PYTHON = 1000
 
 
 class Late:
-    """A graph whose kernels are waited for when it is first called."""
+    """A graph whose kernels are waited for when it is first called.
 
-    def __init__(self, load: Callable[[], Boxed], otherwise: Callable[[Exception], Boxed]) -> None:
+    ``otherwise`` takes the exception where ``load`` fails; without it, that is raised.
+    """
+
+    def __init__(
+        self, load: Callable[[], Boxed], otherwise: Callable[[Exception], Boxed] | None = None
+    ) -> None:
         self.load, self.otherwise, self.lock = load, otherwise, threading.Lock()
         self.loaded: Boxed | None = None
+        self.holder: Any = None
 
-    def boxed(self) -> Boxed:
+    def boxed(self, holder: Any = None) -> Boxed:
+        """What runs it; the ``run`` of ``holder`` becomes the graph itself once it is loaded."""
+        self.holder = holder
+
         def run(args: list[Any]) -> Any:
             return (self.loaded or self.wait())(args)
 
@@ -36,8 +45,12 @@ class Late:
                     try:
                         self.loaded = self.load()
                     except Exception as e:
+                        if self.otherwise is None:
+                            raise
                         self.loaded = self.otherwise(e)
                 del self.load, self.otherwise  # and with them the graph
+                if self.holder is not None:
+                    self.holder.run, self.holder = self.loaded, None
             return self.loaded
 
 

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from .config import Config, cache_dir, vendor, why_unsafe
 from .kernels.target import current_target
+from .late import Boxed, Late
 from .lowering import whole_graphs
 from .lowering.decompose import decompositions
 from .lowering.load import library_digest
@@ -31,26 +32,18 @@ _told: set[str] = set()
 class Graph(whole_graphs.Kept):
     """A compiled graph of ours in torch's cache, which knows it by this class's name."""
 
-    def revive(self, text: str) -> Callable[[list[Any]], Any]:
+    def revive(self) -> Boxed:
         lookup = whole_graphs.current_lookup()
-        return lookup.revive(text) if lookup is not None else _alone(text)
+        return lookup.revive(self) if lookup is not None else _alone(self)
 
 
-def _alone(text: str) -> Callable[[list[Any]], Any]:
+def _alone(graph: Graph) -> Boxed:
     """A graph from a file, with no compile around it: see ``torch.compile(...).aot_compile``."""
     target = current_target(vendor())
     if target is None:
         raise RuntimeError("there is no device here for what was compiled")
     options = Options(target=target, cache_dir=cache_dir())
-    saved = Saved(text, options, Report("file"))
-    run: list[Callable[[list[Any]], Any]] = []
-
-    def first(args: list[Any]) -> Any:
-        if not run:
-            run.append(saved.load())
-        return run[0](args)
-
-    return first
+    return Late(Saved(graph.text, options, Report("file")).load).boxed(graph)
 
 
 def why_off(config: Config) -> str | None:
@@ -81,7 +74,7 @@ def tag(config: Config, options: Options, inputs: Sequence[Any]) -> str:
         "sources": sources_digest(),
         "kernels": library_digest(),
         "decompositions": _decomposed(options.own_rng),
-        "python": sys.version_info[:2],
+        "versions": [sys.version_info[:2], torch.__version__, torch.version.git_version],
         "options": repr(replace(options, cache_dir=None, threads=None)),
         "rewrites": config.rewrites,
         "tf32": torch.backends.cudnn.allow_tf32,

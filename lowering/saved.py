@@ -135,7 +135,7 @@ class Saved:
         seconds, begin = self.report.seconds, time.perf_counter()
         kernels: dict[str, Callable[..., None]] = {}
         for name, place in self.data["kernels"].items():
-            kernels[name] = self.loading[place].result()
+            kernels[name] = self._launcher(self.loading[place])
         for name in self.data["wide"]:
             kernels[name] = self.loading[self.data["kernels"][name.removesuffix("w")]].wide
         seconds["triton"] = time.perf_counter() - begin
@@ -143,6 +143,13 @@ class Saved:
         run = bind(code, self.device, self.constants, self.report.runs, kernels)
         seconds["bind"] = time.perf_counter() - begin - seconds["triton"]
         return run
+
+    def _launcher(self, loading: Loading) -> Callable[..., None]:
+        try:
+            return loading.result()
+        except CompileError as e:
+            loading.mark_useless(str(e))  # the next process compiles the graph, and leaves it out
+            raise
 
 
 def _run(run: dict[str, Any]) -> Run:

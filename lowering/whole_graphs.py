@@ -46,21 +46,25 @@ except (ImportError, AttributeError) as missing:
 FROM_CACHE, KEPT, FRESH = "from the cache", "kept", "compiled afresh, as was asked"
 NOT_KEPT = "not kept: "
 
+Boxed = Callable[[list[Any]], Any]
+#: (graph module, inputs, whose ``run`` it is) -> (what runs, what writes its text)
+CompileOne = Callable[[Any, Sequence[Any], Any], tuple[Boxed, Callable[[], str]]]
+
 _lookup: ContextVar[Lookup | None] = ContextVar("gems_lookup", default=None)
 
 
 class Kept(OutputCode):
     """What AOTAutograd gets of a compiled graph, and keeps of it: a text.
 
-    ``write`` makes the text when torch saves the graph; ``revive`` (of a subclass, which is what a
-    pickle names) makes it run again.
+    ``run`` is what it calls. ``write`` makes the text when torch saves the graph; ``revive`` (of a
+    subclass, which is what a pickle names) makes it run again.
     """
 
-    def __init__(self, run: Callable[[list[Any]], Any], write: Callable[[], str]) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self._tell_torch()
-        self.run: Any = run
-        self.write: Callable[[], str] | None = write
+        self.run: Boxed | None = None
+        self.write: Callable[[], str] | None = None
         self.text = ""
 
     def _tell_torch(self) -> None:
@@ -70,15 +74,16 @@ class Kept(OutputCode):
         self._fx_graph_cache_key = self._fx_graph_cache_debug_lines = None
 
     def __call__(self, inputs: Sequence[Any]) -> Any:
-        return self.run(inputs)
+        return self.run(inputs)  # type: ignore[misc, arg-type]  # set before torch calls it
 
-    def revive(self, text: str) -> Callable[[list[Any]], Any]:
+    def revive(self) -> Boxed:
+        """What runs ``text``."""
         raise NotImplementedError
 
     def post_compile(self, example_inputs: Any, constants: Any, graph_kwargs: Any) -> None:
         """torch has read this from its cache."""
         if self.run is None:
-            self.run = self.revive(self.text)
+            self.run = self.revive()
 
     def prepare_for_serialization(self) -> None:
         """torch calls this of a copy that it will save."""
@@ -121,7 +126,7 @@ def _digest(text: str) -> str:
 class Lookup:
     """One call of AOTAutograd: its graphs come from the cache, or are made and kept in it.
 
-    ``revive`` turns the text of a graph that is found into what runs; ``tag`` is whatever else
+    ``revive`` makes a graph that is found run; ``tag`` is whatever else
     decides what a graph becomes. Afterwards ``said`` tells what happened. A ``fresh`` lookup finds
     and keeps nothing, and tells whether it would.
     """
@@ -130,7 +135,7 @@ class Lookup:
         self,
         kind: type[Kept],
         tag: str,
-        revive: Callable[[str], Callable[[list[Any]], Any]],
+        revive: Callable[[Kept], Boxed],
         fresh: bool = False,
     ) -> None:
         self.kind, self.tag, self._revive, self.fresh = kind, tag, revive, fresh
@@ -138,24 +143,20 @@ class Lookup:
         self.why = ""
         self.said = ""
 
-    def compiler(
-        self,
-        compile_one: Callable[
-            [Any, Sequence[Any]], tuple[Callable[[list[Any]], Any], Callable[[], str]]
-        ],
-    ) -> Any:
-        """``compile_one`` makes what runs, and what writes its text."""
+    def compiler(self, compile_one: CompileOne) -> Any:
+        """What AOTAutograd takes as a compiler."""
 
         def made(gm: Any, inputs: Sequence[Any]) -> Kept:
-            graph = self.kind(*compile_one(gm, inputs))
+            graph = self.kind()
+            graph.run, graph.write = compile_one(gm, inputs, graph)
             self.made.append(graph)
             return graph
 
         return SerializableAOTDispatchCompiler(self.kind, made)
 
-    def revive(self, text: str) -> Callable[[list[Any]], Any]:
+    def revive(self, graph: Kept) -> Boxed:
         try:
-            return self._revive(text)
+            return self._revive(graph)
         except Exception as e:
             self.why = f"{e}" if isinstance(e, Unsaveable) else f"{type(e).__name__}: {e}"
             log.info("a graph in the cache is not used: %s", self.why)
@@ -164,35 +165,32 @@ class Lookup:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """torch looks graphs up, and keeps those that it does not find."""
-        key_of = getattr(autograd_cache, "autograd_cache_key", None)
         before = _counted()
         tag = f"{uuid.uuid4().hex} {self.tag}" if self.fresh else self.tag
+        config: Any = torch.compiler.config
+        key_of = getattr(autograd_cache, "autograd_cache_key", None)
         token = _lookup.set(self)
-        if key_of is not None:
-            autograd_cache.autograd_cache_key = self._noting(key_of)
         try:
             with (
                 functorch_config.patch(bundled_autograd_cache=True),
-                torch.compiler.config.patch(
-                    cache_key_tag=f"{torch.compiler.config.cache_key_tag}|gems {tag}"
-                ),
+                config.patch(cache_key_tag=f"{config.cache_key_tag}|gems {tag}"),
+                _replaced(autograd_cache, "autograd_cache_key", self._noting(key_of)),
             ):
                 yield
         finally:
-            if key_of is not None:
-                autograd_cache.autograd_cache_key = key_of
             _lookup.reset(token)
             for graph in self.made:
                 graph.write = None  # it holds all that was known while compiling
             after = _counted()
             self._conclude({name: after[name] - before[name] for name in after})
 
-    def _noting(self, key_of: Callable[..., Any]) -> Callable[..., Any]:
+    def _noting(self, key_of: Any) -> Callable[..., Any]:
         """torch counts the graphs that it does not look up, and tells why in its log alone."""
 
         def noted(*args: Any, **kwargs: Any) -> Any:
             try:
-                return key_of(*args, **kwargs)
+                with _without_inductors():
+                    return key_of(*args, **kwargs)
             except Exception as e:
                 self.why = f"torch: {' '.join(str(e).split())}"
                 raise
@@ -208,6 +206,43 @@ class Lookup:
             self.said = FRESH
         else:
             self.said = f"{NOT_KEPT}{self.why or 'torch tells no reason'}"
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, instead: Any) -> Iterator[None]:
+    """``instead`` stands for ``owner.name`` meanwhile; nothing changes where there is none."""
+    if name not in vars(owner):
+        yield
+        return
+    known = vars(owner)[name]  # of a class, a static method as such
+    setattr(owner, name, instead)
+    try:
+        yield
+    finally:
+        setattr(owner, name, known)
+
+
+@contextlib.contextmanager
+def _without_inductors() -> Iterator[None]:
+    """Leave out of torch's key what decides about Inductor's code alone.
+
+    To import its code generators takes 0.4 s a process, to read all files of Triton 0.3 s and its
+    own 0.1 s, and cold starts would pay for it, too. The versions of both are in our tag.
+    """
+    from torch._inductor import codecache
+
+    left_out: list[tuple[Any, str, Any]] = [
+        (codecache, "init_backend_registration", lambda: None),
+        (codecache, "custom_backend_passes", {}),
+        (codecache, "custom_backend_codegen_configs", {}),
+        (codecache, "torch_key", lambda: b""),
+    ]
+    if hasattr(codecache, "CacheBase"):
+        left_out.append((codecache.CacheBase, "get_system", dict))
+    with contextlib.ExitStack() as stack:
+        for owner, name, instead in left_out:
+            stack.enter_context(_replaced(owner, name, instead))
+        yield
 
 
 def _counted() -> dict[str, int]:

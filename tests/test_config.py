@@ -105,7 +105,7 @@ def test_every_mode_of_torch_is_accepted_and_said_once(
         (
             {"options": {"numeric": "fast"}},
             "option 'numeric' is unknown; valid: numerics, rewrites, rng, layout, "
-            "keep_weights, strict, dump, threads; close to it: numerics",
+            "keep_weights, strict, dump, threads, cache; close to it: numerics",
         ),
         (
             {"options": {"numerics": "fats"}},

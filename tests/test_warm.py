@@ -390,6 +390,47 @@ def test_another_torch(monkeypatch, caches):
     assert once() == {"off: this torch keeps it elsewhere"}
 
 
+def test_a_torch_that_is_not_as_it_was(caches, monkeypatch, caplog):
+    """What fails in the cache's ways, and not without it, is left out."""
+
+    def changed(**entry):
+        raise AssertionError("expected another thing")
+
+    monkeypatch.setattr(whole_graphs.autograd_cache.AOTAutogradCache, "make_entry", changed)
+    (why,) = once()
+    assert why == "not kept: AssertionError: expected another thing"
+    assert "the cache of whole graphs is not used" in caplog.text
+
+
+def test_torchs_own_keys_are_left_alone(caches):
+    """What is left out of our keys stays in Inductor's."""
+    from torch._inductor import codecache
+
+    before = dict(vars(codecache)), dict(vars(codecache.CacheBase))
+    assert once() == {KEPT}
+    assert (dict(vars(codecache)), dict(vars(codecache.CacheBase))) == before
+
+
+def test_a_loaded_graph_is_called_without_detours(caches):
+    for known in (KEPT, FROM_CACHE):
+        graphs = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(whole_graphs.Kept, "_tell_torch", _noting(graphs))
+            assert once() == {known}
+        (graph,) = (g for g in graphs if g.run is not None)
+        assert graph.run.__name__ == "call"
+
+
+def _noting(graphs: list[Any]) -> Callable[[Any], None]:
+    tell = whole_graphs.Kept._tell_torch
+
+    def noted(graph: Any) -> None:
+        graphs.append(graph)
+        tell(graph)
+
+    return noted
+
+
 def test_a_folder_that_others_can_write(caches, caplog, monkeypatch):
     monkeypatch.setattr(gems_compile.warm, "_told", set())
     os.makedirs(caches)
@@ -473,7 +514,7 @@ def test_a_missing_kernel_that_does_not_compile(caches, monkeypatch):
     assert once() == {KEPT}
     monkeypatch.setattr(load.Loading, "settle", _no_room)
     (why,) = once()
-    assert why.startswith("not kept: a kernel of it failed")
+    assert why.startswith("not kept: CompileError: fused")
 
 
 def test_a_fresh_backend_neither_finds_nor_keeps(caches):
