@@ -10,6 +10,7 @@ import contextlib
 import gc
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from benchmarks.worker import build, compiled, graphs, serve, step_mark
 
 STEADY_STEPS = 3
 OWN = ("passes", "translate", "fuse", "emit", "wrapper", "bind")  # gems' stages that are Python
-GEMS = (*OWN[:-1], "triton", OWN[-1])  # all of gems' stages, as they run
+GEMS = (*OWN[:-1], "load", "triton", OWN[-1])  # all of gems' stages, as they run
 LATE = ("triton", "bind")  # of those, what the first call of a graph waits for
 
 # torch's names of what it times
@@ -64,9 +65,9 @@ def stages(spent: dict[str, float], reports: Iterable[Any], backend: str) -> dic
     """Seconds a stage, as far as they are known.
 
     Dynamo traces and guards; "entry" lies between Dynamo's graph and AOTAutograd (gems: import of
-    its ops, rewrites; Inductor: pre-grad passes, cache); AOT traces and partitions; "compiler" is
-    the backend's own, of which gems tells the stages. What is compiled when it first runs lies
-    outside Dynamo's time: Inductor's backward, and gems' wait for its kernels.
+    its ops, rewrites, cache; Inductor: pre-grad passes, cache); AOT traces and partitions;
+    "compiler" is the backend's own, of which gems tells the stages. What is compiled when it first
+    runs lies outside Dynamo's time: Inductor's backward, and gems' wait for its kernels.
     """
     reports = list(reports)
     found: dict[str, float] = {}
@@ -100,6 +101,7 @@ def counts(reports: Iterable[Any]) -> dict[str, Any]:
         "launches": sum(r.launches for r in reports),
         "aten_calls": sum(r.aten_calls for r in reports),
         "failures": [text for r in reports for text in r.failures],
+        "cache": dict(Counter(r.cache for r in reports)),  # of whole graphs
         "own_ms_a_node": own * 1e3 / nodes if nodes else None,
     }
 

@@ -80,6 +80,8 @@ def with_second_order(compiled: Callable[..., Any], program: Program) -> Callabl
                 break
         return outs
 
+    if hasattr(compiled, "serialize"):  # for ``aot_compile``, whose file has first gradients only
+        run.serialize = compiled.serialize  # type: ignore[attr-defined]
     return run
 
 

@@ -332,6 +332,37 @@ def test_rewrites_do_not_stand_in_the_way(rule):
     assert said(reports) == {KEPT} and reports[0].rewrites.fired
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "load_compiled_function"), reason="this torch saves no functions"
+)
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_function_in_a_file(tmp_path, grad):
+    """``aot_compile`` is torch's own file format of what the cache keeps."""
+    module = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)).to(DEVICE)
+
+    def step(f):
+        loss = f(module, rand(8, 16)).square().sum()
+        return torch.autograd.grad(loss, list(module.parameters())) if grad else [loss]
+
+    def called(module, x):
+        return module(x)
+
+    file = tmp_path / "function"
+    with torch.set_grad_enabled(grad):
+        compiled = torch.compile(called, fullgraph=True, backend=Gems())
+        compiled = compiled.aot_compile(((module, rand(8, 16)), {}))
+        compiled.save_compiled_function(str(file))
+        torch._dynamo.reset()
+        with file.open("rb") as data, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline.Compilation, "__init__", _not_again)
+            loaded = torch.compiler.load_compiled_function(data)
+            torch.manual_seed(1)
+            found = step(loaded)
+        torch.manual_seed(1)
+        for one, two in zip(found, step(called), strict=True):
+            torch.testing.assert_close(one, two)
+
+
 # what is not kept, and why -----------------------------------------------------------------------
 
 
