@@ -44,8 +44,8 @@ def spelled(value: Any) -> list[Any]:
     raise Unsaveable(f"it uses {what}, which only this process has")
 
 
-def meant(spelling: list[Any], device: torch.device) -> Any:
-    """What was spelled; tensors of the kernels' device come to ``device``."""
+def meant(spelling: list[Any]) -> Any:
+    """What was spelled."""
     kind, *parts = spelling
     if kind == "op":
         return _overload(parts[0])

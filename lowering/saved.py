@@ -86,7 +86,7 @@ class Saved:
         self.data, self.options, self.report = json.loads(text), options, report
         kind, index = self.data["device"]
         self.device = torch.device(kind) if index is None else torch.device(kind, index)
-        self.constants = {name: meant(c, self.device) for name, c in self.data["constants"].items()}
+        self.constants = {name: meant(c) for name, c in self.data["constants"].items()}
         self.sources = [_restored(source) for source in self.data["sources"]]
         self._widen()
         narrow = set(self.data["kernels"].values())
