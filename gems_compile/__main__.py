@@ -1,4 +1,4 @@
-"""``python -m gems_compile demo``, ``python -m gems_compile doctor``."""
+"""``python -m gems_compile demo``, ``doctor`` or ``cache``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(argv)
+    if args.command == "cache":
+        from .cache import main as cache
+
+        return cache(args.clear, args.json)
     _choose_target(argv)
     if args.command == "demo":
         from .demo import main as demo
@@ -35,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--no-dump", action="store_true", help="write no files")
     doctor = commands.add_parser("doctor", help="versions, target, cache, and a self-test")
-    for command in (demo, doctor):
+    cache = commands.add_parser("cache", help="what the caches hold: kernels and whole graphs")
+    cache.add_argument("--clear", action="store_true", help="remove it")
+    for command in (demo, doctor, cache):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

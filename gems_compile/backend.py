@@ -13,7 +13,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 
-from .config import Config, cache_dir, vendor
+from .config import Config, cache_bytes, cache_dir, vendor
 from .kernels import load_ops
 from .kernels.target import current_target
 from .late import Boxed, Late, no_collection
@@ -268,6 +268,7 @@ def lowering_options(config: Config, target: Any) -> Options:
         layout=config.layout,
         keep_weights=config.keep_weights,
         cache_dir=cache_dir(),
+        cache_bytes=cache_bytes(),
         threads=config.threads,
     )
 

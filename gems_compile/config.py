@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 MAX_THREADS = 256
+MAX_MB = 10**9 - 1
 
 
 class _Bad(Exception):
@@ -147,10 +148,14 @@ def _text_switch(text: str) -> bool:
 
 
 def _text_workers(text: str) -> int | None:
+    return _workers(_text_number(text, MAX_THREADS))
+
+
+def _text_number(text: str, most: int) -> int:
     # isdecimal alone takes other scripts' digits, and int() underscores, signs and spaces
     if not (text.isascii() and text.isdecimal() and len(text) <= 9):
-        raise _Bad(f"a whole number from 0 to {MAX_THREADS}")
-    return _workers(int(text))
+        raise _Bad(f"a whole number from 0 to {most}")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,9 @@ VARIABLES: dict[str, Variable] = {
     ),
     "GEMS_CACHE": Variable("cache", _text_switch, "0, 1", "Whether whole graphs are kept."),
     "GEMS_CACHE_DIR": Variable(None, _folder, "a folder", "Where compiled kernels are kept."),
+    "GEMS_CACHE_SIZE": Variable(
+        None, lambda text: _text_number(text, MAX_MB), f"0 to {MAX_MB} (MB)", "What it may hold."
+    ),
     "GEMS_VENDOR": Variable(
         None,
         lambda text: text.lower(),
@@ -272,6 +280,12 @@ def cache_dir() -> str | None:
         return path
     _once(logging.WARNING, f"the cache directory {path} is not used: {problem}")
     return None
+
+
+def cache_bytes() -> int:
+    """What kernels may take there, in bytes: ``$GEMS_CACHE_SIZE`` MB, else 1 GB."""
+    size: int | None = _read("GEMS_CACHE_SIZE")
+    return (1024 if size is None else size) * 2**20
 
 
 def why_unsafe(path: str) -> str | None:

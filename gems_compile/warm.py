@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .config import Config, cache_dir, vendor, why_unsafe
+from .config import Config, cache_bytes, cache_dir, vendor, why_unsafe
 from .kernels.target import current_target
 from .late import Boxed, Late
 from .lowering import whole_graphs
@@ -42,7 +42,7 @@ def _alone(graph: Graph) -> Boxed:
     target = current_target(vendor())
     if target is None:
         raise RuntimeError("there is no device here for what was compiled")
-    options = Options(target=target, cache_dir=cache_dir())
+    options = Options(target=target, cache_dir=cache_dir(), cache_bytes=cache_bytes())
     return Late(Saved(graph.text, options, Report("file")).load).boxed(graph)
 
 
@@ -75,7 +75,7 @@ def tag(config: Config, options: Options, inputs: Sequence[Any]) -> str:
         "kernels": library_digest(),
         "decompositions": _decomposed(options.own_rng),
         "versions": [sys.version_info[:2], torch.__version__, torch.version.git_version],
-        "options": repr(replace(options, cache_dir=None, threads=None)),
+        "options": repr(replace(options, cache_dir=None, cache_bytes=0, threads=None)),
         "rewrites": config.rewrites,
         "tf32": torch.backends.cudnn.allow_tf32,
         "precision": torch.get_float32_matmul_precision(),

@@ -21,6 +21,7 @@ import torch
 
 from .options import Options
 from .private import static_launcher
+from .shelf import sweep_now_and_then, touch
 from .source import Source
 from .worker import do, load_module, write_atomically
 
@@ -209,6 +210,8 @@ class Loading:
         if self._record() is not None:
             return
         self.compiled = True
+        if self.options.cache_dir is not None:
+            sweep_now_and_then(self.options.cache_dir, self.options.cache_bytes)
         workers = pool(self.options.threads)
         if workers is not None:
             self.answer, self.asker = workers.submit(self._job()), os.getpid()
@@ -247,7 +250,9 @@ class Loading:
             with open(self.path.removesuffix(".py") + ".json") as f:
                 record = json.load(f)
             binary = os.path.join(self.folder, record["binary"])
-            return {**record, "path": binary} if os.path.getsize(binary) else None
+            facts = os.stat(binary)
+            touch(binary, facts.st_mtime)
+            return {**record, "path": binary} if facts.st_size else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -273,6 +278,7 @@ class Loading:
         if self.compiled:
             asked = self.answer is not None and self.asker == os.getpid()  # or its parent did
             self.error = self.answer.get() if self.answer is not None and asked else None
+            self.answer = None
             if not asked or (self.error or "").startswith("OSError"):
                 try:
                     do(self._job())
@@ -288,6 +294,10 @@ class Loading:
             return interpreter_launcher(self.path, self.source)
         self._settle()
         record = self._record()
+        if record is None:  # somebody cleared the cache since it was found there
+            self.compiled = True
+            self._settle()
+            record = self._record()
         if record is None:
             raise CompileError(self.source, "the compiled kernel vanished from the cache")
         try:

@@ -21,4 +21,5 @@ class Options:
     keep_weights: bool = False  # of inference, in the layout that they are converted to
     layout: str = "auto"  # of convolutions, see ``channels_last``
     cache_dir: str | None = None
+    cache_bytes: int = 2**30  # that kernels may take there
     threads: int | None = None

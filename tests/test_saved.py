@@ -13,6 +13,7 @@ from helpers import gems_only
 from test_launch import copy_source
 
 from gems_compile.kernels.target import compile_target
+from gems_compile.lowering import load
 from gems_compile.lowering.constants import Unsaveable, meant, spelled
 from gems_compile.lowering.options import Options
 from gems_compile.lowering.pipeline import Report
@@ -112,6 +113,19 @@ def test_missing_binaries_are_compiled_again(tmp_path: Path, monkeypatch: Any) -
     assert not again.compiled  # it is there
     binary.unlink()
     assert saved(tmp_path).failure() is None and binary.exists()
+
+
+def test_a_binary_that_went_meanwhile_is_compiled_again(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert saved(tmp_path).failure() is None
+    (loading,) = saved(tmp_path).loading.values()
+    (binary,) = tmp_path.rglob("*.cubin")
+    binary.unlink()
+    compiled = []
+    monkeypatch.setattr(load, "do", lambda job: compiled.append(job) or binary.write_bytes(b"x"))
+    monkeypatch.setattr(load, "static_launcher", lambda source, record, *_: record["path"])
+    monkeypatch.setattr(load, "_launchers", {})
+    assert loading.result() == str(binary) and len(compiled) == 1
 
 
 def test_a_kernel_that_does_not_compile_is_told(tmp_path: Path, monkeypatch: Any) -> None:
