@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from .config import Config, cache_bytes, cache_dir, vendor, why_unsafe
+from .kernels import load_ops
+from .kernels.fused import register_torch_ops
 from .kernels.target import current_target
 from .late import Boxed, Late
 from .lowering import whole_graphs
@@ -42,6 +44,8 @@ def _alone(graph: Graph) -> Boxed:
     target = current_target(vendor())
     if target is None:
         raise RuntimeError("there is no device here for what was compiled")
+    load_ops()
+    register_torch_ops()
     options = Options(target=target, cache_dir=cache_dir(), cache_bytes=cache_bytes())
     return Late(Saved(graph.text, options, Report("file")).load).boxed(graph)
 

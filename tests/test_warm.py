@@ -234,7 +234,7 @@ def test_much_data_is_not_kept():
     numbers = [float(k) for k in range(20_000)]
     step = lambda f: [f(rand(20_000))]  # noqa: E731
     for _ in range(2):
-        _, reports = results(step, lambda: lambda x: x * torch.tensor(numbers) + 1)
+        _, reports = results(step, lambda: lambda x: x * torch.tensor(numbers, device=x.device) + 1)
         (why,) = said(reports)
         assert why.startswith("not kept: it holds a constant tensor of 80000 bytes")
 
@@ -580,7 +580,7 @@ def test_explain_compiles_afresh_and_tells_what_is_not_kept(caches):
     found = gems_compile.explain(double_exp, rand(8, 16))
     assert found.graphs[0].nodes and "every process" not in str(found)
     numbers = [float(k) for k in range(20_000)]
-    found = gems_compile.explain(lambda x: x * torch.tensor(numbers), rand(20_000))
+    found = gems_compile.explain(lambda x: x * torch.tensor(numbers, device=x.device), rand(20_000))
     assert "Compiled anew by every process" in str(found)
     assert any("constant tensor of 80000 bytes" in fact for fact in found.why("cache"))
     assert len(entries(caches)) == 1

@@ -18,11 +18,9 @@ PROGRAM = Path(__file__).parent / "warm_program.py"
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     caches = {name: str(folder / name) for name in ("GEMS_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
-    env = {**os.environ, **caches, "GEMS_CACHE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, **caches, "GEMS_CACHE": "1"}
     command = [sys.executable, str(PROGRAM), *arguments]
-    return subprocess.Popen(
-        command, env={**env, "TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
 
 def told(process: subprocess.Popen[str]) -> dict[str, Any]:

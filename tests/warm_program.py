@@ -14,6 +14,8 @@ from torch._dynamo.utils import compilation_time_metrics, counters
 
 import gems_compile
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 class Layer(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
@@ -44,12 +46,13 @@ def _turned(t: torch.Tensor) -> torch.Tensor:
 def build() -> nn.Module:
     torch.manual_seed(0)
     layers = [Layer(16, 2) for _ in range(2)]
-    return nn.Sequential(nn.Embedding(11, 16), *layers, nn.RMSNorm(16), nn.Linear(16, 11))
+    ends = nn.Embedding(11, 16), nn.RMSNorm(16), nn.Linear(16, 11)
+    return nn.Sequential(ends[0], *layers, *ends[1:]).to(DEVICE)
 
 
 def step(model: nn.Module, train: bool) -> list[torch.Tensor]:
     torch.manual_seed(1)
-    ids = torch.randint(0, 11, (2, 8))
+    ids = torch.randint(0, 11, (2, 8)).to(DEVICE)
     if not train:
         with torch.no_grad():
             return [model(ids)]
@@ -59,6 +62,7 @@ def step(model: nn.Module, train: bool) -> list[torch.Tensor]:
 
 
 def main(kind: str, load: str = "", save: str = "") -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
     if load:
         torch.compiler.load_cache_artifacts(Path(load).read_bytes())
     model = build()
@@ -67,7 +71,7 @@ def main(kind: str, load: str = "", save: str = "") -> None:
         artifacts = torch.compiler.save_cache_artifacts()
         assert artifacts is not None
         Path(save).write_bytes(artifacts[0])
-    digest = hashlib.sha256(b"".join(bytes(t.numpy().tobytes()) for t in found))
+    digest = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in found))
     reports = gems_compile.reports()
     told = {
         "digest": digest.hexdigest(),
