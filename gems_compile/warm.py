@@ -19,7 +19,7 @@ from .kernels import load_ops
 from .kernels.fused import register_torch_ops
 from .kernels.target import current_target
 from .late import Boxed, Late
-from .lowering import whole_graphs
+from .lowering import native, whole_graphs
 from .lowering.decompose import decompositions
 from .lowering.load import library_digest
 from .lowering.options import Options
@@ -46,6 +46,8 @@ def _alone(graph: Graph) -> Boxed:
         raise RuntimeError("there is no device here for what was compiled")
     load_ops()
     register_torch_ops()
+    if target.backend == "cuda":
+        native.start(cache_dir())
     options = Options(target=target, cache_dir=cache_dir(), cache_bytes=cache_bytes())
     return Late(Saved(graph.text, options, Report("file")).load).boxed(graph)
 

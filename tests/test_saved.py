@@ -38,7 +38,7 @@ CONSTANTS = [
 ]
 
 
-@pytest.mark.parametrize("value", CONSTANTS, ids=str)
+@pytest.mark.parametrize("value", CONSTANTS, ids=range(len(CONSTANTS)))
 def test_constants_are_found_again(value: Any) -> None:
     again = meant(json.loads(json.dumps(spelled(value))))
     assert again is value or repr(again) == repr(value)
@@ -54,7 +54,7 @@ def test_constants_are_found_again(value: Any) -> None:
         torch.tensor([1 + 2j]),
         torch.empty(0, 3),
     ],
-    ids=str,
+    ids=["float", "int8", "bfloat16", "bool", "complex", "empty"],
 )
 def test_constant_tensors_are_found_again(tensor: torch.Tensor) -> None:
     again = meant(json.loads(json.dumps(spelled(tensor))))
@@ -76,7 +76,7 @@ class Mine:
         (torch.zeros(4, 4).t()[1:], "not plain data"),
         (torch.nn.Parameter(torch.zeros(2)), "not plain data"),
     ],
-    ids=str,
+    ids=["object", "function", "higher_order", "large", "strided", "parameter"],
 )
 def test_other_things_are_not_kept(value: Any, why: str) -> None:
     with pytest.raises(Unsaveable, match=why):
@@ -94,6 +94,7 @@ def saved(folder: Path, text: str | None = None) -> Saved:
         "sources": [{**kernel, "dtypes": source.pointer_dtypes}],
         "kernels": {"k0": 0, "k1": 0},
         "wide": {},
+        "runs": [],
         "counts": dict.fromkeys(COUNTS, 1),
         "layout": {},
         "more": {},

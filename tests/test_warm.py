@@ -65,7 +65,16 @@ def same(
     assert said(first) == {KEPT} and said(second) == {FROM_CACHE}
     assert [r.kind for r in first] == [r.kind for r in second]
     for one, two in zip(first, second, strict=True):
-        for name in ("launches", "aten_calls", "nodes", "fused", "kernels", "aten", "wrapper"):
+        for name in (
+            "launches",
+            "aten_calls",
+            "nodes",
+            "fused",
+            "kernels",
+            "aten",
+            "wrapper",
+            "runs",
+        ):
             assert getattr(one, name) == getattr(two, name)
     return first, second
 
