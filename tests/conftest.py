@@ -167,3 +167,18 @@ def _steps(args, values, result):
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def caches(tmp_path, monkeypatch):
+    """The cache of whole graphs is on, and empty; torch's folder.
+
+    So are the kernels': other tests must not meet what is marked as useless there, nor this one
+    what they have loaded.
+    """
+    monkeypatch.setattr("gems_compile.lowering.load._launchers", {})
+    monkeypatch.setenv("GEMS_CACHE", "1")
+    monkeypatch.setenv("GEMS_CACHE_DIR", str(tmp_path / "gems"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "torch"))
+    torch._dynamo.utils.counters["aot_autograd"].clear()
+    return tmp_path / "torch"
