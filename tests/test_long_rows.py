@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -185,3 +186,13 @@ def test_results_make_way_for_a_bias_that_the_batch_shares(batch: int, first: bo
     (source,) = compile_graph(trace(fn, x, bias), [], options())[1].sources
     (store,) = [line for line in source.text.split("\n") if "tl.store" in line]
     assert ("evict_first" in store) is first
+
+
+@pytest.mark.parametrize(("rows", "warps"), [(8, 16), (40, 4)])
+def test_few_rows_keep_a_gpu_busy(rows: int, warps: int) -> None:
+    """A multiprocessor that has one or two rows reads more of them at a time."""
+    x = torch.empty(rows, 20000, device=DEVICE)
+    target = dataclasses.replace(options().target, multiprocessors=8)
+    graph = trace(lambda x: torch.logsumexp(x, -1), x)
+    (source,) = compile_graph(graph, [], options(target=target))[1].sources
+    assert source.meta["num_warps"] == warps
