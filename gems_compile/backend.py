@@ -141,9 +141,7 @@ class _Front:
             failed = e
         if failed is not None:
             self._forget()
-            compiled = self._through_aot(
-                gm, inputs, _plain
-            )  # what is wrong without it, too, raises
+            compiled = self._through_aot(gm, inputs, _plain)  # what is wrong here, too, raises
             lookup.said = f"{NOT_KEPT}{type(failed).__name__}: {failed}"
             log.warning("the cache of whole graphs is not used: %s", failed)
         self._say(lookup.said)

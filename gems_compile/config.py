@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import OptionError, nearest, unknown
+from .lowering.options import Options
 
 log = logging.getLogger(__name__)
 
@@ -285,7 +286,7 @@ def cache_dir() -> str | None:
 def cache_bytes() -> int:
     """What kernels may take there, in bytes: ``$GEMS_CACHE_SIZE`` MB, else 1 GB."""
     size: int | None = _read("GEMS_CACHE_SIZE")
-    return (1024 if size is None else size) * 2**20
+    return Options.cache_bytes if size is None else size * 2**20
 
 
 def why_unsafe(path: str) -> str | None:

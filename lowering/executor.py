@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ CHOOSING = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backw
 
 
 class Writer:
-    """Writes the function. ``sources`` and ``launchers`` belong to the plan's groups, in order."""
+    """Writes the function. ``sources`` belong to the plan's groups."""
 
     def __init__(
         self,
@@ -58,7 +58,6 @@ class Writer:
         self.kept: set[str] = set()  # variables that are not tensors to free
         self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.kernels: list[tuple[str, Group]] = []
-        self.launchers: dict[Group, Callable[..., None]]  # set when the kernels are compiled
         self.scratch, self.scratch_bytes = plan_scratch(plan.steps, sources, plan.escapes)
         self.in_place = plan_in_place(gm, program, plan, sources, self.scratch)
         self.ledger = Ledger()

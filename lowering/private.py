@@ -147,11 +147,16 @@ def _as_compiled(source: Source, record: dict[str, Any]) -> Any:
     )
 
 
+def _nulls(kernel: Any) -> int:
+    """How many addresses of scratch memory it takes behind its own arguments."""
+    return int(kernel.has_global_scratch) + int(kernel.has_profile_scratch)
+
+
 def _direct(kernel: Any) -> Callable[..., None]:
     """The kernel's own C launch with everything constant bound."""
-    scratch = int(kernel.has_global_scratch) + int(kernel.has_profile_scratch)
     if torch.version.hip is not None:
         return kernel.run
+    scratch = _nulls(kernel)
     types = kernel.arg_tys + "O" * scratch
     launch, function = kernel.C_impl._launch_kernel, kernel.function
     warps, shared, nothing = kernel.num_warps, kernel.shared, (None,) * scratch
@@ -179,8 +184,7 @@ def loaded_kernel(launcher: Callable[..., None]) -> Loaded | None:
     kernel = getattr(launcher, "kernel", None)
     if kernel is None or not isinstance(kernel.function, int):
         return None
-    nulls = int(kernel.has_global_scratch) + int(kernel.has_profile_scratch)
-    return Loaded(kernel.function, 32 * kernel.num_warps, kernel.shared, nulls)
+    return Loaded(kernel.function, 32 * kernel.num_warps, kernel.shared, _nulls(kernel))
 
 
 def address_method() -> Any:

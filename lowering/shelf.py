@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 log = logging.getLogger("gems_compile.lowering.shelf")
 
 DAY_S = 24 * 3600.0
-MOST_BYTES = 2**30
 ENOUGH = 0.8  # of the bound, when there is more than it
 STAMP = ".swept"
 
