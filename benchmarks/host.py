@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,27 +54,28 @@ def launch_costs() -> dict[str, float]:
     from gems_compile.lowering import native, runs
 
     native.start(cache_dir()).wait()
-    known: list[tuple[runs.Run, dict[Any, Any]]] = []
+    known: list[tuple[runs.Run, Mapping[str, Callable[..., None]]]] = []
     bound = native.launcher
 
-    def noted(run: runs.Run, launchers: dict[Any, Any], device: torch.device) -> Any:
-        known.append((run, launchers))
-        return bound(run, launchers, device)
+    def noted(
+        run: runs.Run, kernels: Mapping[str, Callable[..., None]], device: torch.device
+    ) -> Any:
+        known.append((run, kernels))
+        return bound(run, kernels, device)
 
     native.launcher = noted
     x = torch.randn(8, 64, device="cuda")
     torch.compile(small, backend="gems")(x)
     native.launcher = bound
-    run, launchers = known[-1]
+    run, kernels = known[-1]
     values = [x if kind == runs.TENSOR else None for kind, _ in run.values]
     assert None not in values and len(run.launches) == 1  # one kernel of tensors
     stream = torch.cuda.current_stream().cuda_stream
     costs = {}
     for length in LENGTHS:
         longer = runs.Run(run.name, run.launches * length)
-        call = bound(longer, launchers, x.device)
+        call = bound(longer, kernels, x.device)
         assert call is not None, "there is no native launcher: see gems_compile doctor"
-        kernels = {run.launches[0].kernel: launchers[run.launches[0].group]}
         python = runs.in_python([longer], kernels)[run.name]
         for what, fn, args in (
             ("native", call, (stream, *values)),

@@ -6,8 +6,10 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
 table = pytest.importorskip("benchmarks.table", reason="the benchmarks are not installed")
+host = pytest.importorskip("benchmarks.host")
 
 
 def rows(**gems: Any) -> list[dict[str, Any]]:
@@ -40,3 +42,19 @@ def test_misses(dtype: str, gems: dict[str, float], missed: list[str]) -> None:
 
 def test_a_failed_row_is_no_miss() -> None:
     assert not table.misses(rows(status="failed: oom", error=1.0), "gems", "bfloat16")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="launches are timed on a GPU")
+def test_what_a_launch_costs() -> None:
+    costs = host.launch_costs()
+    assert {name.split(",")[0] for name in costs} == {"native", "python", "driver"}
+    assert all(0.1 < cost < 1000 for cost in costs.values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="launches are timed on a GPU")
+def test_what_a_call_costs() -> None:
+    costs = host.call_costs(["gems", "aot_eager"])
+    assert set(costs) == {
+        f"{n}, {b}" for n in ("view", "add", "chain") for b in ("gems", "aot_eager")
+    }
+    assert all(0.1 < cost < 100_000 for cost in costs.values())
