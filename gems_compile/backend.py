@@ -177,7 +177,7 @@ class _Front:
             )(gm, inputs)
 
     def _report(self, kind: str) -> Report:
-        report = Report(f"{len(self.owner.reports)}_{kind}")
+        report = Report(f"{self.number}_{kind}")
         report.graph, report.kind, report.rewrites = self.number, kind, self.rewrites
         return report
 

@@ -12,6 +12,7 @@ import torch
 
 from . import native, private
 from .kept import kept_in_channels_last
+from .profiled import profiled
 from .runs import Run, in_python, wide_when_called
 
 
@@ -72,6 +73,7 @@ def bind(
     )
     if device.type == "cuda":
         scope["current_stream"] = private.current_stream(device.index or 0)
+    scope.update(profiler=private.profiler(), profiled=profiled(code, dict(scope), runs, kernels))
     exec(code, scope)
     return _boxed(scope["call"], device)
 

@@ -430,6 +430,7 @@ class Writer:
             body.insert(0, "stream = current_stream()")
         elif self.kernels:
             body.insert(0, "stream = None")
+        body.insert(0, "if profiler._is_profiler_enabled: return profiled(args)")
         return "def call(args):\n" + "".join(f"    {line}\n" for line in body)
 
 

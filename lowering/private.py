@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Set
@@ -18,6 +19,8 @@ import torch
 from .source import Source
 
 log = logging.getLogger("gems_compile.lowering.private")
+
+NO_PROFILER = SimpleNamespace(_is_profiler_enabled=False)
 
 
 @contextlib.contextmanager
@@ -255,8 +258,14 @@ def reinterpreter() -> Callable[..., torch.Tensor]:
 
 def current_stream(device: int) -> Callable[[], int]:
     if hasattr(torch._C, "_cuda_getCurrentRawStream"):
-        return lambda: torch._C._cuda_getCurrentRawStream(device)
+        return functools.partial(torch._C._cuda_getCurrentRawStream, device)
     return lambda: torch.cuda.current_stream(device).cuda_stream
+
+
+def profiler() -> Any:
+    """What tells by ``_is_profiler_enabled`` whether a profiler is on."""
+    module = torch.autograd.profiler
+    return module if hasattr(module, "_is_profiler_enabled") else NO_PROFILER
 
 
 def compiled_function(node: Any) -> Any:

@@ -7,7 +7,7 @@ to its end, as long as that does not take more memory than the function has at i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -176,7 +176,7 @@ class Memory:
 
 
 def in_python(
-    runs: list[Run], kernels: Mapping[str, Callable[..., None]], wide: bool = False
+    runs: Sequence[Run], kernels: Mapping[str, Callable[..., None]], wide: bool = False
 ) -> dict[str, Callable[..., None]]:
     """The runs as Python functions; with their kernels' wide forms, if asked."""
     scope: dict[str, Any] = dict(kernels)
