@@ -244,6 +244,7 @@ def _dump_session(config: Config) -> Session | None:
 
 def _rewrite(gm: GraphModule, session: Session | None) -> Any:
     """Rewrite Dynamo's graph in place; the RewriteLog."""
+    from .lowering.grouped import share_keys
     from .lowering.masks import lay_out_masks, read_constant_masks
     from .lowering.rewrite import rewrite_dynamo_graph
 
@@ -252,6 +253,7 @@ def _rewrite(gm: GraphModule, session: Session | None) -> Any:
     rewrites = rewrite_dynamo_graph(gm)
     rewrites.extend(read_constant_masks(gm))
     lay_out_masks(gm)
+    rewrites.extend(share_keys(gm))
     if session is not None and rewrites.fired:
         session.dynamo(gm, "dynamo_rewritten.txt")
     return rewrites
