@@ -57,7 +57,8 @@ def bind(
 ) -> Callable[[list[Any]], Any]:
     """The function, in the boxed form AOTAutograd asks for. ``kernels`` are what launches each
     kernel that the runs name, in both widths."""
-    scope: dict[str, Any] = {**constants, **bound_runs(device, runs, kernels)}
+    scope = {name: private.quick_call(value) for name, value in constants.items()}
+    scope.update(bound_runs(device, runs, kernels))
     scope.update(
         empty=private.allocator(device),
         view=private.reinterpreter(),

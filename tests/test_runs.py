@@ -170,3 +170,27 @@ def test_a_new_thread_launches(spied) -> None:
     assert [name for name, ok in spied if not ok] == []
     for a, b in zip(found, wanted, strict=True):
         assert torch.equal(a, b)
+
+
+def test_aten_is_called_with_little_in_front() -> None:
+    """torch's own binding of an op has its arguments: what is called is told by its results."""
+    from gems_compile.lowering.private import BOUND, quick_call
+
+    x, w, bias = rand(2, 4, 6, 6), rand(8, 4, 3, 3), rand(8)
+    a, b, c = rand(3, 4, 5), rand(3, 5, 6), rand(4, 6)
+    calls = {
+        "mm": (a[0], b[0]),
+        "bmm": (a, b),
+        "addmm": (c, a[0], b[0]),
+        "baddbmm": (c, a, b),
+        "convolution": (x, w, bias, [1, 2], [1, 0], [1, 1], False, [0, 0], 1),
+    }
+    for name in BOUND:
+        op = getattr(torch.ops.aten, name).default
+        assert quick_call(op) is getattr(torch, name)
+        if name in calls:
+            assert torch.equal(quick_call(op)(*calls[name]), op(*calls[name]))
+    scaled = quick_call(torch.ops.aten.addmm.default)(c, a[0], b[0], beta=0.5, alpha=2)
+    assert torch.equal(scaled, torch.ops.aten.addmm.default(c, a[0], b[0], beta=0.5, alpha=2))
+    assert torch.equal(quick_call(torch.ops.aten.cos.default)(c), c.cos())
+    assert quick_call(3) == 3
