@@ -37,7 +37,8 @@ CHOOSING = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backw
 
 
 class Writer:
-    """Writes the function. ``sources`` belong to the plan's groups."""
+    """Writes the function. ``sources`` belong to the plan's groups. ``views``: results that view
+    inputs have a ``_base``; for inference AOTAutograd makes such results again from the inputs."""
 
     def __init__(
         self,
@@ -46,7 +47,9 @@ class Writer:
         plan: Plan,
         device: torch.device,
         sources: dict[Group, Source],
+        views: bool = True,
     ) -> None:
+        self.views = views
         self.gm, self.program, self.plan, self.device = gm, program, plan, device
         self.sources = sources
         self.names: dict[Any, str] = {}  # node or Value -> variable
@@ -400,13 +403,13 @@ class Writer:
         self.add(f"return ({', '.join(texts)}{',' if len(texts) == 1 else ''})")
 
     def _result(self, result: Any) -> str:
-        """A result; a view of an input is made by ATen, so that autograd knows it as one."""
+        """A result; a view of an input is made by ATen where somebody may ask for its base."""
         entry = self.program.of.get(result) if isinstance(result, Node) else None
         if isinstance(entry, Value) and entry.kind == "view" and result not in self.names:
             base = base_of(entry)
             if base.node is not None and base.node.op == "placeholder":
                 text = self.value(entry, result)
-                return f"input_{text}" if text.startswith("view(") else text
+                return f"input_{text}" if self.views and text.startswith("view(") else text
         return self.arg(result)
 
     @property

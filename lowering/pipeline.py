@@ -250,7 +250,8 @@ class Compilation:
         self.observe("fuse", plan)
         self.observe("emit", list(sources.values()))
         self.clock.lap(report, "emit")
-        self.writer = writer = Writer(self.gm, program, plan, self.device, sources)
+        views = self.options.alone or self.report.kind != "inference"
+        self.writer = writer = Writer(self.gm, program, plan, self.device, sources, views)
         report.wrapper, report.peak_bytes = writer.write(), writer.peak_bytes
         self.clock.lap(self.report, "wrapper")
         self.code = compiled(report.wrapper, report.label)  # while the kernels compile
