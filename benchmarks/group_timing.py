@@ -8,6 +8,9 @@ Rotating the inputs instead would need as many copies of all that a call touches
 saved included, as fill the cache twice, and large inputs would still meet the tail of the last
 call.
 
+A call that draws random numbers is timed in the stream's queue instead (``queued_us``), with the
+same differences: a graph draws otherwise, from a generator's state on the device.
+
 Where capture fails, the times of the kernels from torch.profiler are added up ("profiler"). On a
 CPU it is wall clock ("wall").
 """
@@ -25,6 +28,7 @@ from benchmarks.table import Row
 
 MAX_CALLS, GRAPH_SECONDS = 10, 0.004  # in one graph
 MIN_REPLAYS, PROFILED = 7, 5
+MOST_AHEAD = 2**10  # calls that keep the GPU busy
 
 
 class Flush:
@@ -80,6 +84,42 @@ def graph_us(run: Callable[[], object], flush: Flush, seconds: float) -> Row:
     return {"us": statistics.median(times), "best_us": min(times), "calls": len(times) * calls}
 
 
+def queued_us(run: Callable[[], object], flush: Flush, seconds: float) -> Row:
+    """The same where the calls wait in the stream's queue, behind others that keep it busy."""
+    (once,) = elapsed_ms(run)
+    calls = max(1, min(MAX_CALLS, int(GRAPH_SECONDS * 1e3 / once)))
+    bodies: list[Callable[[], object]] = [flush, run]
+    times: list[float] = []
+    spent, ahead = 0.0, 1
+    while spent < seconds * 1e3 or len(times) < MIN_REPLAYS:
+        both, ahead = queued_ms([*bodies * calls, flush], flush, ahead)
+        rest, ahead = queued_ms([flush] * (calls + 1), flush, ahead)
+        times.append((both - rest) / calls * 1e3)
+        spent += both + rest
+        if spent > 4e3 * seconds:
+            break
+    return {"us": statistics.median(times), "best_us": min(times), "calls": len(times) * calls}
+
+
+def queued_ms(bodies: list[Callable[[], object]], flush: Flush, ahead: int) -> tuple[float, int]:
+    """Milliseconds of the bodies in turn, all in the queue before the first of them begins; how
+    many calls of ``flush`` ahead of them that took, at least ``ahead``."""
+    while ahead <= MOST_AHEAD:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(ahead):
+            flush()
+        begin.record()
+        for body in bodies:
+            body()
+        end.record()
+        in_time = not begin.query()
+        torch.cuda.synchronize()
+        if in_time:
+            return begin.elapsed_time(end), ahead
+        ahead *= 2
+    raise RuntimeError("the CPU is slower than the GPU, whatever the GPU does before")
+
+
 def profiled_us(run: Callable[[], object], flush: Flush) -> Row:
     """Microseconds of a call's kernels, copies and fills, added up."""
     times = []
@@ -93,8 +133,10 @@ def profiled_us(run: Callable[[], object], flush: Flush) -> Row:
     return {"us": statistics.median(times), "best_us": min(times), "calls": PROFILED}
 
 
-def timed(run: Callable[[], object], device: torch.device, seconds: float) -> Row:
-    """Microseconds a call and how they were found."""
+def timed(
+    run: Callable[[], object], device: torch.device, seconds: float, random: bool = False
+) -> Row:
+    """Microseconds a call and how they were found; ``random``: it draws random numbers."""
     if device.type != "cuda":
         found = timing.measure(run, device, min_seconds=seconds)
         best = {"best_us": found.best_ms * 1e3, "calls": found.steps}
@@ -103,6 +145,8 @@ def timed(run: Callable[[], object], device: torch.device, seconds: float) -> Ro
     for _ in range(timing.WARM_UP_STEPS):
         run()
     try:
+        if random:
+            return {**queued_us(run, flush, seconds), "how": "queue"}
         return {**graph_us(run, flush, seconds), "how": "graph"}
     except Exception as error:
         torch.cuda.synchronize()  # raises where the device is lost

@@ -226,7 +226,8 @@ class Subject:
             row.update(accuracy(found, self.wanted, self.eager))
         device = found[0].device
         del found
-        row.update(timed(step.run, device, seconds))
+        draws = group.dropout and group.step != "backward"
+        row.update(timed(step.run, device, seconds, random=draws))
         if group.dropout:
             del step
             found = self.step(self.tested, backend).run()

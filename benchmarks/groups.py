@@ -234,7 +234,7 @@ def cells(row: Row, found: dict[tuple[str, str], Row], others: list[str]) -> lis
         number(speed(found, row, other), ".2f") if other != row["backend"] else ""
         for other in others
     ]
-    marks = {"graph": "", "wall": "", "profiler": "~"}
+    marks = {"graph": "", "queue": "", "wall": "", "profiler": "~"}
     return [
         row["group"],
         row["backend"],

@@ -139,6 +139,22 @@ def test_a_call_costs_the_difference_of_two_graphs(monkeypatch: Any) -> None:
     assert timing.graph_us("run", "flush", seconds=0.0)["us"] == pytest.approx(9000.0)
 
 
+def test_a_random_call_costs_the_difference_of_two_queues(monkeypatch: Any) -> None:
+    """Of the same device, and a CPU that is in time behind four flushes."""
+    timing = pytest.importorskip("benchmarks.group_timing")
+    costs = {"flush": 0.06, "run": 0.25}
+    seen = []
+
+    def queued_ms(bodies: list[str], flush: str, ahead: int) -> tuple[float, int]:
+        seen.append(ahead)
+        return sum(costs[part] for part in bodies), 4
+
+    monkeypatch.setattr(timing, "elapsed_ms", lambda run: [costs[run]])
+    monkeypatch.setattr(timing, "queued_ms", queued_ms)
+    assert timing.queued_us("run", "flush", seconds=0.0)["us"] == pytest.approx(250.0)
+    assert seen[0] == 1 and set(seen[1:]) == {4}
+
+
 def made_up(group: str, backend: str, us: float, **more: Any) -> Any:
     """A row as a GPU would give it."""
     least = GROUPS[group].least_bytes()
