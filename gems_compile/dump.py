@@ -264,6 +264,7 @@ def _wrapper_text(report: Report) -> str:
         "#   r0w ...      the same kernels with 64-bit places, for sizes above wide0, wide1 ...",
         "#   k0, k1 ...   launch a kernel: (grid x, y, z, stream, arguments)",
         "#   empty, view  allocate, and look at memory with another shape, without a dispatcher",
+        "#   seed         draws dropout's seed: memory that a kernel stores it in, and the number",
         "#   aligned, settle   a copy, only if a tensor lacks the alignment or strides foreseen",
     ]
     head += [f"#   {name} = {what}" for name, what in report.constants.items()]

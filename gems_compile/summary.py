@@ -265,10 +265,11 @@ def reason_for(node: Node, plan: Plan) -> str:
     return reason.removeprefix("alone: ")
 
 
-def is_call(step: Any) -> bool:
+def is_call(step: Any, plan: Plan) -> bool:
     """Whether a step of a plan is an ATen call, not a constant or a part of a tuple."""
     return (
         isinstance(step, Node)
+        and step not in plan.drawn
         and step.op == "call_function"
         and step.target is not operator.getitem
     )
@@ -282,7 +283,7 @@ def _node_facts(plan: Plan, origins: Origins) -> Iterable[NodeFact]:
         for node in _nodes_of(group, origins):
             homes.setdefault(_op(node), {})[kernel_name(group.members)] = None
     recomputed = {_op(v.node) for v in plan.inlined if v.node is not None and v.computes}
-    called = {step for step in plan.steps if is_call(step)}
+    called = {step for step in plan.steps if is_call(step, plan)}
     for node in graph.nodes if graph is not None else ():
         if node.op != "call_function" or node.target is operator.getitem:
             continue
@@ -293,7 +294,7 @@ def _node_facts(plan: Plan, origins: Origins) -> Iterable[NodeFact]:
         elif node in recomputed:
             fate, detail = FUSED, "the kernels that read it, which recompute it"
         else:
-            fate, detail = FREE, _why_free(node)
+            fate, detail = FREE, _why_free(node, plan)
         yield NodeFact(
             node.name,
             op_name(node),
@@ -305,7 +306,9 @@ def _node_facts(plan: Plan, origins: Origins) -> Iterable[NodeFact]:
         )
 
 
-def _why_free(node: Node) -> str:
+def _why_free(node: Node, plan: Plan) -> str:
+    if node in plan.drawn:
+        return "a random seed: drawn by the CPU, and an argument of the kernels that read it"
     if isinstance(node.meta.get("val"), (tuple, list)) or hasattr(node.meta.get("val"), "shape"):
         return "a view: part of its readers' addresses"
     return "a size: computed in Python"
@@ -331,7 +334,7 @@ def _calls(plan: Plan, source_of: dict[Group, Source], origins: Origins) -> Iter
     for step in plan.steps:
         if isinstance(step, Group):
             yield _launch(step, source_of[step], origins)
-        elif is_call(step):
+        elif is_call(step, plan):
             reads = tuple(describe(n.meta.get("val")) for n in step.all_input_nodes)
             yield Call(
                 "aten",

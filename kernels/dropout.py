@@ -13,6 +13,9 @@ from .op import T, call, composite
 
 _WORD = 0xFFFFFFFF
 
+#: no seed is this number: it tells a kernel that the seed is in memory
+IN_MEMORY = 2**63 - 1
+
 
 def define(library: Any) -> None:
     """Register ``gems::seed`` and ``gems::dropout_mask`` on a torch Library.
@@ -44,7 +47,20 @@ def draw_seed(device: Any) -> Any:
     """One 64-bit seed from the device's default generator."""
     import torch
 
-    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+    return torch.randint(-(2**63), IN_MEMORY, (), dtype=torch.int64, device=device)
+
+
+#: by how much ``draw_seed`` moves a CUDA generator's offset
+DRAWN_AT_ONCE = 4
+
+
+def number_drawn(seed: int, offset: int) -> int:
+    """What ``draw_seed`` draws from a CUDA generator of this seed and offset.
+
+    cuRAND's generator is Philox 4x32-10, too; a counter's words are four steps of the offset.
+    """
+    high, low, _, _ = _philox(seed, offset // DRAWN_AT_ONCE)
+    return (high << 32 | low) % (2**64 - 1) - 2**63
 
 
 def _mask(seed: Any, size: Any, p: float, salt: int) -> Any:
@@ -64,11 +80,8 @@ def threshold(p: float) -> int:
 
 
 def _philox(key: Any, counter: Any) -> tuple[Any, ...]:
-    """``kernels.random`` in int64 arithmetic: four words of each counter."""
-    import torch
-
-    zeros: Any = torch.zeros_like(counter)
-    c0, c1, c2, c3 = counter & _WORD, counter >> 32, zeros, zeros
+    """``kernels.random`` in int64 arithmetic, or Python's: four words of each counter."""
+    c0, c1, c2, c3 = counter & _WORD, counter >> 32, counter & 0, counter & 0
     k0, k1 = key & _WORD, (key >> 32) & _WORD
     for _ in range(10):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57

@@ -10,6 +10,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dropout import IN_MEMORY
+
+_IN_MEMORY = tl.constexpr(IN_MEMORY)
+
+
+@triton.jit
+def drawn(memory, number, first):
+    """The seed of the run: ``number``, which the first program leaves in memory for those who read
+    it later; or what is in memory already."""
+    number = number.to(tl.int64)
+    seed = tl.load(memory, mask=number == _IN_MEMORY, other=number)
+    tl.store(memory, number, mask=(number != _IN_MEMORY) & first)
+    return seed
+
 
 @triton.jit
 def kept(seed, salt, place, threshold, fours, nvidia):

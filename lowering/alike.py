@@ -13,7 +13,7 @@ from typing import Any
 
 from .group import Group
 from .indexing import is_static
-from .ir import SizeArg, Value
+from .ir import SizeArg, Value, is_seed
 from .source import Source
 from .views import View
 
@@ -113,8 +113,10 @@ class _Description:
             sizes if is_static(*sizes) else tuple([(type(size), size) for size in sizes]),
             self.group.frames.get(v),
             v in self.written,
+            is_seed(v),
         )
-        # who made what is in memory does not matter; frames are looked for behind views and casts
+        # else who made what is in memory does not matter; frames are looked for behind views and
+        # casts
         if not (member or inlined or v.kind in ("view", "cast", "full")):
             return memory
         return (

@@ -14,6 +14,7 @@ from . import native, private
 from .kept import kept_in_channels_last
 from .profiled import profiled
 from .runs import Run, in_python, wide_when_called
+from .seeds import drawer
 
 
 def settle(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
@@ -65,6 +66,7 @@ def bind(
         aligned=aligned,
         input_view=input_view,
         kept=kept_in_channels_last,
+        seed=drawer(device),
         settle=settle,
         math=math,
         Max=max,

@@ -28,6 +28,7 @@ from .reduced import accumulate, finish_reduction
 from .rounding import Rounding
 from .saturate import rounded_to_int8
 from .scan import emit_scan
+from .seeds import emit_seed, takes_number
 from .spelling import (
     EmitError,
     computing_type,
@@ -253,6 +254,8 @@ class Emitter:
         self, v: Value, coords: Sequence[Index], cond: str | None, section: tuple[str, int]
     ) -> str:
         name = self.buffer_name(v, "in")
+        if takes_number(self, v):
+            return emit_seed(self, v, name, section)
         index, within = self.address(v, coords), cond
         if cond is not None and lies_inside(v, coords, self):
             cond = None

@@ -24,7 +24,8 @@ from .ledger import Ledger
 from .order import batches, together
 from .runs import ADDRESS, GRID, NUMBERS, TENSOR, Launch, Operand, Runs
 from .scratch import plan_scratch
-from .source import Source
+from .seeds import Seeds
+from .source import NUMBER, Source
 from .translate import Program
 from .widths import Widths
 
@@ -64,7 +65,7 @@ class Writer:
         self.scratch, self.scratch_bytes = plan_scratch(plan.steps, sources, plan.escapes)
         self.in_place = plan_in_place(gm, program, plan, sources, self.scratch)
         self.ledger = Ledger()
-        self.widths, self.runs = Widths(self), Runs(self)
+        self.widths, self.runs, self.seeds = Widths(self), Runs(self), Seeds(self)
         self.launches = 0
         self.calls = 0
 
@@ -242,7 +243,7 @@ class Writer:
         flag = self.widths.flag(kernel, group, source)
         kinds = (NUMBERS.get(kind, TENSOR) for kind in source.meta["signature"].values())
         args = [
-            self._number(kind, what) if role == "size" else self._operand(what)
+            self._argument(kind, role, what)
             for kind, (_, role, what) in zip(kinds, source.params, strict=True)
         ]
         grid = self._number(GRID, source.grid)
@@ -271,6 +272,11 @@ class Writer:
         shape, strides = self.sizes(out.shape), self.sizes(out.strides)
         self.runs.ahead(f"{name} = empty({shape}, {strides}, {dtype})")
 
+    def _argument(self, kind: str, role: str, what: Any) -> Operand:
+        if role == "size":
+            return self._number(kind, what)
+        return self.seeds.number(what) if role == NUMBER else self._operand(what)
+
     def _number(self, kind: str, size: Any) -> Operand:
         text = self.size(size)
         return Operand(kind, plus=int(text)) if is_static(size) else Operand(kind, text)
@@ -294,6 +300,9 @@ class Writer:
         value = self.program.of.get(node)
         if isinstance(value, Value) and value.kind == "full":
             self._fill(name, value, node)
+            return
+        if isinstance(value, Value) and self.seeds.draws(value):
+            self.seeds.draw(name, value, node)
             return
         function = self.constant(node.target, "f")
         args = [self.arg(a) for a in node.args]

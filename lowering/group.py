@@ -167,3 +167,4 @@ class Plan:
     inlined: set[Value] = field(default_factory=set)
     written: set[Value] = field(default_factory=set)  # inputs that ATen nodes write
     escapes: set[Value] = field(default_factory=set)  # values that ATen reads or the graph returns
+    drawn: set[Any] = field(default_factory=set)  # nodes whose random seed the host draws

@@ -49,7 +49,8 @@ class Value:
     """One tensor.
 
     kind       op                    args
-    buffer     -                     () : lives in memory (an input, or the result of an ATen call)
+    buffer     -                     () : lives in memory (an input, or the result of an ATen call;
+                                     "opaque" is one that kernels cannot read, see is_seed)
     pointwise  name in BODIES        Values and literals, the body's parameters
     cast       -                     (Value,)
     reduce     name in REDUCTIONS    (Value,), axes in ``params``; the reduced axes stay, of size 1
@@ -123,6 +124,11 @@ class Value:
         v.inputs = tuple([a for a in v.args if isinstance(a, Value)])
         v.shape, v.strides, v.dtype = self.shape, self.strides, self.dtype
         return v
+
+
+def is_seed(v: Value) -> bool:
+    """Whether v is the seed that a run draws."""
+    return v.kind == "buffer" and v.op == "seed"
 
 
 class SizeArg:

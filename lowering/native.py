@@ -50,10 +50,12 @@ class Unavailable(Exception):
 
 
 class Extension:
-    """The compiled ``native.c`` on its way: ``run`` is its class once it is ready."""
+    """The compiled ``native.c`` on its way: ``run`` is its class once it is ready, and
+    ``number_drawn`` its function."""
 
     def __init__(self, cache_dir: str | None) -> None:
         self.run: Callable[..., Any] | None = None
+        self.number_drawn: Callable[[int, int], int] | None = None
         self.path, self.why = "", "it is not ready"
         self.where = cache_dir
         self.thread = threading.Thread(target=self._make, daemon=True, name="gems native launcher")
@@ -65,13 +67,14 @@ class Extension:
 
     def _make(self) -> None:
         try:
-            self.run = self._kept_or_built()
+            module = self._kept_or_built()
+            self.run, self.number_drawn = module.Run, module.number_drawn
             self.why = ""
         except Exception as e:  # whatever it is, kernels can be launched without
             self.why = str(e) if isinstance(e, Unavailable) else f"{type(e).__name__}: {e}"
             log.info("kernels are launched from Python: %s", self.why)
 
-    def _kept_or_built(self) -> Callable[..., Any]:
+    def _kept_or_built(self) -> Any:
         compiler = find_compiler()
         folder = os.path.join(self.where or private_directory(), "native")
         if not usable(folder):
@@ -173,14 +176,13 @@ def is_whole(path: str) -> bool:
     return False
 
 
-def _imported(path: str) -> Callable[..., Any]:
+def _imported(path: str) -> Any:
     loader = importlib.machinery.ExtensionFileLoader(MODULE, path)
     spec = importlib.util.spec_from_file_location(MODULE, path, loader=loader)
     assert spec is not None  # a loader is given
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
-    made: Callable[..., Any] = module.Run
-    return made
+    return module
 
 
 # runs --------------------------------------------------------------------------------------------
@@ -203,6 +205,11 @@ def launcher(
     except (OSError, TypeError, ValueError, OverflowError, struct.error) as e:
         _tell_once(f"{run.name} is launched from Python: {type(e).__name__}: {e}")
         return None
+
+
+def number_drawn() -> Callable[[int, int], int] | None:
+    """``kernels.dropout.number_drawn`` natively; None where that cannot be."""
+    return None if _current is None else _current.number_drawn
 
 
 def made(

@@ -227,12 +227,21 @@ class _Pointer:
 def largest(size: Any, values: Iterable[Any]) -> int | None:
     """The most that an expression of symbols may be, as far as Dynamo knows and guards; ``values``
     are tensors and numbers of the graph."""
+    return _end(size, values, "upper")
+
+
+def smallest(size: Any, values: Iterable[Any]) -> int | None:
+    """The least that it may be."""
+    return _end(size, values, "lower")
+
+
+def _end(size: Any, values: Iterable[Any], which: str) -> int | None:
     for value in values:
         for number in value.shape if isinstance(value, torch.Tensor) else (value,):
             if isinstance(number, torch.SymInt):
                 try:
-                    top = number.node.shape_env.bound_sympy(size).upper
-                    return int(top) if top.is_Integer else None
+                    end = getattr(number.node.shape_env.bound_sympy(size), which)
+                    return int(end) if end.is_Integer else None
                 except (AttributeError, TypeError, ValueError) as e:
                     log.info("no range of %s is known: %s", size, e)
                     return None

@@ -32,7 +32,7 @@ from .schedule import (
     sweep_tile,
     transpose_tile,
 )
-from .source import POINTER, Lines, Source
+from .source import NUMBER, POINTER, Lines, Source
 from .square import axes_of, square_prologue
 from .walk import render_sweep, sweep_prologue
 from .writes import render_put
@@ -198,6 +198,8 @@ class Renderer(Accumulators, Loops):
         )
 
     def _type(self, role: str, what: object) -> str:
+        if role == NUMBER:
+            return "i64"
         if role != "size":
             return POINTER[what.dtype]  # type: ignore[attr-defined]
         return "i32" if self.symbolic and not self.wide64 else "i64"

@@ -26,16 +26,19 @@ POINTER = {
     "int64": "*i64",
 }
 
+#: the role of a parameter that is the number of a seed (``seeds.py``)
+NUMBER = "number"
+
 
 @dataclass(eq=False)
 class Source:
     """``text`` is a whole Python module; equal text means the same kernel.
 
-    ``params`` are (name, role, what): role "in", "out" or "size"; what a Value or a size. ``grid``
-    is the number of programs. ``computes`` says what a line of the text computes. A text that was
-    written for an equal kernel (``like``) speaks of that one's Values there and in ``body``;
-    ``own`` are this kernel's. Where the sizes of a call bring ``bound`` above 32 bits, the kernel
-    that ``widen`` writes runs instead; no bound: never.
+    ``params`` are (name, role, what): role "in", "out", "size" or ``NUMBER``; what a Value or a
+    size. ``grid`` is the number of programs. ``computes`` says what a line of the text computes. A
+    text that was written for an equal kernel (``like``) speaks of that one's Values there and in
+    ``body``; ``own`` are this kernel's. Where the sizes of a call bring ``bound`` above 32 bits,
+    the kernel that ``widen`` writes runs instead; no bound: never.
     """
 
     name: str
@@ -53,7 +56,8 @@ class Source:
     @property
     def pointer_dtypes(self) -> list[str | None]:
         """The dtype behind each pointer argument, None of a number."""
-        return [None if role == "size" else what.dtype for _, role, what in self.params]
+        numbers = ("size", NUMBER)
+        return [None if role in numbers else what.dtype for _, role, what in self.params]
 
     @functools.cached_property
     def key(self) -> str:

@@ -124,7 +124,7 @@ class Translator:
         else:
             value = Value(
                 "buffer",
-                None,
+                "seed" if str(node.target) == "gems.seed.default" else None,
                 (),
                 [size_of(s) for s in val.shape],
                 dtype_name(val.dtype),

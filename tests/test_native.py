@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import gems_only
 
+from gems_compile.kernels.dropout import number_drawn
 from gems_compile.lowering import native, private
 from gems_compile.lowering.runs import (
     ADDRESS,
@@ -283,3 +284,16 @@ def test_threads_share_a_run(driver: Driver) -> None:
         number = own[0].args[0]
         assert {note.stream for note in own} == {number // 1000}
         assert [tuple(note.args[:2]) for note in own] == [(number, number + j) for j in range(4)]
+
+
+@needs_compiler
+def test_the_number_of_a_seed() -> None:
+    extension()
+    quick = native.number_drawn()
+    assert quick is not None
+    for seed in (0, 1234, 2**63 + 5, 2**64 - 1):
+        for offset in (0, 4, 2**34 + 8, 2**63 + 4):
+            assert quick(seed, offset) == number_drawn(seed, offset)
+    for wrong in ((1,), (1, 2.0), (1, 2, 3)):
+        with pytest.raises(TypeError, match="two ints"):
+            quick(*wrong)
