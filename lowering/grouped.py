@@ -3,7 +3,7 @@
 Models write ``sdpa(q, repeat(k), repeat(v))`` where torch cannot be told of groups, or could not
 when they were written. The fast kernels read each key once for its group of heads
 (``enable_gqa=True``), with no copy in memory, none saved for backward, and no sum over the copies
-in there. Where torch would choose a kernel that cannot, nothing changes.
+in there. Where torch has no kernel that can, nothing changes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.nn.attention import SDPBackend
 
 from .graph import module_path, source_line, value_of
 from .indexing import size_of
@@ -25,9 +24,7 @@ from .rewrite import Fired, NearMiss, RewriteLog, is_barrier, is_body_call, is_f
 
 log = logging.getLogger("gems_compile")
 
-#: torch's algorithms whose kernels know of groups
-KNOW_GROUPS = {SDPBackend.FLASH_ATTENTION.value, SDPBackend.CUDNN_ATTENTION.value}
-
+#: functions and methods that make the copy, in their order from its end
 MERGE, SPREAD, ADD = (
     ("reshape", "view", "flatten"),
     ("expand", "broadcast_to"),
@@ -108,19 +105,24 @@ def _why_slower(args: dict[str, Any], node: Node) -> str | None:
     """Why attention over groups is no gain; None where it is."""
     values = {k: value_of(v) if isinstance(v, Node) else v for k, v in args.items()}
     try:
-        chosen = _algorithm(values)
+        known = _has_kernel(**values)
     except Exception as error:  # it stays as the program wrote it
         log.info("%s: %s: %s", node.name, type(error).__name__, error)
-        return "torch did not say which algorithm it would choose"
-    if chosen not in KNOW_GROUPS:
-        return f"torch would choose {SDPBackend(chosen).name}, which reads a key for every head"
-    return None
+        return "torch did not say whether it has a kernel for groups"
+    return None if known else "torch has no kernel for groups of such operands"
 
 
-def _algorithm(values: dict[str, Any]) -> int:
-    """What torch chooses, by the FakeTensors of the operands."""
-    with values["query"].fake_mode:
-        return int(torch._fused_sdp_choice(**values))
+def _has_kernel(
+    query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: float, is_causal: bool, **_: Any
+) -> bool:
+    """Whether torch has one that reads a key once for its group: FlashAttention, or cuDNN's. It
+    then takes one of those, for the others do not accept groups."""
+    if query.device.type != "cuda":
+        return False
+    backend = torch.backends.cuda
+    with query.fake_mode:
+        params = backend.SDPAParams(query, key, value, attn_mask, dropout_p, is_causal, True)
+        return backend.can_use_flash_attention(params) or backend.can_use_cudnn_attention(params)
 
 
 def _before_repeat(node: Any) -> Node | None:
