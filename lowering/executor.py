@@ -22,6 +22,7 @@ from .ir import SizeArg, Value, base_of, first_place
 from .kept import KEPT
 from .ledger import Ledger
 from .order import batches, together
+from .pointwise_convolutions import is_product, product_call
 from .runs import ADDRESS, GRID, NUMBERS, TENSOR, Launch, Operand, Runs
 from .scratch import plan_scratch
 from .seeds import Seeds
@@ -304,6 +305,9 @@ class Writer:
         if isinstance(value, Value) and self.seeds.draws(value):
             self.seeds.draw(name, value, node)
             return
+        if is_product(node):
+            self._products(name, node)
+            return
         function = self.constant(node.target, "f")
         args = [self.arg(a) for a in node.args]
         args += [f"{k}={self.arg(v)}" for k, v in node.kwargs.items()]
@@ -320,6 +324,15 @@ class Writer:
         if isinstance(val, torch.SymInt) and not is_static(size_of(val)):
             self.symbols.setdefault(str(size_of(val)), name)
             self.kept.add(name)
+
+    def _products(self, name: str, node: Node) -> None:
+        """A convolution that is called as matrix products, whose layouts are known."""
+        text = product_call(self, node)
+        self._enter(name, node)
+        self.calls += 1
+        self.add(f"{name} = {text}")
+        self.names[node] = name
+        self._alias(node)
 
     def _kept_weights(self, first: Node) -> None:
         """All weights that are kept in another layout, at the first of them."""
