@@ -37,8 +37,7 @@ class Bottleneck(nn.Module):
 
 def made(bias: bool = False, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     torch.manual_seed(0)
-    module = Bottleneck(bias).to(DEVICE, dtype, memory_format=torch.channels_last)
-    return module
+    return Bottleneck(bias).to(DEVICE, dtype, memory_format=torch.channels_last)
 
 
 def images(batch: int = 3, dtype: torch.dtype = torch.bfloat16, grad: bool = False) -> Tensor:
