@@ -58,3 +58,20 @@ def test_what_a_call_costs() -> None:
         f"{n}, {b}" for n in ("view", "add", "chain") for b in ("gems", "aot_eager")
     }
     assert all(0.1 < cost < 100_000 for cost in costs.values())
+
+
+def test_a_short_soak() -> None:
+    soak = pytest.importorskip("benchmarks.soak")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = soak.soak(5.0, ["default"], device, seed=0)
+    assert found["turns"] > 4 and found["worst"] <= soak.WORST
+    assert not [f for f in found["failures"] if "error" in f]
+
+
+def test_growth_is_seen() -> None:
+    soak = pytest.importorskip("benchmarks.soak")
+    flat = [soak.Memory(at, {"allocated": 10 * 2**20}) for at in range(100)]
+    leaking = [soak.Memory(at, {"allocated": 2**20 * (10 + at)}) for at in range(100)]
+    assert soak.growth(flat, 100) == []
+    assert soak.growth(leaking, 100) == ["allocated memory: 49.0 -> 109.0 MiB"]
+    assert soak.growth(flat[:10], 100) == ["too few turns to tell whether memory grows"]
