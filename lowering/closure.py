@@ -52,9 +52,12 @@ class Closure:
         self._note(place, waits)
 
     def _until_read(self, sources: Iterable[Value]) -> int:
-        waits = 0
-        for source in sources:
-            waits |= self.until_read(source)
+        place, home, sets, waits = self.place, self.home, self.sets, 0
+        for source in sources:  # as until_read, which would be called for each
+            if source in place:
+                waits |= sets[place[source]]
+            if source in home:
+                waits |= 1 << home[source].number
         return waits
 
     def grow(self, group: Group) -> None:

@@ -267,11 +267,7 @@ class Emitter:
         return register
 
     def address(self, v: Value, coords: Sequence[Index]) -> Index:
-        index = Index.sum(coords, v.strides)
-        for _, c in index.terms:
-            self.size_name(c)
-        self.size_name(index.const)
-        return index
+        return self._known(Index.sum(coords, v.strides))
 
     def buffer_name(self, v: Value, role: str) -> str:
         if v not in self.names:
@@ -281,7 +277,7 @@ class Emitter:
 
     def size_name(self, size: Size) -> str:
         """A size in kernel text: a literal, or the name of a kernel argument."""
-        if is_static(size):
+        if type(size) is int:
             return str(size)
         if size not in self.names:
             self.names[size] = f"ks{sum(r == 'size' for _, r, _ in self.body.params)}"
@@ -397,9 +393,10 @@ class Emitter:
         return self.line(section, f"({{i0}}).to(tl.{v.dtype})", [self._known(coords[v.params])])
 
     def _known(self, index: Index) -> Index:
-        for _, c in index.terms:
-            self.size_name(c)
-        self.size_name(index.const)
+        """The index, whose sizes are parameters from now on."""
+        for size in (*(c for _, c in index.terms), index.const):
+            if type(size) is not int:
+                self.size_name(size)
         return index
 
     def _random(

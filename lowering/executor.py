@@ -82,21 +82,21 @@ class Writer:
 
     def size(self, size: Any) -> str:
         """A size as Python: a literal, an input, or an expression of symbols."""
-        if not is_static(size) and not isinstance(size, int):
-            text = str(size)
-            if text in self.symbols:
-                return self.symbols[text]
-            from torch.utils._sympy.printers import PythonPrinter
+        if isinstance(size, int):
+            return str(int(size))
+        text = str(size)
+        if text in self.symbols:
+            return self.symbols[text]
+        from torch.utils._sympy.printers import PythonPrinter
 
-            missing = [str(s) for s in size.free_symbols if str(s) not in self.symbols]
-            if missing:
-                raise KeyError(f"no input tells the value of {missing[0]}")
-            named = {s: _symbol(self.symbols[str(s)]) for s in size.free_symbols}
-            return f"({PythonPrinter().doprint(size.xreplace(named))})"
-        return str(int(size))
+        missing = [str(s) for s in size.free_symbols if str(s) not in self.symbols]
+        if missing:
+            raise KeyError(f"no input tells the value of {missing[0]}")
+        named = {s: _symbol(self.symbols[str(s)]) for s in size.free_symbols}
+        return f"({PythonPrinter().doprint(size.xreplace(named))})"
 
     def sizes(self, sizes: Sequence[Size]) -> str:
-        inner = ", ".join(self.size(s) for s in sizes)
+        inner = ", ".join([self.size(s) for s in sizes])
         return f"({inner},)" if sizes else "()"
 
     def arg(self, value: Any) -> str:

@@ -12,6 +12,7 @@ from torch.fx import Node
 from .graph import Storage, nodes_in
 from .indexing import product
 from .ir import BITS, Value, base_of
+from .overload import facts_of
 from .translate import Program
 from .views import Permute, Reshape
 
@@ -32,14 +33,14 @@ def find_readers(program: Program) -> dict[Value, list[tuple[Value, bool]]]:
         if not v.computes:
             continue
         shape, elsewhere = v.args[0].shape if v.reduces else v.shape, _READ_ELSEWHERE.get(v.kind)
-        for k, a in enumerate(v.inputs):
+        for k, (a, base) in enumerate(zip(v.inputs, v.bases, strict=True)):
             same = (
                 v.kind != "concat"
                 and k != elsewhere
                 and (a.shape == shape or product(a.shape) == product(shape))
-                and _only_bijections(a)
+                and (a is base or _only_bijections(a))
             )
-            readers[base_of(a)].append((v, same))
+            readers[base].append((v, same))
     return readers
 
 
@@ -52,7 +53,7 @@ def drop_unread(program: Program, escapes: set[Value]) -> None:
             kept.append(v)
         elif not v.computes or v in read or v.kind == "store":
             kept.append(v)
-            read.update(map(base_of, v.inputs))
+            read.update(v.bases)
     program.values[:] = kept[::-1]
 
 
@@ -108,7 +109,7 @@ def order_edges(
             for v in own:
                 waits[v].extend(bases)
         for v in own:
-            for base in bases if whole else map(base_of, v.inputs):
+            for base in bases if whole else v.bases:
                 read_by[base].append(v)
                 if base in written_by and v is not written_by[base]:
                     waits[v].append(written_by[base])
@@ -181,11 +182,10 @@ def _written_bases(node: Node, program: Program) -> list[Value]:
 
 def has_effect(node: Node) -> bool:
     """Whether a call changes memory, draws random numbers or has another effect."""
-    target: Any = node.target
-    schema = getattr(target, "_schema", None)
-    if schema is None:
+    facts = facts_of(node.target)
+    if facts is None:
         return node.op == "call_function" and not _is_plain_function(node)
-    return schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
+    return facts.effect
 
 
 def _is_plain_function(node: Node) -> bool:

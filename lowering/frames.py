@@ -30,7 +30,9 @@ def frame_for(group: Group, v: Value) -> Frame | None:
                 continue
             if frame[lead + k] is None:
                 frame[lead + k] = axis
-            elif group.resolve(frame[lead + k]) != group.resolve(axis):
+            elif frame[lead + k] != axis and (
+                group.resolve(frame[lead + k]) != group.resolve(axis)
+            ):
                 return None
     return _complete(group, shape, frame)
 

@@ -48,8 +48,7 @@ class Fuser:
         self.readers = find_readers(program)
         self.copies = copies_alone(program, graph)
         self.waits, self.written = order_edges(program, graph, self.copies)
-        self.sources: dict[Value, tuple[Value, ...]] = {}
-        self.seen: dict[Value, list[Value]] = {}  # the same through inlined values
+        self.seen: dict[Value, Sequence[Value]] = {}  # what a value reads, see ``reads``
         self.twins: dict[Any, Group] = {}
         self.twin_frames: dict[Any, Frame] = {}
         inliner = Inliner(program, self.readers, self.escapes, self.waits, self.written)
@@ -75,10 +74,8 @@ class Fuser:
         return live
 
     def _sources(self, v: Value) -> tuple[Value, ...]:
-        known = self.sources.get(v)
-        if known is None:
-            known = self.sources[v] = (*map(base_of, v.inputs), *self.waits.get(v, ()))
-        return known
+        waits = self.waits.get(v)
+        return (*v.bases, *waits) if waits else v.bases
 
     def turn(
         self,
@@ -90,7 +87,6 @@ class Fuser:
     ) -> None:
         """Have a value made otherwise than the graph says."""
         v.become(kind, op, args, params)
-        self.sources.pop(v, None)
         self.seen.clear()
 
     def inline(self, values: set[Value]) -> None:
@@ -305,13 +301,14 @@ class Fuser:
                 return True
         return False
 
-    def reads(self, v: Value) -> list[Value]:
+    def reads(self, v: Value) -> Sequence[Value]:
         """What v reads, seen through inlined values."""
         known = self.seen.get(v)
         if known is None:
-            known = self.seen[v] = []
-            for s in self._sources(v):
-                known.extend(self.reads(s) if s in self.inlined else (s,))
+            known = self._sources(v)
+            if not self.inlined.isdisjoint(known):
+                known = [r for s in known for r in (self.reads(s) if s in self.inlined else (s,))]
+            self.seen[v] = known
         return known
 
     # changes --------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,10 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)')
+from .overload import facts_of
 
-#: Fresh by contract, but the same memory in fact: their result is read as a view.
-_UNSAFE_VIEWS = frozenset({"aten::_unsafe_view", "aten::reshape", "aten::contiguous"})
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)')
 
 
 def value_of(node: fx.Node) -> Any:
@@ -93,46 +91,20 @@ def schema_of(node: fx.Node) -> Any:
 
 def is_view(node: fx.Node) -> bool:
     """Whether the result shares (or may share) the memory of the first argument."""
-    return isinstance(node.target, torch._ops.OpOverload) and _is_view(node.target)
-
-
-@functools.cache
-def _is_view(target: torch._ops.OpOverload) -> bool:
-    schema = target._schema
-    if schema.name in _UNSAFE_VIEWS:
-        return True
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-
-
-@functools.cache
-def _written(target: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
-    """(place, name) of the arguments whose memory an op writes."""
-    return tuple(
-        (i, argument.name)
-        for i, argument in enumerate(target._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    )
-
-
-@functools.cache
-def _memory_of_result(target: torch._ops.OpOverload) -> str:
-    """Whose memory a result lies in: "new", that of the "first" operand, or what is "written"."""
-    if target._schema.is_mutable:
-        shared = any(r.alias_info is not None for r in target._schema.returns)
-        return "written" if shared else "new"
-    return "first" if _is_view(target) else "new"
+    facts = facts_of(node.target)
+    return facts is not None and facts.view
 
 
 def mutated_arguments(node: fx.Node) -> Sequence[fx.Node]:
     """The nodes whose memory this node writes. Of a higher-order op all inputs may be written."""
-    target: Any = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return node.all_input_nodes if isinstance(target, torch._ops.HigherOrderOperator) else ()
-    places = _written(target)
-    if not places:
+    facts = facts_of(node.target)
+    if facts is None:
+        whole = isinstance(node.target, torch._ops.HigherOrderOperator)
+        return node.all_input_nodes if whole else ()
+    if not facts.written:
         return ()
-    given = [node.args[i] if i < len(node.args) else node.kwargs.get(n) for i, n in places]
-    return nodes_in(given)
+    args, kwargs = node.args, node.kwargs
+    return nodes_in([args[i] if i < len(args) else kwargs.get(n) for i, n in facts.written])
 
 
 def nodes_in(argument: Any) -> list[fx.Node]:
@@ -161,7 +133,7 @@ class Storage:
         self.writes: dict[fx.Node, list[fx.Node]] = {}
         for i, node in enumerate(graph.nodes):
             self.position[node] = i
-            root = self.root[node] = self._root(node)
+            root = self.root[node] = node if node.op != "call_function" else self._root(node)
             self.members.setdefault(root, []).append(node)
             for written in mutated_arguments(node):
                 self.writes.setdefault(self.root[written], []).append(node)
@@ -169,13 +141,11 @@ class Storage:
         self.escaping = {self.root[node] for node in self.outputs}
 
     def _root(self, node: fx.Node) -> fx.Node:
-        if node.op != "call_function":
-            return node
-        target: Any = node.target
-        if isinstance(target, torch._ops.OpOverload):
-            memory = _memory_of_result(target)
+        facts = facts_of(node.target)
+        if facts is not None:
+            memory = facts.memory
         else:
-            memory = "first" if getattr(target, "__name__", "") == "getitem" else "new"
+            memory = "first" if getattr(node.target, "__name__", "") == "getitem" else "new"
         if memory == "new":
             return node
         shared = node.all_input_nodes if memory == "first" else mutated_arguments(node)

@@ -121,7 +121,8 @@ class Index:
         const: Size = 0
         for place, step in zip(places, steps, strict=True):
             for atom, c in place.terms:
-                terms[atom] = simplify(terms.get(atom, 0) + c * step)
+                more = simplify(c * step)
+                terms[atom] = simplify(terms[atom] + more) if atom in terms else more
             const = const + place.const * step
         return Index(terms, simplify(const))
 

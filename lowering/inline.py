@@ -98,13 +98,12 @@ class Inliner:
                 inlined.add(v)
                 cost[v] = 2
             elif v in worth:
-                inputs = [base_of(a) for a in v.inputs]
-                cost[v] = op_cost(v) + sum(cost[a] for a in inputs if a in inlined)
-                whole = [a for a in inputs if not (a.reduces or _is_small(a, v))]
+                cost[v] = op_cost(v) + sum(cost[a] for a in v.bases if a in inlined)
+                whole = [a for a in v.bases if not (a.reduces or _is_small(a, v))]
                 if (
                     cost[v] * uses[v] <= INLINE_BUDGET
                     and all(a in inlined or a.kind == "buffer" for a in whole)
-                    and (len(whole) == len(inputs) or any(_as_large(a, v) for a in whole))
+                    and (len(whole) == len(v.bases) or any(_as_large(a, v) for a in whole))
                 ):
                     inlined.add(v)
         return inlined
@@ -124,7 +123,7 @@ class Inliner:
                 continue
             if not self._may_move(v):
                 continue
-            operands = {base_of(a) for a in v.inputs}
+            operands = set(v.bases)
             read = sum(BITS[a.dtype] for a in operands if product(a.shape) == product(v.shape))
             if all(a.kind == "buffer" for a in operands) and read <= 2 * BITS[v.dtype]:
                 out.add(v)
@@ -132,11 +131,7 @@ class Inliner:
 
     def _may_move(self, v: Value) -> bool:
         """Whether v may be computed where it is read: only there, with no write in between."""
-        return (
-            v not in self.escapes
-            and v not in self.waits
-            and self.written.isdisjoint(map(base_of, v.inputs))
-        )
+        return v not in self.escapes and v not in self.waits and self.written.isdisjoint(v.bases)
 
     def _read_elsewhere(self) -> set[Value]:
         """Values that no reader takes element for element, but for readers that are such too."""

@@ -67,6 +67,7 @@ class Value:
 
     __slots__ = (
         "args",
+        "bases",
         "computes",
         "dtype",
         "id",
@@ -109,10 +110,15 @@ class Value:
     def become(self, kind: str, op: str | None, args: Sequence[Any], params: Any = None) -> None:
         """Be computed otherwise from now on."""
         self.kind, self.op, self.args, self.params = kind, op, tuple(args), params
-        self.inputs = tuple([a for a in self.args if isinstance(a, Value)])
+        self._read()
         self.reduces = kind in ("reduce", "partial")
         # whether a kernel must do something for it (not memory, not a view)
         self.computes = kind not in ("buffer", "view")
+
+    def _read(self) -> None:
+        """Note the Values among the arguments, and what they show; a view shows one for good."""
+        self.inputs = tuple([a for a in self.args if isinstance(a, Value)])
+        self.bases = tuple([base_of(a) if a.kind == "view" else a for a in self.inputs])
 
     def again(self, args: Sequence[Any]) -> Value:
         """The same of other operands, made by no node."""
@@ -121,7 +127,7 @@ class Value:
         v.kind, v.op, v.params = self.kind, self.op, self.params
         v.reduces, v.computes = self.reduces, self.computes
         v.args = tuple(args)
-        v.inputs = tuple([a for a in v.args if isinstance(a, Value)])
+        v._read()
         v.shape, v.strides, v.dtype = self.shape, self.strides, self.dtype
         return v
 

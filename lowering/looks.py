@@ -12,13 +12,14 @@ from ..kernels.op import OPS
 from .graph import value_of
 from .indexing import size_of
 from .ir import dtype_name
+from .overload import name_of
 from .translate import schema_args
 
 
 def looks(node: fx.Node) -> bool:
     """Whether every place looks if an element of the update, or the mask's value, is for it."""
     load_ops()
-    op = OPS.get(str(node.target))
+    op = OPS.get(name_of(node.target))
     if op is None or op.declines is None:
         return False
     args: Any = fx.map_arg(tuple(schema_args(node)), _shape_of)

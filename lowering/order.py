@@ -33,7 +33,7 @@ def needs_of(
     groups: Sequence[Group],
     home: dict[Value, Group],
     sources_of: Callable[[Value], Sequence[Value]],
-) -> Callable[[Any], Iterator[Any]]:
+) -> Callable[[Any], Sequence[Any]]:
     """What a group or a node needs: groups, nodes, and Values that nobody stores."""
     return _Scheduler(program, groups, home, sources_of).needs
 
@@ -51,7 +51,7 @@ class _Scheduler:
         self.program, self.home, self.sources_of = program, home, sources_of
         self.live = set(groups)
         self.order: list[Any] = []
-        self.done: set[Any] = set()
+        self.begun: set[Any] = set()  # visited, or what is visited waits for it
 
     def run(self, gm: GraphModule) -> list[Any]:
         for node in gm.graph.nodes:
@@ -79,20 +79,19 @@ class _Scheduler:
                 self.visit(thing)
 
     def visit(self, start: Any) -> None:
-        if start in self.done:
+        if start in self.begun:
             return
-        stack: list[tuple[Any, Iterator[Any]]] = [(start, self.needs(start))]
-        busy = {start}
+        self.begun.add(start)
+        stack = [(start, iter(self.needs(start)))]
         while stack:
             thing, rest = stack[-1]
             for need in rest:
-                if need not in self.done and need not in busy:
-                    busy.add(need)
-                    stack.append((need, self.needs(need)))
+                if need not in self.begun:
+                    self.begun.add(need)
+                    stack.append((need, iter(self.needs(need))))
                     break
             else:
                 stack.pop()
-                self.done.add(thing)
                 if isinstance(thing, Group) or (
                     isinstance(thing, Node) and thing.op not in ("placeholder", "output")
                 ):
@@ -105,16 +104,16 @@ class _Scheduler:
             return group
         return v.node if v.kind in ("buffer", "full", "iota") and v.node is not None else v
 
-    def needs(self, thing: Any) -> Iterator[Any]:
+    def needs(self, thing: Any) -> Sequence[Any]:
         if isinstance(thing, Group):
-            for m in thing.members:
-                yield from map(self.unit, self.sources_of(m))
-        elif isinstance(thing, Value):
-            yield from map(self.unit, self.sources_of(thing))
-        elif isinstance(thing, Node) and not _is_constant(self.program.of.get(thing)):
-            for value in flatten(self.program.of.get(thing)):
-                yield from map(self.unit, self.sources_of(value))
-            yield from self.operands(thing)
+            read = dict.fromkeys(s for m in thing.members for s in self.sources_of(m))
+            return [self.unit(s) for s in read]
+        if isinstance(thing, Value):
+            return [self.unit(s) for s in self.sources_of(thing)]
+        if isinstance(thing, Node) and not _is_constant(self.program.of.get(thing)):
+            read = [s for v in flatten(self.program.of.get(thing)) for s in self.sources_of(v)]
+            return [*map(self.unit, read), *self.operands(thing)]
+        return ()
 
     def operands(self, thing: Node) -> Iterator[Any]:
         for node in thing.all_input_nodes:

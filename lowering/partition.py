@@ -16,6 +16,7 @@ from .batch_norm import APPLY, take_batch_norms_apart
 from .channels_last import Decision, decide
 from .conv_bias import take_biases_apart
 from .options import Options
+from .overload import name_of
 from .products import align_products
 
 
@@ -83,4 +84,4 @@ def share_seeds(gm: GraphModule) -> int:
 
 
 def _is(node: Node, name: str) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and str(node.target) == name
+    return name_of(node.target) == name

@@ -5,7 +5,6 @@ All of them take one walk over the graph and compute no tensor, so 4500 nodes co
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import operator
@@ -29,6 +28,7 @@ from .graph import (
     value_of,
 )
 from .looks import looks
+from .overload import facts_of
 
 aten = torch.ops.aten
 log = logging.getLogger("gems_compile")
@@ -234,18 +234,8 @@ def _literal(value: Any) -> Any:
 
 
 def _is_pure(node: fx.Node) -> bool:
-    known = isinstance(node.target, torch._ops.OpOverload)
-    return known and _declared_pure(node.target) and not node.is_impure()
-
-
-@functools.cache
-def _declared_pure(target: Any) -> bool:
-    return (
-        target.namespace in ("aten", "prims", "gems")
-        and not target._schema.is_mutable
-        and bool(target._schema.returns)
-        and torch.Tag.nondeterministic_seeded not in target.tags
-    )
+    facts = facts_of(node.target)
+    return facts is not None and facts.pure and not node.is_impure()
 
 
 def draws_random_numbers(node: fx.Node) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from .group import Group
-from .ir import Value, base_of
+from .ir import Value
 from .views import Frame
 
 Resolve = Callable[[Sequence[str]], tuple[str, ...]]
@@ -40,11 +40,10 @@ def strays(v: Value, frame: Frame, group: Group, tied: set[Value]) -> bool:
 def reads_through(v: Value, inlined: Collection[Value], tied: set[Value]) -> bool:
     """Whether v reads a tied member through a value that is computed where it is read: nobody can
     say at which place."""
-    stack = [base for a in v.inputs if (base := base_of(a)) in inlined and base.kind != "cast"]
+    stack = [base for base in v.bases if base in inlined and base.kind != "cast"]
     while stack:
-        for a in stack.pop().inputs:
-            base = base_of(a)
-            if base in tied or _source(a) in tied:
+        for base in stack.pop().bases:
+            if _shows(base, tied):
                 return True
             if base in inlined:
                 stack.append(base)
@@ -92,18 +91,16 @@ def _tied_reads(v: Value, tied: set[Value]) -> list[tuple[int, Value]]:
     """(place among v's operands, the operand) for those that show a tied value."""
     if not tied:
         return []
-    return [(k, a) for k, a in enumerate(v.inputs) if a in tied or _shows(a, tied)]
+    return [(k, v.inputs[k]) for k, base in enumerate(v.bases) if _shows(base, tied)]
 
 
-def _shows(a: Value, tied: set[Value]) -> bool:
-    return a.kind in ("view", "cast") and (base_of(a) in tied or _source(a) in tied)
-
-
-def _source(a: Value) -> Value:
-    """What an operand reads, seen through views and casts."""
-    while a.kind in ("view", "cast"):
-        a = a.args[0]
-    return a
+def _shows(base: Value, tied: set[Value]) -> bool:
+    """Whether it is one of them, or a cast of one."""
+    if base in tied:
+        return True
+    while base.kind in ("view", "cast"):
+        base = base.args[0]
+    return base in tied
 
 
 def _is_elsewhere(

@@ -15,7 +15,7 @@ from .flight import asks_for_little, stores_more
 from .folds import define, parts_of, render_fold, render_load
 from .fours import axis_of_fours, is_plain, whole_axis
 from .group import SHARE
-from .indexing import Index, Size, is_static, product, simplify
+from .indexing import Index, Size, is_one, is_static, product, simplify
 from .ir import SIXTEEN_BIT, Value
 from .loops import Loops, shared_first
 from .pairs import join_sums
@@ -284,7 +284,7 @@ class Renderer(Accumulators, Loops):
             ends(self)
 
     def body_size(self, size: Size) -> str:
-        if is_static(size):
+        if type(size) is int:
             return str(size)
         for name, role, what in self.body.params:
             if role == "size" and what == size:
@@ -338,9 +338,8 @@ class Renderer(Accumulators, Loops):
                 continue
             if self.wide64 and atom not in self.group.sizes and atom not in self.body.derived:
                 atom = f"{atom}.to(tl.int64)"  # a number that was loaded, perhaps of 32 bits
-            unit = is_static(c) and c == 1
-            parts.append(atom if unit else f"{atom} * {self.body_size(c)}")
-        if not (is_static(index.const) and index.const == 0):
+            parts.append(atom if is_one(c) else f"{atom} * {self.body_size(c)}")
+        if type(index.const) is not int or index.const != 0:
             parts.append(self.body_size(index.const))
         return " + ".join(parts) or "0"
 

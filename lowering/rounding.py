@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from .group import Group
-from .ir import SIXTEEN_BIT, Value, base_of
+from .ir import SIXTEEN_BIT, Value
 from .translate import op_of
 
 #: a float32 exp that a program asks for by name stays as exact as eager's
@@ -28,7 +28,7 @@ class Rounding:
         seen = set(todo)
         while todo:
             reader = todo.pop()
-            for a in map(base_of, reader.inputs):
+            for a in reader.bases:
                 if computes(a):
                     self.readers[a].append(reader)
                     if a not in seen:

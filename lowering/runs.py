@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from .executor import Writer
@@ -24,8 +24,7 @@ NUMBERS = {"i64": INT64, "i32": INT32}  # of a kernel's signature
 MOST_VALUES = 256
 
 
-@dataclass(frozen=True)
-class Operand:
+class Operand(NamedTuple):
     """A number, or what a text of the function yields in a call plus a number."""
 
     kind: str
@@ -104,6 +103,7 @@ class Runs:
         self.launches: dict[int, Launch] = {}  # by line
         self.early: set[int] = set()  # lines that may as well come earlier
         self.made: list[Run] = []
+        self.last_used: dict[int, list[str]] = {}  # line -> variables whose last use is there
 
     def launch(self, launch: Launch) -> None:
         """The function's next line launches a kernel; what it says is known in the end."""
@@ -118,6 +118,8 @@ class Runs:
     def gather(self) -> None:
         """Write the lines of the runs, once all lines are known."""
         memory = Memory(self.writer)
+        for name, line in self.writer.uses.items():
+            self.last_used.setdefault(line, []).append(name)
         pending: list[int] = []
         for line in range(len(self.writer.lines)):
             goes_on = (
@@ -145,9 +147,9 @@ class Runs:
         run = Run(f"r{len(self.made)}", [self.launches[line] for line in lines])
         self.made.append(run)
         self.writer.lines[lines[-1]] = run.call
-        for name, last in self.writer.uses.items():
-            if lines[0] <= last < lines[-1]:
-                self.writer.uses[name] = lines[-1]
+        late = [n for line in range(lines[0], lines[-1]) for n in self.last_used.pop(line, ())]
+        self.last_used.setdefault(lines[-1], []).extend(late)
+        self.writer.uses.update(dict.fromkeys(late, lines[-1]))
 
 
 class Memory:

@@ -157,8 +157,8 @@ def _run(run: dict[str, Any]) -> Run:
         Launch(
             launch["kernel"],
             launch["name"],
-            Operand(**launch["grid"]),
-            [Operand(**operand) for operand in launch["args"]],
+            Operand(*launch["grid"]),
+            [Operand(*operand) for operand in launch["args"]],
             launch["flag"],
         )
         for launch in run["launches"]

@@ -32,8 +32,8 @@ def plan_scratch(
     ends: dict[int, list[Value]] = {}
     for place, step in enumerate(steps):
         for out in step.outputs if isinstance(step, Group) else ():
-            size = _bytes_of(out)
-            if out not in escapes and 0 < size <= MOST_BYTES:
+            size = 0 if out in escapes else _bytes_of(out)
+            if 0 < size <= MOST_BYTES:
                 offsets[out] = free.take(size)
                 ends.setdefault(last[out], []).append(out)
         for value in ends.pop(place, ()):

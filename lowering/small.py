@@ -49,6 +49,8 @@ def may_join(groups: Sequence[Group], apart: Collection[Node]) -> set[Group]:
 def _is_small(group: Group) -> bool:
     if not is_static(*group.sizes.values()) or has_stores(group):
         return False
+    if sum(map(_bytes, group.outputs)) > SMALL:
+        return False
     made = set(group.members)
     read = {a for m in group.members for a in m.inputs if a not in made}
     return (

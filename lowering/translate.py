@@ -18,6 +18,7 @@ from .builder import Builder, result_dtype
 from .indexing import Size, is_one, is_static, size_of
 from .ir import INTEGERS, SUPPORTED, Declined, SizeArg, Value, dtype_name
 from .one_hot import sum_of_one_hot
+from .overload import name_of
 from .parts import normalize_axes
 from .repeats import Repeats
 from .view_ops import VIEWS, negative_zero
@@ -35,9 +36,8 @@ class Program:
     made: dict[Node, list[Value]] = field(default_factory=dict)  # all that a node became
 
 
-@functools.cache
 def op_of(target: Any) -> Op | None:
-    return OPS.get(str(target)) if isinstance(target, torch._ops.OpOverload) else None
+    return OPS.get(name_of(target))
 
 
 @functools.cache
@@ -137,7 +137,7 @@ class Translator:
     def _lower(self, node: Node, val: Any) -> Any:
         if not isinstance(node.target, torch._ops.OpOverload):
             raise Declined("not an ATen operator")
-        name = str(node.target)
+        name = name_of(node.target)
         view = VIEWS.get(name)
         op = op_of(node.target)
         if view is None and op is None and name not in WRITES:
