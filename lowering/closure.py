@@ -51,6 +51,15 @@ class Closure:
         waits = self.sets[place] = self._until_read(sources)
         self._note(place, waits)
 
+    def take(
+        self, place: int, waits: Sequence[int], opened: Sequence[int], low: Sequence[int]
+    ) -> None:
+        """The next values, from ``place`` on, wait for this; groups were opened among them."""
+        self.sets[place : place + len(waits)] = waits
+        self.met = place + len(waits)
+        self.opened += opened
+        self.low += low
+
     def _until_read(self, sources: Iterable[Value]) -> int:
         place, home, sets, waits = self.place, self.home, self.sets, 0
         for source in sources:  # as until_read, which would be called for each

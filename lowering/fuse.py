@@ -17,6 +17,7 @@ from .ir import Value, base_of, is_dense
 from .parts import sweep_parts
 from .places import Crossings, find_tied, is_tied, reads_through, strays
 from .recompute import recompute
+from .replay import Replays
 from .scan import why_not_scan
 from .schedule import COLUMNS
 from .sweep import is_column, on_chip, reduction_of, set_shares, why_not_sweep
@@ -57,12 +58,16 @@ class Fuser:
     # grouping -------------------------------------------------------------------------------
 
     def run(self) -> list[Group]:
-        for v in self.program.values:
-            if v.kind == "view":
+        for stretch in Replays(self).stretches():
+            if stretch.follow():
                 continue
-            self.closure.meet(v, self._sources(v))
-            if v.computes and v not in self.inlined:
-                self._place(v)
+            for v in stretch.values:
+                if v.kind == "view":
+                    continue
+                self.closure.meet(v, self._sources(v))
+                if v.computes and v not in self.inlined:
+                    self._place(v)
+            stretch.keep()
         recompute(self)
         fold_parts(self)
         live = [g for g in self.groups if g.members]
@@ -111,14 +116,14 @@ class Fuser:
         """(groups that produce an operand, groups that only read the same data), latest first."""
         producers: dict[Group, None] = {}
         siblings: dict[Group, None] = {}
-        oldest = self.place[v] - SIBLING_DISTANCE
+        place = self.place[v]
         for a in v.inputs:
             while True:
                 own = self.home.get(a)
                 if own is not None:
                     producers[own] = None
                 for g in self.near.get(a, ()):
-                    if g.last >= oldest and g.members:
+                    if self.is_near(g, place):
                         siblings[g] = None
                 if a.kind != "view" and not (a.kind == "cast" and a in self.inlined):
                     break
@@ -130,6 +135,10 @@ class Fuser:
         others = [g for g in siblings if g not in producers]
         # a reduction first: it takes in a pointwise group, not the other way round
         return sorted(producers, key=_reductions_first), sorted(others, key=_latest_first)
+
+    def is_near(self, group: Group, place: int) -> bool:
+        """Whether a value there may share the group's kernel because it reads the same data."""
+        return group.last >= place - SIBLING_DISTANCE and bool(group.members)
 
     def _twin_key(self, v: Value) -> Any:
         """Reductions alike over results of one kernel can share the next kernel, and writes to the

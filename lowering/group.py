@@ -41,6 +41,23 @@ class Group:
         self.tied: set[Value] = set()  # members that a program has for its own row only
         self.first = self.last = 0  # places of its first and last member in the program
 
+    def facts(self) -> tuple[Any, ...]:
+        """What is known of the group beside its members and places: see ``take_facts``."""
+        return (
+            self.operands,
+            dict(self.sizes),
+            dict(self.parts),
+            self._domain,
+            self._reduced,
+            (self.column, self.shares, self.scans),
+        )
+
+    def take_facts(self, facts: tuple[Any, ...]) -> None:
+        """Be like the group whose ``facts`` these are."""
+        self.operands, sizes, parts, self._domain, self._reduced, how = facts
+        self.sizes, self.parts = dict(sizes), dict(parts)
+        self.column, self.shares, self.scans = how
+
     # atoms ---------------------------------------------------------------------------------
 
     def new_atom(self, size: Size) -> str:

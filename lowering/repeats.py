@@ -23,6 +23,7 @@ class Repeats:
 
     def __init__(self) -> None:
         self.recipes: dict[Any, _Recipe | None] = {}
+        self.latest: tuple[_Recipe, list[Value]] | None = None  # the latest, and of which operands
 
     def made(
         self, op: Any, args: Sequence[Any], values: list[Value], make: Callable[[], Any]
@@ -31,11 +32,13 @@ class Repeats:
         key = _key(op, args)
         recipe = None if key is None else self.recipes.get(key)
         if recipe is not None:
-            return recipe.follow(args, values)
-        mark = len(values)
-        result = make()
-        if key is not None and key not in self.recipes:
-            self.recipes[key] = _recipe(args, values[mark:], result)
+            result = recipe.follow(args, values)
+        else:
+            mark = len(values)
+            result = make()
+            if key is not None and key not in self.recipes:
+                recipe = self.recipes[key] = _recipe(args, values[mark:], result)
+        self.latest = None if recipe is None else (recipe, _operands(args))
         return result
 
 

@@ -34,6 +34,8 @@ class Program:
     of: dict[Node, Any] = field(default_factory=dict)  # node -> Value | SizeArg | tuple of them
     aten: dict[Node, str] = field(default_factory=dict)  # node run by ATen -> why
     made: dict[Node, list[Value]] = field(default_factory=dict)  # all that a node became
+    #: of nodes that became what others did: after which recipe, of which operands
+    recipes: dict[Node, tuple[Any, list[Value]]] = field(default_factory=dict)
 
 
 def op_of(target: Any) -> Op | None:
@@ -159,7 +161,10 @@ class Translator:
             return self._bind(self._reduction(op, args, val), node, val)
         given, builder = args[: _arity(op) - 1], self._for_node(node)
         values, make = self.program.values, functools.partial(op.body, builder, *given)
-        return self._bind(self.repeats.made(op, given, values, make), node, val)
+        result = self.repeats.made(op, given, values, make)
+        if self.repeats.latest is not None:
+            self.program.recipes[node] = self.repeats.latest
+        return self._bind(result, node, val)
 
     def _for_node(self, node: Node) -> Builder:
         self.builder.origin = node
