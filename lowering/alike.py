@@ -86,6 +86,7 @@ class _Description:
         self.places: dict[Value, int] = {}
         self.salts: dict[int, int] = {}
         self.values: list[Any] = []
+        self.extents: list[Any] = []  # of all values
         whole = (
             tuple(group.sizes.items()),
             tuple(group.parts.items()),
@@ -96,7 +97,9 @@ class _Description:
             tuple(map(self._place, group.outputs)),
             tuple((self._place(a), self._place(b)) for a, b in group.stores.items()),
         )
-        self.key = (*self.values, whole)
+        # a number and the constant expression of it are equal
+        types = None if is_static(*self.extents) else tuple(map(type, self.extents))
+        self.key = (*self.values, whole, types)
 
     def _place(self, v: Value) -> int:
         place = self.places.get(v)
@@ -108,9 +111,10 @@ class _Description:
     def _described(self, v: Value) -> tuple[Any, ...]:
         member, inlined = v in self.members, v in self.inlined
         sizes = v.shape + v.strides  # as many of the ones as of the others
+        self.extents += sizes
         memory = (
             v.dtype,
-            sizes if is_static(*sizes) else tuple([(type(size), size) for size in sizes]),
+            sizes,
             self.group.frames.get(v),
             v in self.written,
             is_seed(v),

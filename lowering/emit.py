@@ -55,6 +55,7 @@ class Emitter:
         self.body = Body(group, looped, window)
         self.memo: dict[Any, str] = {}
         self.levels: dict[Value, int] = {}
+        self.radix: dict[tuple[str, ...], Index] = {}  # atoms of an axis -> the place along it
         self.reductions: dict[Value, str] = {}  # reduction -> its name in the kernel
         self.results: dict[Value, str] = {}  # reduction -> register of its result
         self.online = find_online(group) if looped else {}
@@ -114,15 +115,18 @@ class Emitter:
             raise EmitError(f"{v!r} has no place in its group")
         return [self.mixed_radix(axis) for axis in frame]
 
-    def mixed_radix(self, axis: Sequence[str]) -> Index:
-        terms: dict[str, Size] = {}
-        step: Size = 1
-        first: Size = 0
-        for atom in reversed(axis):
-            terms[atom] = step
-            first = simplify(first + step * self.body.first(atom))
-            step = simplify(step * self.group.size(atom))
-        return Index(terms, first)
+    def mixed_radix(self, axis: tuple[str, ...]) -> Index:
+        known = self.radix.get(axis)
+        if known is None:
+            terms: dict[str, Size] = {}
+            step: Size = 1
+            first: Size = 0
+            for atom in reversed(axis):
+                terms[atom] = step
+                first = simplify(first + step * self.body.first(atom))
+                step = simplify(step * self.group.size(atom))
+            known = self.radix[axis] = Index(terms, first)
+        return known
 
     # what views ask for ----------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ reductions, views and gathers only. Dtypes are torch's names as strings.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import count
 from typing import Any
 
@@ -162,6 +162,11 @@ def is_dense(v: Value) -> bool:
 def is_dense_layout(shape: Sequence[Size], strides: Sequence[Size]) -> bool:
     if not is_static(*shape, *strides):
         return tuple(strides) == contiguous_strides(shape)
+    return _is_dense(tuple(shape), tuple(strides))
+
+
+@lru_cache(4096)
+def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     step = 1
     for stride, size in sorted((st, s) for st, s in zip(strides, shape, strict=True) if s != 1):
         if stride != step:

@@ -202,7 +202,7 @@ class Groups:
             fuser.near[at(ref)] += [made[k] for k in numbers]
         shift = first - self.first
         for (producer, *rest), k in self.twins:
-            fuser.twins[producer + shift, *rest] = made[k]
+            fuser.twins[(producer + shift, *rest)] = made[k]
         for (producer, *rest), k, frame in self.twin_frames:
             fuser.twin_frames[made[k], (producer + shift, *rest)] = frame
         fuser.unfused += [(at(base), at(v), why) for base, v, why in self.unfused]
