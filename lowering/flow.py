@@ -98,13 +98,18 @@ def order_edges(
     read_by: dict[Value, list[Value]] = defaultdict(list)
     written_by: dict[Value, Value] = {}
     last_effect: Value | None = None
+    ever = _ever_written(program)
     for node in graph.nodes:
         if node.op in ("output", "placeholder", "get_attr"):
             continue
-        bases = [base_of(v) for s in node.all_input_nodes for v in flatten(program.of.get(s))]
         own = program.made.get(node) or flatten(program.of.get(node))
-        own = [v for v in own if v not in bases]  # a view of all of a tensor is that tensor
         whole = node in program.aten or _is_pick(node, program)
+        if not whole:
+            own = [v for v in own if v.kind == "store" or not ever.isdisjoint(v.bases)]
+            if not own:
+                continue
+        bases = [base_of(v) for s in node.all_input_nodes for v in flatten(program.of.get(s))]
+        own = [v for v in own if v not in bases]  # a view of all of a tensor is that tensor
         if whole:
             for v in own:
                 waits[v].extend(bases)
@@ -133,6 +138,15 @@ def order_edges(
                     waits[me].extend(r for r in read_by[base] if r is not me)
                     written_by[base] = me
     return waits, set(written_by)
+
+
+def _ever_written(program: Program) -> set[Value]:
+    """Memory that some node writes."""
+    nodes = [n for n in program.aten if has_effect(n)]
+    if any(v.kind == "store" for v in program.values):
+        stores = (n for n, made in program.made.items() if any(v.kind == "store" for v in made))
+        nodes.extend(stores)
+    return {base for node in nodes for base in _written_bases(node, program)}
 
 
 def written_by_aten(program: Program, graph: Any) -> set[Value]:

@@ -185,7 +185,8 @@ class Translator:
         for k, tensor in enumerate(_tensors(val)):
             self._check(tensor, "result", composite and k > 0)
         for k, arg in enumerate(node.all_input_nodes):
-            for tensor in _tensors(arg.meta.get("val")):
+            whole = arg.meta.get("val")
+            for tensor in () if id(whole) in self.fine else _tensors(whole):
                 self._check(tensor, arg, composite and k > 0)
 
     def _check(self, tensor: torch.Tensor, of: Node | str, may_be_empty: bool) -> None:
@@ -194,7 +195,7 @@ class Translator:
         what = of if isinstance(of, str) else f"operand {of.name}"
         if why := self._unsupported(tensor):
             raise Declined(f"{what} is {why}")
-        if any(_unbacked(s) for s in tensor.shape):
+        if not is_static(*tensor.shape) and any(map(_unbacked, tensor.shape)):
             raise Declined(f"{what} has a size that depends on data")
         if tensor.device != self.device:
             raise Declined(f"{what} is on {tensor.device}, the kernels are on {self.device}")
@@ -393,12 +394,11 @@ def unsupported_tensor(tensor: torch.Tensor) -> str | None:
     """Why kernels cannot touch this tensor, or None."""
     if tensor.layout != torch.strided:
         return f"of layout {tensor.layout}"
-    if tensor.is_quantized:
-        return "quantised"
-    if tensor.is_neg() or tensor.is_conj():
-        return "a lazily negated or conjugated view"
-    if dtype_name(tensor.dtype) not in SUPPORTED:
-        return f"of dtype {dtype_name(tensor.dtype)}"
+    dtype = dtype_name(tensor.dtype)
+    if dtype not in SUPPORTED:
+        return f"of dtype {dtype}"
+    if tensor.is_neg():
+        return "a lazily negated view"
     return "empty" if _is_empty(tensor) else None
 
 
