@@ -349,3 +349,18 @@ def result_dtype(values: Sequence[Value], args: Sequence[Any] = ()) -> str:
     if has_int and best == "bool":
         return "int64"
     return best
+
+
+def common_dtype(values: Sequence[Value], args: Sequence[Any]) -> str:
+    """torch.result_type: tensors of no dims yield to tensors with dims of the same category."""
+    big = [v for v in values if v.ndim] or list(values)
+    small = [v for v in values if not v.ndim]
+    best = result_dtype(big, args)
+    for v in small:
+        if _category(v.dtype) > _category(best):
+            best = v.dtype
+    return best
+
+
+def _category(dtype: str) -> int:
+    return 0 if dtype == "bool" else 2 if "float" in dtype else 1

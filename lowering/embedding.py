@@ -54,16 +54,17 @@ def _replace(graph: fx.Graph, node: fx.Node) -> bool:
     places = product(size_of(s) for s in table.shape)
     if not is_static(places) or (is_static(tokens) and tokens > MOST_ADDED * table.shape[0]):
         return False
+    narrow = table.dtype in NARROW
+    if narrow and (tokens <= FEW_TOKENS if is_static(tokens) else places > CACHED):
+        return False
     with graph.inserting_before(node):
         call = _Calls(graph, node)
-        if table.dtype not in NARROW:
+        if not narrow:
             new = call.added(table.dtype)
-        elif places <= CACHED and (not is_static(tokens) or tokens > FEW_TOKENS):
+        elif places <= CACHED:
             new = call(aten._to_copy.default, call.added(torch.float32), dtype=table.dtype)
-        elif is_static(tokens) and tokens > FEW_TOKENS:
-            new = call.put()
         else:
-            return False
+            new = call.put()
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return True

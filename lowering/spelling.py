@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from .builder import common_dtype
 from .ir import FLOATING, Value, computing_dtype
-from .translate import common_dtype
 
 
 class EmitError(Exception):
@@ -104,17 +104,10 @@ def storage(dtype: str) -> str:
     return "int1" if dtype == "bool" else dtype
 
 
-def parameters(op: Any, quick: bool = False) -> list[str]:
-    known = _PARAMETERS.get((op.name, quick))
-    if known is None:
-        import inspect
-
-        known = list(inspect.signature(_function(op, quick)).parameters)
-        _PARAMETERS[op.name, quick] = known
-    return known
-
-
-_PARAMETERS: dict[tuple[str, bool], list[str]] = {}
+def parameters(op: Any, quick: bool = False) -> tuple[str, ...]:
+    """The names of what an op's body, or its quick one, takes."""
+    code = _function(op, quick).__code__
+    return code.co_varnames[: code.co_argcount]
 
 
 def _function(op: Any, quick: bool) -> Any:

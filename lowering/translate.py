@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,13 +13,14 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ..kernels.op import OPS, Op
-from .builder import Builder, result_dtype
+from .builder import Builder
 from .indexing import Size, is_one, is_static, size_of
 from .ir import INTEGERS, SUPPORTED, Declined, SizeArg, Value, dtype_name
 from .one_hot import sum_of_one_hot
 from .overload import name_of
 from .parts import normalize_axes
 from .repeats import Repeats
+from .spelling import parameters
 from .view_ops import VIEWS, negative_zero
 from .views import Permute, Reshape
 from .writes import WRITES, lower_store
@@ -48,11 +48,6 @@ def _schema(target: Any) -> list[tuple[str, Any, bool]]:
         (a.name, a.default_value if a.has_default_value() else None, a.kwarg_only)
         for a in target._schema.arguments
     ]
-
-
-@functools.cache
-def _arity(op: Op) -> int:
-    return len(inspect.signature(getattr(op.body, "fn", op.body)).parameters)
 
 
 def schema_args(node: Node) -> list[Any]:
@@ -156,10 +151,10 @@ class Translator:
         if op.declines is not None and (why := op.declines(*args)):
             raise Declined(why)
         if op.kind == "pointwise":
-            return self._pointwise(op, args[: _arity(op)], node, val)
+            return self._pointwise(op, args[: len(parameters(op))], node, val)
         if op.kind == "reduction":
             return self._bind(self._reduction(op, args, val), node, val)
-        given, builder = args[: _arity(op) - 1], self._for_node(node)
+        given, builder = args[: len(parameters(op)) - 1], self._for_node(node)
         values, make = self.program.values, functools.partial(op.body, builder, *given)
         result = self.repeats.made(op, given, values, make)
         if self.repeats.latest is not None:
@@ -427,18 +422,3 @@ def _tensors(val: Any) -> list[torch.Tensor]:
     if isinstance(val, (tuple, list)):
         return [t for v in val for t in _tensors(v)]
     return []
-
-
-def common_dtype(values: Sequence[Value], args: Sequence[Any]) -> str:
-    """torch.result_type: tensors of no dims yield to tensors with dims of the same category."""
-    big = [v for v in values if v.ndim] or list(values)
-    small = [v for v in values if not v.ndim]
-    best = result_dtype(big, args)
-    for v in small:
-        if _category(v.dtype) > _category(best):
-            best = v.dtype
-    return best
-
-
-def _category(dtype: str) -> int:
-    return 0 if dtype == "bool" else 2 if "float" in dtype else 1
