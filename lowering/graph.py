@@ -76,11 +76,11 @@ def same_layout(a: Any, b: Any) -> bool:
         and is_tensor(b)
         and a.dtype == b.dtype
         and len(a.shape) == len(b.shape)  # most that differ do so here, and cost least to tell
+        and all_same(a.shape, b.shape)
         and a.device == b.device
         and a.layout == b.layout == torch.strided
         and a.is_conj() == b.is_conj()
         and a.is_neg() == b.is_neg()
-        and all_same(a.shape, b.shape)
         and all_same(a.stride(), b.stride())
     )
 

@@ -230,7 +230,8 @@ def _literal(value: Any) -> Any:
         return tuple(map(_literal, value))
     if isinstance(value, dict):
         return tuple((name, _literal(item)) for name, item in sorted(value.items()))
-    return type(value), repr(value)
+    kind = type(value)
+    return kind, repr(value) if kind in (float, complex) else value
 
 
 def _is_pure(node: fx.Node) -> bool:
