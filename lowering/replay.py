@@ -48,8 +48,8 @@ class Stretch:
             return False
         self.key = self.replays.key_of(self)
         known = None if self.key is None else self.replays.known.get(self.key)
+        self.start = len(self.replays.fuser.groups), len(self.replays.fuser.unfused)
         if known is None:
-            self.start = len(self.replays.fuser.groups), len(self.replays.fuser.unfused)
             return False
         known.make(self)
         return True
@@ -134,38 +134,39 @@ class _Closed:
 
 
 class Groups:
-    """What the fuser came to for a stretch, told without its Values."""
+    """What the fuser came to for a stretch, told without its Values: groups by their order, Values
+    by their place."""
 
     def __init__(self, stretch: Stretch) -> None:
-        fuser = stretch.replays.fuser
-        self.first = stretch.start[0]
-        self.opened = fuser.groups[self.first :]
+        fuser, (first, unfused) = stretch.replays.fuser, stretch.start
         refs: dict[Value, Ref] = {a: -1 - k for k, a in enumerate(stretch.operands)}
         refs.update((v, k) for k, v in enumerate(stretch.values))
         start = fuser.place[stretch.values[0]]
-        own = set(self.opened)
-        self.groups = [_Snapshot(group, refs, start) for group in self.opened]
+        order = {group: k for k, group in enumerate(fuser.groups[first:])}
+        self.groups = [_Snapshot(group, refs, start) for group in order]
         self.near = [
-            (ref, [g.number - self.first for g in fuser.near[v] if g in own])
+            (ref, [order[g] for g in fuser.near[v] if g in order])
             for v, ref in refs.items()
             if v in fuser.near
         ]
-        self.twins = [(k, g.number - self.first) for k, g in fuser.twins.items() if g in own]
+        self.twins = [
+            (producer - first, rest, order[group])
+            for (producer, *rest), group in fuser.twins.items()
+            if group in order
+        ]
         self.twin_frames = [
-            (key, group.number - self.first, frame)
-            for (group, key), frame in fuser.twin_frames.items()
-            if group in own
+            (producer - first, rest, order[group], frame)
+            for (group, (producer, *rest)), frame in fuser.twin_frames.items()
+            if group in order
         ]
-        self.unfused = [
-            (refs[base], refs[v], why) for base, v, why in fuser.unfused[stretch.start[1] :]
-        ]
-        self.low = [low - start for low in fuser.closure.low[self.first :]]
-        self.closed = self._closed(stretch, refs, own)
-        del self.opened
+        self.unfused = [(refs[base], refs[v], why) for base, v, why in fuser.unfused[unfused:]]
+        self.low = [low - start for low in fuser.closure.low[first:]]
+        self.closed = self._closed(stretch, refs, order)
 
-    def _closed(self, stretch: Stretch, refs: dict[Value, Ref], own: set[Group]) -> list[_Closed]:
-        fuser = stretch.replays.fuser
-        direct: dict[Any, set[int]] = {group: set() for group in own}  # of Values, and of groups
+    @staticmethod
+    def _closed(stretch: Stretch, refs: dict[Value, Ref], order: dict[Group, int]) -> list[_Closed]:
+        fuser, first = stretch.replays.fuser, stretch.start[0]
+        direct: dict[Any, set[int]] = {group: set() for group in order}  # of Values, and of groups
         for v in stretch.values:
             found = direct[v] = set()
             for source in v.bases:
@@ -177,10 +178,10 @@ class Groups:
                 direct[fuser.home[v]] |= found
         closed = []
         for v in stretch.values:
-            waits = fuser.closure.before(v) >> self.first
-            behind = [direct[fuser.home.get(v, v)]]
-            behind += [direct[g] for k, g in enumerate(self.opened) if waits >> k & 1]
-            closed.append(_Closed(waits, () if v.kind == "view" else tuple(set().union(*behind))))
+            waits = fuser.closure.before(v) >> first
+            behind = [] if v.kind == "view" else [direct[fuser.home.get(v, v)]]
+            behind += [direct[group] for group, k in order.items() if waits >> k & 1]
+            closed.append(_Closed(waits, tuple(sorted(set().union(*behind)))))
         return closed
 
     def make(self, stretch: Stretch) -> None:
@@ -200,11 +201,10 @@ class Groups:
                     set_shares(m, group.shares)
         for ref, numbers in self.near:
             fuser.near[at(ref)] += [made[k] for k in numbers]
-        shift = first - self.first
-        for (producer, *rest), k in self.twins:
-            fuser.twins[(producer + shift, *rest)] = made[k]
-        for (producer, *rest), k, frame in self.twin_frames:
-            fuser.twin_frames[made[k], (producer + shift, *rest)] = frame
+        for producer, rest, k in self.twins:
+            fuser.twins[(first + producer, *rest)] = made[k]
+        for producer, rest, k, frame in self.twin_frames:
+            fuser.twin_frames[made[k], (first + producer, *rest)] = frame
         fuser.unfused += [(at(base), at(v), why) for base, v, why in self.unfused]
         before = [fuser.closure.before(a) for a in operands]
         waits = []
@@ -221,7 +221,7 @@ class _Snapshot:
 
     def __init__(self, group: Group, refs: dict[Value, Ref], start: int) -> None:
         self.members = [refs[m] for m in group.members]
-        self.tied = [refs[m] for m in group.tied]
+        self.tied = sorted(refs[m] for m in group.tied)
         self.frames: list[tuple[Ref, Frame]] = (
             [(refs[v], frame) for v, frame in group.frames.items()] if group.members else []
         )
