@@ -71,30 +71,32 @@ def find_beside(
     Others would save a launch alone, and none of them could write over an operand.
     """
     found: dict[Group, Part] = {}
-    for group, shared in _sharing(groups, sources, apart).items():
-        part = _part_of(group, sources[group], inlined, multiprocessors)
+    shared = _sharing(groups, sources, apart)
+    many = Counter(shared.values())
+    for group, key in shared.items():
+        part = _part_of(group, sources[group], inlined, multiprocessors) if many[key] > 1 else None
         if part is not None:
-            found[group] = replace(part, key=("beside", ops_of(group), shared))
+            found[group] = replace(part, key=("beside", *key))
     keys = Counter(part.key for part in found.values())
     return {group: part for group, part in found.items() if keys[part.key] > 1}
 
 
 def _sharing(
     groups: Iterable[Group], sources: dict[Group, Source], apart: Collection[Node]
-) -> dict[Group, frozenset[Value]]:
-    """Groups that read what another one of equal ops reads, and that."""
+) -> dict[Group, tuple[Any, frozenset[Value]]]:
+    """Groups that read what another one of equal ops reads: the ops, and that."""
     reads: dict[Any, dict[Group, set[Value]]] = defaultdict(dict)  # by the ops
     for group in groups:
         ops = ops_of(group)
         if ops is not None and not any(node in apart for node in group.nodes):
             params = sources[group].params
             reads[ops][group] = {what for _, role, what in params if role == "in"}
-    found: dict[Group, frozenset[Value]] = {}
-    for alike in reads.values():
+    found: dict[Group, tuple[Any, frozenset[Value]]] = {}
+    for ops, alike in reads.items():
         many = Counter(v for read in alike.values() for v in read)
         for group, read in alike.items():
             if shared := frozenset(v for v in read if many[v] > 1):
-                found[group] = shared
+                found[group] = ops, shared
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from ..kernels.op import BODIES
@@ -207,7 +208,9 @@ class Builder:
         return self.view(x, Permute(x.shape, dims))
 
     def reshape(self, x: Value, shape: Sequence[Size]) -> Value:
-        return self.view(x, Reshape(x.shape, shape))
+        static = is_static(*x.shape, *shape)
+        view = _reshape(x.shape, tuple(shape)) if static else Reshape(x.shape, shape)
+        return self.view(x, view)
 
     def expand(self, x: Value, shape: Sequence[Size]) -> Value:
         return self.view(x, Expand(x.shape, shape))
@@ -288,6 +291,12 @@ class Builder:
         args = (values, *(v for _, v in indices))
         params = (target, axes, tuple(places), wrap, how)
         return Value("store", None, args, shape, target.dtype, params=params)
+
+
+@lru_cache(4096)
+def _reshape(src: tuple[int, ...], shape: tuple[int, ...]) -> Reshape:
+    """Of equal layers, one View: what follows from it is found out once."""
+    return Reshape(src, shape)
 
 
 def _loaded_bits(x: Value) -> int:
