@@ -12,6 +12,7 @@ between what is the same for all of them and the sums over them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,24 +65,30 @@ class Emitter:
         self.wide_atoms = set(group.reduced)
         self.walked = set(group.parallel) if group.sweeps else set()  # a program's rows
         self.counter = 0
-        self.rounding = Rounding(group, self._computes)
+
+    @functools.cached_property
+    def rounding(self) -> Rounding:
+        """Which values are seen in 16 bits only; few kernels have an op that asks."""
+        return Rounding(self.group, self._computes)
 
     # driver --------------------------------------------------------------------------------
 
     def run(self) -> Body:
-        top = max((self.level(m) for m in self.group.members), default=0)
+        top = max([self.level(m) for m in self.group.members], default=0)
+        reductions = [m for m in self.group.members if m.reduces]
+        stored = [(out, self._is_wide(out)) for out in self.group.stored]
         for level in range(top + 1):
-            for m in self.group.members:
-                if m.reduces and self.level(m) == level:
+            for m in reductions:
+                if self.level(m) == level:
                     finish_reduction(self, m)
-            for out in self.group.stored:
-                if self.level(out) == level and not self._is_wide(out):
+            for out, wide in stored:
+                if self.level(out) == level and not wide:
                     self._store(out, level)
-            for m in self.group.members:
-                if m.reduces and self.level(m) == level + 1:
+            for m in reductions:
+                if self.level(m) == level + 1:
                     accumulate(self, m, level)
-            for out in self.group.stored:
-                if self.level(out) == level and self._is_wide(out):
+            for out, wide in stored:
+                if self.level(out) == level and wide:
                     self._store(out, level)
         self._store_in_place()
         return self.body
@@ -97,7 +104,7 @@ class Emitter:
                 known = self.level(self.online[v][1][0]) + 1
             else:
                 own = v in self.members and v.reduces  # else it is a fold, in no loop
-                known = max((self.level(a) for a in v.inputs), default=0) + own
+                known = max([self.level(a) for a in v.inputs], default=0) + own
             self.levels[v] = known
         return known
 

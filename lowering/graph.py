@@ -133,9 +133,11 @@ class Storage:
         self.writes: dict[fx.Node, list[fx.Node]] = {}
         for i, node in enumerate(graph.nodes):
             self.position[node] = i
-            root = self.root[node] = node if node.op != "call_function" else self._root(node)
+            facts = facts_of(node.target)
+            plain = node.op != "call_function" or (facts is not None and facts.fresh)
+            root = self.root[node] = node if plain else self._root(node)
             self.members.setdefault(root, []).append(node)
-            for written in mutated_arguments(node):
+            for written in () if plain else mutated_arguments(node):
                 self.writes.setdefault(self.root[written], []).append(node)
         self.outputs = set(output_node(graph).all_input_nodes)
         self.escaping = {self.root[node] for node in self.outputs}

@@ -147,6 +147,8 @@ def private_directory() -> str:
 
 def usable(folder: str) -> bool:
     """Whether kernels can be kept there; makes the folder."""
+    if os.access(folder, os.W_OK | os.X_OK):  # as for most kernels: one question is enough
+        return True
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
     except OSError as e:

@@ -16,11 +16,12 @@ class Facts:
     view:      whether the result shares (or may share) the memory of the first argument
     written:   (place, name) of the arguments whose memory it writes
     memory:    whose memory a result lies in: "new", that of the "first" operand, what is "written"
+    fresh:     whether it writes no argument, and its results share no memory
     effect:    whether it changes memory or draws random numbers
     pure:      whether two calls of the same operands give the same, and nothing else happens
     """
 
-    __slots__ = ("effect", "memory", "name", "pure", "target", "view", "written")
+    __slots__ = ("effect", "fresh", "memory", "name", "pure", "target", "view", "written")
 
     def __init__(self, target: torch._ops.OpOverload) -> None:
         self.target = target  # as long as it is kept, no other object has its id
@@ -36,6 +37,7 @@ class Facts:
         self.memory = "first" if self.view else "new"
         if schema.is_mutable:
             self.memory = "written" if results else "new"
+        self.fresh = self.memory == "new" and not self.written
         random = torch.Tag.nondeterministic_seeded in target.tags
         self.effect = schema.is_mutable or random
         known = target.namespace in ("aten", "prims", "gems")
