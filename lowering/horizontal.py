@@ -114,11 +114,9 @@ def find_parts(
     """Those of ``may_share`` that can share a launch; one with a node in ``apart`` may not."""
     parts: dict[Group, Part] = {}
     known: dict[Source, Part | None] = {}
-    may = [group for group in candidates if apart.isdisjoint(group.nodes)]
-    many = Counter(_pointers(sources[group]) for group in may)
-    for group in may:
-        source = sources[group]
-        if many[_pointers(source)] > 1:
+    for group in candidates:
+        if apart.isdisjoint(group.nodes):
+            source = sources[group]
             first = source.like or source
             if first not in known:
                 known[first] = _part_of(first, multiprocessors)
@@ -138,7 +136,8 @@ def _part_of(source: Source, multiprocessors: int) -> Part | None:
     if any(role == "size" for _, role, _ in source.params):
         return None
     shared = _Shared(body, source.name, multiprocessors)
-    pointers = _pointers(source)
+    unaligned = source.meta["unaligned"]
+    pointers = tuple((n, role, what.dtype, n in unaligned) for n, role, what in source.params)
     if (copy := transposed_of(body)) is not None:
         return _Copied(shared, source, copy.numel, ("copy", pointers), copy)
     if shared.square or shared.wide64 or len(shared.parallel) > 1:
@@ -150,15 +149,6 @@ def _part_of(source: Source, multiprocessors: int) -> Part | None:
     wide = 128 // min(BITS[dtype] for _, _, dtype, _ in pointers)  # elements of a 16-byte load
     key = (*shared.lines_of(masked=True).clean, pointers, numel % wide == 0)
     return Part(shared, source, numel, key)
-
-
-def _pointers(source: Source) -> tuple[Any, ...]:
-    """What kernels that share a launch must have in common, as far as that is told at once."""
-    unaligned = source.meta["unaligned"]
-    return tuple(
-        (n, role, "" if role == "size" else what.dtype, n in unaligned)
-        for n, role, what in source.params
-    )
 
 
 # which groups share a launch ----------------------------------------------------------------------

@@ -50,10 +50,10 @@ def column_feeds(program: Program, readers: Readers, escapes: set[Value]) -> set
     """Values that only column reductions need: worth a kernel with those, not a store."""
     feeds: set[Value] = set()
     for v in reversed(program.values):
-        own = readers.get(v)
-        if not (v.computes and not v.reduces and v not in escapes and own):
+        if not v.computes or v.reduces or v in escapes:
             continue
-        if all(r in feeds or (r.reduces and is_column(r)) for r, _ in own):
+        own = readers.get(v)
+        if own and all(r in feeds or (r.reduces and is_column(r)) for r, _ in own):
             feeds.add(v)
     return feeds
 
@@ -115,8 +115,10 @@ class Inliner:
         """
         out: set[Value] = set()
         for v in self.program.values:
+            if v.kind != "pointwise":
+                continue
             readers = self.readers.get(v, ())
-            if len(readers) < 2 or v.kind != "pointwise" or v.op in HEAVY:
+            if len(readers) < 2 or v.op in HEAVY:
                 continue
             reduced = [r.reduces or r in self.column_feeds for r, _ in readers]
             if not any(reduced) or all(reduced) or not all(same for _, same in readers):
@@ -137,10 +139,11 @@ class Inliner:
         """Values that no reader takes element for element, but for readers that are such too."""
         out: set[Value] = set()
         for v in reversed(self.program.values):
+            if v.kind not in ("pointwise", "cast", "concat", "gather", "patch"):
+                continue
             readers = self.readers.get(v)
             if (
-                v.kind in ("pointwise", "cast", "concat", "gather", "patch")
-                and readers
+                readers
                 and all(not same or r in out for r, same in readers)  # seldom: asked first
                 and self._may_move(v)
             ):
