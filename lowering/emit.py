@@ -76,20 +76,17 @@ class Emitter:
     def run(self) -> Body:
         top = max([self.level(m) for m in self.group.members], default=0)
         reductions = [m for m in self.group.members if m.reduces]
-        stored = [(out, self._is_wide(out)) for out in self.group.stored]
+        wide = [out for out in self.group.stored if self._is_wide(out)]
+        narrow = [out for out in self.group.stored if out not in wide]
         for level in range(top + 1):
             for m in reductions:
                 if self.level(m) == level:
                     finish_reduction(self, m)
-            for out, wide in stored:
-                if self.level(out) == level and not wide:
-                    self._store(out, level)
+            self._store_all(narrow, level)
             for m in reductions:
                 if self.level(m) == level + 1:
                     accumulate(self, m, level)
-            for out, wide in stored:
-                if self.level(out) == level and wide:
-                    self._store(out, level)
+            self._store_all(wide, level)
         self._store_in_place()
         return self.body
 
@@ -474,6 +471,11 @@ class Emitter:
                 section = self._section(self._is_wide(copy), self.level(copy))
                 self.body.sections.setdefault(section, []).append(Instr("barrier", "", ""))
             self._store(copy, self.level(copy))
+
+    def _store_all(self, outs: Sequence[Value], level: int) -> None:
+        for out in outs:
+            if self.level(out) == level:
+                self._store(out, level)
 
     def _store(self, out: Value, level: int) -> None:
         if out.kind == "store":

@@ -102,6 +102,8 @@ class Writer:
     def arg(self, value: Any) -> str:
         if isinstance(value, Node):
             return self.node(value)
+        if value is None or isinstance(value, (bool, int, str)):
+            return repr(value)
         if isinstance(value, (list, tuple)):
             inner = ", ".join(self.arg(v) for v in value)
             if isinstance(value, tuple):
@@ -113,7 +115,7 @@ class Writer:
             return self.size(size_of(value))
         if isinstance(value, float) and not math.isfinite(value):
             return f'float("{value}")'
-        if value is None or isinstance(value, (bool, int, float, str)):
+        if isinstance(value, float):
             return repr(value)
         return self.constant(value)
 

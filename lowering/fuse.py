@@ -451,10 +451,8 @@ class Fuser:
                 self._near(value, one)
         for key in [k for k in self.twins if k[0] == two.number]:
             moved = (one.number, *key[1:])
-            self.twins[moved] = self.twins.pop(key)
-            self.twin_frames[(self.twins[moved], moved)] = self.twin_frames.pop(
-                (self.twins[moved], key)
-            )
+            group = self.twins[moved] = self.twins.pop(key)
+            self.twin_frames[group, moved] = self.twin_frames.pop((group, key))
         first = min(one.first, two.first)
         self.closure.absorb(one, two, first)
         for m in two.members:

@@ -133,8 +133,8 @@ class Storage:
         self.writes: dict[fx.Node, list[fx.Node]] = {}
         for i, node in enumerate(graph.nodes):
             self.position[node] = i
-            facts = facts_of(node.target)
-            plain = node.op != "call_function" or (facts is not None and facts.fresh)
+            facts = facts_of(node.target) if node.op == "call_function" else None
+            plain = facts.fresh if facts is not None else node.op != "call_function"
             root = self.root[node] = node if plain else self._root(node)
             self.members.setdefault(root, []).append(node)
             for written in () if plain else mutated_arguments(node):
