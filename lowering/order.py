@@ -111,8 +111,9 @@ class _Scheduler:
         if isinstance(thing, Value):
             return [self.unit(s) for s in self.sources_of(thing)]
         if isinstance(thing, Node) and not _is_constant(self.program.of.get(thing)):
-            read = [s for v in flatten(self.program.of.get(thing)) for s in self.sources_of(v)]
-            return [*map(self.unit, read), *self.operands(thing)]
+            made = flatten(self.program.of.get(thing))
+            own = [self.unit(s) for v in made for s in self.sources_of(v)]
+            return [*own, *self.operands(thing)]
         return ()
 
     def operands(self, thing: Node) -> Iterator[Any]:

@@ -92,7 +92,7 @@ class Replays:
         start = place[stretch.values[0]]
         if not all(self._is_fresh(a, start) for a in stretch.operands):
             return None
-        described = [tuple([a in fuser.inlined for a in stretch.operands])]
+        described: list[Any] = [tuple([a in fuser.inlined for a in stretch.operands])]
         end = start + len(stretch.values)
         for v in stretch.values:
             if v.kind == "store" or v in fuser.waits:
