@@ -76,12 +76,13 @@ class Replays:
         for node, (recipe, operands) in recipes.items():
             if many[recipe] < 2:
                 continue
-            own = [v for v in self.fuser.program.made[node] if v in place]
+            made = self.fuser.program.made[node]
+            own = [v for v in made if v in place]
             if len(own) < FEWEST or place[own[-1]] - place[own[0]] != len(own) - 1:
                 continue
-            first = place[own[0]]
+            first, kept = place[own[0]], tuple([v in place for v in made])
             yield Stretch(self, values[done:first])
-            yield Stretch(self, own, operands, recipe)
+            yield Stretch(self, own, operands, (recipe, kept))
             done = first + len(own)
         yield Stretch(self, values[done:])
 
@@ -93,9 +94,15 @@ class Replays:
         if not all(self._is_fresh(a, start) for a in stretch.operands):
             return None
         described: list[Any] = [tuple([a in fuser.inlined for a in stretch.operands])]
+        given = {a: -1 - k for k, a in enumerate(stretch.operands)}
         end = start + len(stretch.values)
         for v in stretch.values:
             if v.kind == "store" or v in fuser.waits:
+                return None
+            bases = [
+                place[b] - start if place.get(b, -1) >= start else given.get(b) for b in v.bases
+            ]
+            if None in bases:
                 return None
             readers = []
             for reader, _ in fuser.readers.get(v, ()):
@@ -107,7 +114,9 @@ class Replays:
                 (
                     v.op,
                     v.kind,
+                    v.shape,
                     v.strides,
+                    tuple(bases),
                     v.node is None,
                     v in fuser.inlined,
                     v in fuser.escapes,
