@@ -21,7 +21,8 @@ from .body import Body, Instr, Window
 from .folds import fold
 from .group import Group
 from .indexing import ZERO, Index, NeedSplit, Size, is_one, is_static, quotient, simplify
-from .ir import FLOATING, INTEGERS, SIXTEEN_BIT, SizeArg, Value, computing_dtype
+from .ir import INTEGERS, SIXTEEN_BIT, SizeArg, Value, computing_dtype
+from .leaves import emit_full, emit_iota, emit_random
 from .online import Pair, find_online
 from .patch import emit_patch
 from .pieces import emit_concat, lies_inside
@@ -36,7 +37,6 @@ from .spelling import (
     literal,
     parameters,
     spelling,
-    storage,
     whole,
 )
 from .writes import emit_store
@@ -367,39 +367,6 @@ class Emitter:
             text = f"{text}.to(tl.{v.dtype})"
         return self.line(section, f"{text}.to(tl.{computing_dtype(v.dtype)})", computes=v)
 
-    def _full(
-        self,
-        v: Value,
-        coords: Sequence[Index],
-        cond: str | None,
-        level: int,
-        section: tuple[str, int],
-    ) -> str:
-        value = v.args[0]
-        dtype = computing_dtype(v.dtype)
-        if isinstance(value, SizeArg):
-            return self.line(section, f"{self.size_name(value.expr)}.to(tl.{dtype})")
-        if v.dtype == "bool":
-            value = bool(value)
-        elif v.dtype not in FLOATING:
-            value = int(value)
-        else:
-            value = float(value)
-        text = f"tl.full([{{ones}}], {literal(value)}, tl.{storage(dtype)})"
-        if v.dtype in SIXTEEN_BIT:
-            text = f"{text}.to(tl.{v.dtype}).to(tl.float32)"
-        return self.line(section, text)
-
-    def _iota(
-        self,
-        v: Value,
-        coords: Sequence[Index],
-        cond: str | None,
-        level: int,
-        section: tuple[str, int],
-    ) -> str:
-        return self.line(section, f"({{i0}}).to(tl.{v.dtype})", [self._known(coords[v.params])])
-
     def _known(self, index: Index) -> Index:
         """The index, whose sizes are parameters from now on."""
         for size in (*(c for _, c in index.terms), index.const):
@@ -407,24 +374,7 @@ class Emitter:
                 self.size_name(size)
         return index
 
-    def _random(
-        self,
-        v: Value,
-        coords: Sequence[Index],
-        cond: str | None,
-        level: int,
-        section: tuple[str, int],
-    ) -> str:
-        linear = ZERO
-        for c, size in zip(coords, v.shape, strict=True):
-            linear = linear.scale(size) + c
-        seed = self.eval(v.args[0], (), None, level)
-        salt = f"salt{sum(n.startswith('salt') for n, _, _ in self.body.params)}"
-        self.body.params.append((salt, "size", v.args[1]))  # an argument: equal layers, one kernel
-        self.body.modules.add("random")
-        text = f"random.kept({seed}, {salt}, {{i0}}, {v.args[2]}, {{fours}}, {{nvidia}})"
-        return self.line(section, text, [self._known(linear)], computes=v)
-
+    _full, _iota, _random = emit_full, emit_iota, emit_random
     _concat = emit_concat
     _patch = emit_patch
     _scan = emit_scan
