@@ -267,6 +267,7 @@ def lowering_options(config: Config, target: Any) -> Options:
         own_rng=config.rng == "gems",
         layout=config.layout,
         keep_weights=config.keep_weights,
+        cudagraphs=config.cudagraphs,
         cache_dir=cache_dir(),
         cache_bytes=cache_bytes(),
         threads=config.threads,

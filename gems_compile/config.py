@@ -69,11 +69,15 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "rng": _one_of("gems", "eager"),
     "layout": _one_of("auto", "keep", "channels_last"),
     "keep_weights": _switch,
+    "cudagraphs": _switch,
     "strict": _switch,
     "dump": _folder,
     "threads": _workers,
     "cache": _switch,
 }
+
+#: Inductor's name of an option -> ours
+SAME_AS = {"triton.cudagraphs": "cudagraphs"}
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Config:
     layout:   of convolutions: "auto" makes them channels-last where a graph gains by it, "keep"
               never, "channels_last" always.
     keep_weights: whether inference keeps the weights that it converts to channels-last.
+    cudagraphs: whether what can be captured in CUDA graphs is, and replayed.
     strict:   a failure inside the compiler raises instead of running the group as ATen.
     dump:     the folder that gets every stage of every compile as files, or None.
     threads:  worker processes that compile kernels; 0 compiles in this one, None chooses.
@@ -97,6 +102,7 @@ class Config:
     rng: str = "gems"
     layout: str = "auto"
     keep_weights: bool = False
+    cudagraphs: bool = False
     strict: bool = False
     dump: str | None = None
     threads: int | None = None
@@ -116,26 +122,31 @@ class Config:
         if mode is not None and options is not None:
             raise OptionError(f"mode {mode!r} and options are both given; give one of them")
         if mode is not None:
-            _check_mode(mode)
+            options = _of_mode(mode)
         if options is not None and not isinstance(options, Mapping):
             raise OptionError(f"options is a {type(options).__name__}; valid: a dict, None")
-        for name in options or ():
+        given = {SAME_AS.get(name, name): value for name, value in (options or {}).items()}
+        for name in given:
             if name not in PARSERS:
                 raise OptionError(unknown("option", name, PARSERS))
         show_logs()
-        return cls(**{**_from_environment(), **(options or {})})
+        return cls(**{**_from_environment(), **given})
 
     def options(self) -> dict[str, Any]:
         """The settings as ``options=`` takes them: plain values, which the lower layers take."""
         return asdict(self)
 
 
-def _check_mode(mode: object) -> None:
+def _of_mode(mode: object) -> dict[str, Any]:
+    """The options that a mode stands for."""
     if mode not in MODES:
         raise OptionError(unknown("mode", mode, MODES))
-    if mode != "default":
-        # transformers' generate() passes reduce-overhead by itself: not worth a warning
-        _once(logging.INFO, f"mode {mode!r} is accepted and equals 'default' in this version")
+    equal = {"max-autotune": "reduce-overhead", "max-autotune-no-cudagraphs": "default"}.get(mode)
+    if equal is not None:
+        _once(logging.INFO, f"mode {mode!r} measures nothing yet: it equals {equal!r}")
+    if mode == "default":
+        return {}
+    return {"cudagraphs": mode != "max-autotune-no-cudagraphs"}
 
 
 # --------------------------------------------------------------------------- the environment
@@ -180,6 +191,9 @@ VARIABLES: dict[str, Variable] = {
     ),
     "GEMS_KEEP_WEIGHTS": Variable(
         "keep_weights", _text_switch, "0, 1", "Whether converted weights are kept."
+    ),
+    "GEMS_CUDAGRAPHS": Variable(
+        "cudagraphs", _text_switch, "0, 1", "Whether CUDA graphs are captured."
     ),
     "GEMS_STRICT": Variable("strict", _text_switch, "0, 1", "A failure inside us raises."),
     "GEMS_DUMP": Variable("dump", _folder, "a folder", "Every stage of every compile, as files."),

@@ -197,6 +197,7 @@ class Explanation:
             *_aten(self.graphs),
             *_layouts(self.graphs),
             *_unfused(self.graphs),
+            *_captures(self.graphs),
             *_failures(self.graphs),
             *_not_kept(self.graphs),
             *_breaks(self.breaks),
@@ -291,6 +292,13 @@ def _failures(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
         yield Table("Failed to compile, and runs as ATen", ("graph", "failure"), rows)
 
 
+def _captures(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
+    told = Counter((f"{g.graph} {g.kind}", line) for g in graphs for line in g.captures)
+    rows: list[Sequence[Any]] = [(*what, times) for what, times in told.items()]
+    if rows:
+        yield Table("CUDA graphs", ("graph", "", "times"), rows)
+
+
 def _not_kept(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
     """The graphs that no later process finds in the cache, and why."""
     rows: list[Sequence[Any]] = [
@@ -353,6 +361,8 @@ def _facts(explanation: Explanation) -> Iterator[str]:
             yield f"{head}: convolutions: {graph.layout}"
         for text in graph.failures:
             yield f"{head}: failed to compile: {text}"
+        for text in graph.captures:
+            yield f"{head}: {text}"
         if graph.cache:
             yield f"{head}: cache: {graph.cache}"
     for why, times in explanation.breaks.items():

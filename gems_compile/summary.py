@@ -134,6 +134,7 @@ class GraphSummary:
     failures: tuple[str, ...] = ()
     layout: str = ""  # which one convolutions have, and why; empty where there are none
     cache: str = ""  # of whole graphs: whether it came from there, went there, or why neither
+    captures: tuple[str, ...] = ()  # what CUDA graphs hold, what they do not, and why
     kernels: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     counted: dict[str, int] = field(default_factory=dict)  # of a graph whose nodes are not known
@@ -182,6 +183,7 @@ def summarize(report: Report) -> GraphSummary:
         "failures": tuple(report.failures),
         "layout": report.layout.reason,
         "cache": report.cache,
+        "captures": () if report.captures is None else tuple(report.captures.told()),
         "seconds": dict(report.seconds),
         **_rewrites(report),
     }

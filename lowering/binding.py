@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 
-from . import native, private
+from . import cuda_graphs, native, private
+from .cut import Captures
 from .kept import kept_in_channels_last
 from .profiled import profiled
 from .runs import Run, in_python, wide_when_called
@@ -55,6 +56,7 @@ def bind(
     constants: Mapping[str, Any],
     runs: Sequence[Run],
     kernels: Mapping[str, Callable[..., None]],
+    captures: Captures | None = None,
 ) -> Callable[[list[Any]], Any]:
     """The function, in the boxed form AOTAutograd asks for. ``kernels`` are what launches each
     kernel that the runs name, in both widths."""
@@ -76,9 +78,28 @@ def bind(
     )
     if device.type == "cuda":
         scope["current_stream"] = private.current_stream(device.index or 0)
+    if captures is not None and captures.pieces:
+        exec(code, scope)
+        call = _capturing(code, device, captures, scope, runs, kernels)
+        return _boxed(cuda_graphs.in_turn(call, device, captures.pieces[0].kind), device)
     scope.update(profiler=private.profiler(), profiled=profiled(code, dict(scope), runs, kernels))
     exec(code, scope)
     return _boxed(scope["call"], device)
+
+
+def _capturing(
+    code: CodeType,
+    device: torch.device,
+    captures: Captures,
+    scope: dict[str, Any],
+    runs: Sequence[Run],
+    kernels: Mapping[str, Callable[..., None]],
+) -> Callable[..., Any]:
+    """The function that replays graphs. It has globals of its own: what is recorded lives as long
+    as something may run it, so nothing that runs it may be reached from there."""
+    own = {**scope, **cuda_graphs.bound(captures, scope, device)}
+    own.update(profiler=private.profiler(), profiled=profiled(code, dict(own), runs, kernels))
+    return FunctionType(scope["call"].__code__, own)
 
 
 def bound_runs(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from .cut import PROFILED, Cut
 from .graph import is_view, mutated_arguments
 from .group import Group, Plan
 from .indexing import Size, is_static, size_of
@@ -50,10 +51,11 @@ class Writer:
         device: torch.device,
         sources: dict[Group, Source],
         views: bool = True,
+        cut: Cut | None = None,
     ) -> None:
         self.views = views
         self.gm, self.program, self.plan, self.device = gm, program, plan, device
-        self.sources = sources
+        self.sources, self.cut = sources, cut
         self.names: dict[Any, str] = {}  # node or Value -> variable
         self.constants: dict[str, Any] = {}
         self.lines: list[str] = []
@@ -63,8 +65,11 @@ class Writer:
         self.kept: set[str] = set()  # variables that are not tensors to free
         self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.kernels: list[tuple[str, Group]] = []
-        self.scratch, self.scratch_bytes = plan_scratch(plan.steps, sources, plan.escapes)
+        escapes = plan.escapes | cut.crossing if cut is not None else plan.escapes
+        self.scratch, self.scratch_bytes = plan_scratch(plan.steps, sources, escapes)
         self.in_place = plan_in_place(gm, program, plan, sources, self.scratch)
+        if cut is not None:
+            self.in_place = cut.within_parts(self.in_place)
         self.ledger = Ledger()
         self.widths, self.runs, self.seeds = Widths(self), Runs(self), Seeds(self)
         self.launches = 0
@@ -161,16 +166,29 @@ class Writer:
 
     def write(self) -> str:
         self._unpack()
-        for steps in batches(self.plan.steps):
-            if len(steps) > 1:
-                self._call_together(steps)
-            elif isinstance(steps[0], Group):
-                self._launch(steps[0])
-            else:
-                self._call(steps[0])
-        self._return()
+        if self.cut is None:
+            self._write_steps(self.plan.steps)
+        else:
+            for part in self.cut.parts:
+                self.cut.begins(self)
+                self._write_steps(part.steps)
+                self.cut.ends(self, part)
+        results = self._results()
+        if self.cut is not None:
+            self.runs.gather(self.cut.starts)
+            return self.cut.assemble(self, results)
+        self.add(f"return ({', '.join(results)}{',' if len(results) == 1 else ''})")
         self.runs.gather()
         return self._assemble()
+
+    def _write_steps(self, steps: Sequence[Any]) -> None:
+        for batch in batches(steps):
+            if len(batch) > 1:
+                self._call_together(batch)
+            elif isinstance(batch[0], Group):
+                self._launch(batch[0])
+            else:
+                self._call(batch[0])
 
     def _unpack(self) -> None:
         names = []
@@ -185,13 +203,19 @@ class Writer:
             self.add(f"{', '.join(names)}{',' if len(names) == 1 else ''} = args")
         self.add("args.clear()")
         if self.scratch_bytes:
-            dtype = self.constant(torch.uint8, "d")
             self.ledger.allocate("scratch", len(self.lines), self.scratch_bytes)
-            self.add(f"scratch = empty(({self.scratch_bytes},), (1,), {dtype})")
-            self.add(f"s0 = {self.use('scratch')}.data_ptr()")
+            if self.cut is None:  # else every part has its own
+                for line in self.scratch_lines:
+                    self.add(line)
         for node in self.placeholders:
             self._learn_symbols(node)
         self._align()
+
+    @property
+    def scratch_lines(self) -> list[str]:
+        dtype = self.constant(torch.uint8, "d")
+        empty = f"scratch = empty(({self.scratch_bytes},), (1,), {dtype})"
+        return [empty, f"s0 = {self.use('scratch')}.data_ptr()"]
 
     def _align(self) -> None:
         """Kernels read a copy of an input whose data starts off a 16-byte boundary.
@@ -208,7 +232,7 @@ class Writer:
                 name = self.names[node]
                 self.aligned[value] = f"x{name[1:]}"
                 names[self.aligned[value]] = self.use(name)
-        if names:
+        if names and self.cut is None:  # else every part has such a line
             each = "t if not t.data_ptr() & 15 else aligned(t)"
             self.add(f"{', '.join(names)}, = [{each} for t in ({', '.join(names.values())},)]")
 
@@ -419,12 +443,11 @@ class Writer:
             }
         return self._viewed
 
-    def _return(self) -> None:
+    def _results(self) -> list[str]:
         (out,) = (n for n in self.gm.graph.nodes if n.op == "output")
         results = out.args[0]
         results = results if isinstance(results, (list, tuple)) else (results,)
-        texts = [self._result(r) for r in results]
-        self.add(f"return ({', '.join(texts)}{',' if len(texts) == 1 else ''})")
+        return [self._result(r) for r in results]
 
     def _result(self, result: Any) -> str:
         """A result; a view of an input is made by ATen where somebody may ask for its base."""
@@ -457,7 +480,7 @@ class Writer:
             body.insert(0, "stream = current_stream()")
         elif self.kernels:
             body.insert(0, "stream = None")
-        body.insert(0, "if profiler._is_profiler_enabled: return profiled(args)")
+        body.insert(0, PROFILED)
         return "def call(args):\n" + "".join(f"    {line}\n" for line in body)
 
 

@@ -20,6 +20,7 @@ class Options:
     own_rng: bool = True
     keep_weights: bool = False  # of inference, in the layout that they are converted to
     layout: str = "auto"  # of convolutions, see ``channels_last``
+    cudagraphs: bool = False  # whether what can be is captured
     cache_dir: str | None = None
     cache_bytes: int = 2**30  # that kernels may take there
     threads: int | None = None

@@ -19,6 +19,8 @@ from .beside import find_beside, may_stand_beside
 from .binding import bind, compiled
 from .channels_last import Decision, decide
 from .conv_bias import take_biases_apart
+from .cuda_graphs import facts_of, why_not
+from .cut import Captures, Cut
 from .embedding import take_embeddings_apart
 from .emit import emit
 from .executor import Writer
@@ -85,6 +87,7 @@ class Report:
     rewrites: Any = None  # RewriteLog of Dynamo's graph
     layout: Decision = field(default_factory=Decision)  # of its convolutions
     cache: str = ""  # of whole graphs: whether this came from it, went into it, or why neither
+    captures: Captures | None = None  # in CUDA graphs; None where that was not asked for
 
 
 def compile_graph(
@@ -121,6 +124,7 @@ class Compilation:
         self.apart: set[Node] = set()  # of kernels that share no launch
         observe("aten", gm)
         self.device = kernel_device(gm, options)
+        self.facts = facts_of(gm, report.kind) if options.cudagraphs else None
         if report.kind == "inference":  # others were one graph when it was decided for them
             report.layout = decide(gm, options)
             biases = take_biases_apart(gm, options)
@@ -151,7 +155,14 @@ class Compilation:
         writer = self.writer
         kernels = {name: launchers[group] for name, group in writer.kernels}
         kernels.update((name, self.loading[group].wide) for name, group in writer.widths.wide)
-        run = bind(self.code, self.device, writer.constants, writer.runs.made, kernels)
+        run = bind(
+            self.code,
+            self.device,
+            writer.constants,
+            writer.runs.made,
+            kernels,
+            self.report.captures,
+        )
         self.clock.lap(self.report, "bind")
         self.observe("done", self.report)
         return run
@@ -251,11 +262,15 @@ class Compilation:
         self.observe("emit", list(sources.values()))
         self.clock.lap(report, "emit")
         views = self.options.alone or self.report.kind != "inference"
-        self.writer = writer = Writer(self.gm, program, plan, self.device, sources, views)
+        cut = self._cut(program, plan, sources)
+        writer = Writer(self.gm, program, plan, self.device, sources, views, cut)
+        self.writer = writer
         report.wrapper, report.peak_bytes = writer.write(), writer.peak_bytes
         self.clock.lap(self.report, "wrapper")
         self.code = compiled(report.wrapper, report.label)  # while the kernels compile
         self.clock.lap(self.report, "bind")
+        for line in report.captures.told() if report.captures is not None else ():
+            log.info("graph %s: %s", report.label, line)
         report.plan, report.source_of, report.runs = plan, sources, writer.runs.made
         report.sources = list({s.key: s for s in sources.values()}.values())
         report.fused = sum(len(g.nodes) for g in plan.groups)
@@ -265,6 +280,18 @@ class Compilation:
         reasons = (f"{node.target}: {why}" for node, why in plan.aten.items())
         report.aten = dict(Counter(reasons))
         self.clock.lap(report, "wrapper")
+
+    def _cut(self, program: Program, plan: Plan, sources: dict[Group, Source]) -> Cut | None:
+        """What CUDA graphs hold; None where they hold nothing."""
+        if self.facts is None:
+            return None
+        why = why_not(self.device)
+        if why:
+            self.report.captures = Captures(why_not=why)
+            return None
+        cut = Cut(self.gm, program, plan, sources, self.device, self.facts)
+        self.report.captures = cut.captures
+        return cut if cut.any else None
 
     def _give_up(self, group: Group, error: Exception) -> None:
         """Let ATen run a group's nodes, once and with a warning; strict mode raises.

@@ -324,3 +324,11 @@ def backward_keeps_graph() -> bool:
     """Whether the backward pass that runs now was asked to ``retain_graph``."""
     keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keeps is None or keeps()
+
+
+def visible_outputs() -> int | None:
+    """How many results of the forward graph that AOTAutograd compiles now come before those that it
+    saves for the backward; None where that is not known."""
+    context = torch._guards.TracingContext.try_get()
+    found = getattr(getattr(context, "fw_metadata", None), "num_forward", None)
+    return found if isinstance(found, int) else None

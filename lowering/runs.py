@@ -7,7 +7,7 @@ to its end, as long as that does not take more memory than the function has at i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -115,8 +115,8 @@ class Runs:
         self.early.add(len(self.writer.lines))
         self.writer.add(line)
 
-    def gather(self) -> None:
-        """Write the lines of the runs, once all lines are known."""
+    def gather(self, starts: Collection[int] = ()) -> None:
+        """Write the lines of the runs, once all lines are known. No run goes on at ``starts``."""
         memory = Memory(self.writer)
         for name, line in self.writer.uses.items():
             self.last_used.setdefault(line, []).append(name)
@@ -127,7 +127,7 @@ class Runs:
                 if line in self.launches
                 else line in self.early and memory.allows(line)
             )
-            if pending and not goes_on:
+            if pending and (line in starts or not goes_on):
                 self._write(pending)
                 pending = []
             if line in self.launches:

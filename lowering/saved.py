@@ -17,6 +17,7 @@ import torch
 from .binding import bind, compiled
 from .channels_last import Decision
 from .constants import Unsaveable, meant, spelled
+from .cut import Captures, Piece
 from .load import CompileError, Loading
 from .options import Options
 from .pipeline import Compilation, Report
@@ -63,6 +64,7 @@ def as_text(begun: Compilation, **more: Any) -> str:
         ],
         "counts": {name: getattr(report, name) for name in COUNTS},
         "layout": asdict(report.layout),
+        "captures": None if report.captures is None else asdict(report.captures),
         "more": more,
     }
     return json.dumps(data)
@@ -117,6 +119,9 @@ class Saved:
             setattr(report, name, value)
         report.layout = Decision(**data["layout"])
         report.wrapper = data["wrapper"]
+        if data["captures"] is not None:
+            told = data["captures"]
+            report.captures = Captures(**{**told, "pieces": [Piece(**p) for p in told["pieces"]]})
         report.constants = {name: c[-1] for name, c in data["constants"].items()}
         report.runs = [_run(run) for run in data["runs"]]
         report.sources = [self.sources[k] for k in dict.fromkeys(data["kernels"].values())]
@@ -140,7 +145,9 @@ class Saved:
             kernels[name] = self.loading[self.data["kernels"][name.removesuffix("w")]].wide
         seconds["triton"] = time.perf_counter() - begin
         code = compiled(self.report.wrapper, self.report.label)
-        run = bind(code, self.device, self.constants, self.report.runs, kernels)
+        run = bind(
+            code, self.device, self.constants, self.report.runs, kernels, self.report.captures
+        )
         seconds["bind"] = time.perf_counter() - begin - seconds["triton"]
         return run
 

@@ -69,6 +69,7 @@ class Seeds:
         return (
             all(any(p[1:] == (NUMBER, v) for p in s.params) for s in readers)
             and any(map(self._runs, readers))
+            and (writer.cut is None or writer.cut.stays_within_its_part(v))
             and not any(self._reads(step, v) for step in writer.plan.steps)
         )
 

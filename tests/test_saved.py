@@ -97,6 +97,7 @@ def saved(folder: Path, text: str | None = None) -> Saved:
         "runs": [],
         "counts": dict.fromkeys(COUNTS, 1),
         "layout": {},
+        "captures": None,
         "more": {},
     }
     options = Options(target=compile_target("nvidia", 90), cache_dir=str(folder), threads=2)

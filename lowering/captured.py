@@ -1,0 +1,119 @@
+"""The one place that touches torch's CUDA graph trees, which are private: see ``private.py``.
+
+Checked against the sources of torch 2.11.0 and 2.13.0. Where something is missing, ``machinery``
+says what, and nothing is captured.
+
+The trees warm a function up (its first call runs, in their memory), record it when it is called
+again and replay it from then on; graphs share one memory pool. They end a step when the next call
+of anything compiled begins, and then reuse memory that is still in use: ``would_overwrite`` tells.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+Model = Callable[[list[Any]], Sequence[Any]]
+
+
+class Trees:
+    """The graphs of one device."""
+
+    def __init__(self, index: int, module: Any) -> None:
+        self.index, self.module = index, module
+        self.threads = {n: _of_this_thread(module, n, new) for n, new in _THREAD_LOCALS.items()}
+
+    def wrap(
+        self, model: Model, example: list[Any], static: Sequence[int], kind: str, results: int
+    ) -> Model:
+        """``model`` as a function that is captured. Like ``model`` it takes a list, which it
+        clears. Inputs that are not ``static`` are copied to where the graph reads them."""
+        for name, shared in self.threads.items():
+            if not hasattr(self.module.local, name):
+                setattr(self.module.local, name, shared)
+        wrapped: Model = self.module.cudagraphify_impl(
+            model,
+            example,
+            static,
+            device_index=self.index,
+            is_backward=kind == "backward",
+            is_inference=kind == "inference",
+            stack_traces=[None] * results,  # which it counts
+        )
+        return wrapped
+
+    def would_overwrite(self) -> bool:
+        """Whether the next call would write over memory that something still holds."""
+        manager = self._manager()
+        return manager is not None and manager.can_start_new_generation() and self.holds()
+
+    def holds(self) -> bool:
+        """Whether something holds graphs' memory: what an earlier step saved for a backward that
+        did not run yet, or gradients that were lent."""
+        manager = self._manager()
+        if manager is None or manager.current_node is None:
+            return False
+        return any(map(_in_use, manager.current_node._path_from_root))
+
+    def _manager(self) -> Any:
+        container = self.threads["tree_manager_containers"].get(self.index)
+        return container.tree_manager if container is not None else None
+
+    def capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def stream(self) -> int:
+        return torch._C._cuda_getCurrentRawStream(self.index)
+
+    def wait_for(self, stream: int) -> None:
+        """The current stream waits for what another one has been given to do."""
+        other = torch.cuda.ExternalStream(stream, device=self.index)
+        torch.cuda.current_stream(self.index).wait_stream(other)
+
+
+def _in_use(node: Any) -> bool:
+    """Whether something holds results of a graph's last run. What a model of ours says may be
+    ``held`` stands for all of them: looking at each takes a microsecond."""
+    model = getattr(node.wrapped_function.model, "__self__", None)
+    refs = node.outputs_weakrefs
+    held = getattr(model, "held", None)
+    found = refs if held is None else [refs[k] for k in held if k < len(refs)]
+    return any(ref is not None and ref() is not None for ref in found)
+
+
+#: where the trees of each thread are; ours share those of the first, one call at a time
+_THREAD_LOCALS: dict[str, Callable[[], Any]] = {
+    "tree_manager_containers": dict,
+    "tree_manager_locks": lambda: defaultdict(threading.Lock),
+}
+_USED = (("current_node", "can_start_new_generation"), ("_path_from_root",))
+
+
+def _of_this_thread(module: Any, name: str, new: Callable[[], Any]) -> Any:
+    if not hasattr(module.local, name):  # another thread imported the module
+        setattr(module.local, name, new())
+    return getattr(module.local, name)
+
+
+@functools.cache
+def machinery(device: torch.device) -> tuple[Trees | None, str]:
+    """(what captures on a device, why nothing does)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None, "there is no NVIDIA GPU to capture on"
+    try:
+        from torch._inductor import cudagraph_trees as trees
+
+        for cls, names in zip(
+            (trees.CUDAGraphTreeManager, trees.CUDAGraphNode), _USED, strict=True
+        ):
+            for name in names:
+                getattr(cls, name)
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        return Trees(index, trees), ""
+    except (ImportError, AttributeError) as missing:
+        return None, f"this torch keeps its CUDA graph trees elsewhere ({missing})"

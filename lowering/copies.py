@@ -1,0 +1,84 @@
+"""Copies of what lies in a graph's own memory, for whoever keeps it."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+from .private import allocator, reinterpreter
+
+_view, _empty = reinterpreter(), functools.cache(allocator)
+
+#: tensors that are copied one by one
+FEW = 4
+ALIGNMENT = 16  # bytes
+
+
+def alias(result: Any) -> Any:
+    """Another tensor of the same memory."""
+    if not isinstance(result, torch.Tensor):
+        return result
+    return _view(result, result.size(), result.stride(), 0)
+
+
+def own(*results: Any) -> list[Any]:
+    """Copies that no replay writes over."""
+    fresh, into, sources = list(results), [], []
+    for k, result in enumerate(results):
+        if not isinstance(result, torch.Tensor):
+            continue
+        stride = result.stride()
+        copy = fresh[k] = _empty(result.device)((*result.size(),), stride, result.dtype)
+        plain = 0 not in stride
+        into.append(copy if plain else _once(copy))
+        sources.append(result if plain else _once(result))
+    if len(into) <= FEW:  # the kernel of many tensors has few programs for one
+        for to, source in zip(into, sources, strict=True):
+            to.copy_(source)
+    else:
+        torch._foreach_copy_(into, sources)
+    return fresh
+
+
+def own_together(*results: Any) -> list[Any]:
+    """The same, where some share memory: so do their copies."""
+    found, shared = list(results), defaultdict(list)
+    for k, result in enumerate(results):
+        if isinstance(result, torch.Tensor) and result.numel():
+            shared[result.untyped_storage().data_ptr()].append(k)
+    for places in shared.values():
+        copies = _copied([results[k] for k in places]) if len(places) > 1 else own(found[places[0]])
+        for k, copy in zip(places, copies, strict=True):
+            found[k] = copy
+    return found
+
+
+def _copied(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors of one storage, copied with what lies between them."""
+    begins = [t.storage_offset() * t.itemsize for t in tensors]
+    ends = [b + _span(t) * t.itemsize for b, t in zip(begins, tensors, strict=True)]
+    low = min(begins) // ALIGNMENT * ALIGNMENT
+    bytes_of = torch.empty(0, dtype=torch.uint8, device=tensors[0].device)
+    fresh = bytes_of.set_(tensors[0].untyped_storage(), low, (max(ends) - low,), (1,)).clone()
+    return [
+        torch.empty(0, dtype=t.dtype, device=t.device).set_(
+            fresh.untyped_storage(), (b - low) // t.itemsize, t.size(), t.stride()
+        )
+        for b, t in zip(begins, tensors, strict=True)
+    ]
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """Elements from the first to the last."""
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.size(), tensor.stride(), strict=True))
+
+
+def _once(tensor: torch.Tensor) -> torch.Tensor:
+    """Each element once: of an axis that repeats one, the first."""
+    for axis, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.size(axis) > 1:
+            tensor = tensor.narrow(axis, 0, 1)
+    return tensor
