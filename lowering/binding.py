@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -80,24 +81,23 @@ def bind(
         scope["current_stream"] = private.current_stream(device.index or 0)
     if captures is not None and captures.pieces:
         exec(code, scope)
-        call = _capturing(code, device, captures, scope, runs, kernels)
-        return _boxed(cuda_graphs.in_turn(call, device, captures.pieces[0].kind), device)
+        made = partial(_with_globals, code, scope, runs, kernels)
+        return _boxed(cuda_graphs.in_turn(captures, device, scope, made), device)
     scope.update(profiler=private.profiler(), profiled=profiled(code, dict(scope), runs, kernels))
     exec(code, scope)
     return _boxed(scope["call"], device)
 
 
-def _capturing(
+def _with_globals(
     code: CodeType,
-    device: torch.device,
-    captures: Captures,
     scope: dict[str, Any],
     runs: Sequence[Run],
     kernels: Mapping[str, Callable[..., None]],
+    more: dict[str, Any],
 ) -> Callable[..., Any]:
-    """The function that replays graphs. It has globals of its own: what is recorded lives as long
-    as something may run it, so nothing that runs it may be reached from there."""
-    own = {**scope, **cuda_graphs.bound(captures, scope, device)}
+    """The function with globals of its own: what a graph records lives as long as something may
+    run it, so nothing that runs it may be reached from there."""
+    own = {**scope, **more}
     own.update(profiler=private.profiler(), profiled=profiled(code, dict(own), runs, kernels))
     return FunctionType(scope["call"].__code__, own)
 

@@ -28,11 +28,13 @@ WAITING = (
     "_linalg_check_errors",
     "_fused_moving_avg_obs_fq_helper",
     "_fused_moving_avg_obs_fq_helper_functional",
-    "set_",
-    "resize_",
+    "dense_to_jagged",
+    "jagged_to_padded_dense",
 )
 #: families of ops whose libraries wait for the device
 LIBRARIES = ("linalg_", "_linalg_", "cholesky", "lu_", "geqrf", "ormqr", "orgqr", "triangular_")
+#: they give a tensor other memory
+MOVING = ("set_", "resize_")
 #: they look for the places where a mask is set
 INDEXED = ("index", "index_put", "index_put_", "_unsafe_index", "_unsafe_index_put")
 #: a kernel of the user's own
@@ -180,10 +182,12 @@ def _why_not_op(node: Node) -> str | None:
     if not isinstance(target, torch._ops.OpOverload):
         return "it is a number that the host computes"
     name = target._opname
-    if torch.Tag.data_dependent_output in target.tags or (
-        target.namespace == "aten" and (name in WAITING or name.startswith(LIBRARIES))
-    ):
+    aten = target.namespace == "aten"
+    waits = name in WAITING or (aten and name.startswith(LIBRARIES))
+    if waits or torch.Tag.data_dependent_output in target.tags:
         return "it waits for the device"
+    if aten and name in MOVING:
+        return "it gives a tensor other memory"
     if getattr(torch.Tag, "cudagraph_unsafe", None) in target.tags:
         return "it is declared unsafe for CUDA graphs"
     if "c10d" in target.namespace:

@@ -49,13 +49,14 @@ class Turns:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.stream: int | None = None
-        self.lenders: dict[Lender, None] = {}  # whose last results may still be held
+        #: whose last results may still be held, and what keeps the memory of those that were lent
+        self.lenders: dict[Lender, InTurn] = {}
 
     def take(self, trees: Any, forward: bool) -> None:
         if forward and self.lenders:
             for lender in self.lenders:
                 lender.look(trees)
-            self.lenders.clear()
+            self.lenders = {one: keeps for one, keeps in self.lenders.items() if one.watched}
         stream = trees.stream()
         if stream != self.stream:
             if self.stream is not None:
@@ -69,15 +70,15 @@ _turns: defaultdict[int, Turns] = defaultdict(Turns)
 class Captured:
     """A piece that runs as a CUDA graph, one for each set of ``numbers`` it is called with."""
 
-    def __init__(self, piece: Piece, function: Callable[..., Any], trees: Any) -> None:
-        self.piece, self.function, self.trees = piece, function, trees
+    def __init__(
+        self, piece: Piece, function: Callable[..., Any], trees: Any, lender: Lender | None
+    ) -> None:
+        self.piece, self.function, self.trees, self.lender = piece, function, trees, lender
         self.graphs: dict[tuple[Any, ...], tuple[Recorded, Callable[..., Any]] | None] = {}
-        self.backward = piece.kind == "backward"
-        self.lender: Lender | None = None  # of a backward
 
     def __call__(self, numbers: tuple[Any, ...], args: list[Any]) -> Any:
         graph = self.graphs[numbers] if numbers in self.graphs else self._new(numbers, args)
-        if graph is None or not self._may_run(args):
+        if graph is None or (self.piece.mixed and not all(a.is_cuda for a in args)):
             return self.function(args, *numbers)
         recorded, run = graph
         if 1 < recorded.times < MOST_RECORDINGS:
@@ -90,7 +91,8 @@ class Captured:
         """The first calls, or the last."""
         if recorded.times >= MOST_RECORDINGS:
             self.graphs[numbers] = None
-            self._note(
+            _note(
+                self.piece,
                 f"was recorded {MOST_RECORDINGS} times, as what it finds in memory changes from "
                 "call to call; it runs without a graph from now on",
             )
@@ -99,38 +101,23 @@ class Captured:
         try:
             return run(args)
         except Exception as e:
-            if recorded.times < 2 or self.backward:  # it ran, or may not hold on to its inputs
+            if (
+                recorded.times < 2 or self.lender is not None
+            ):  # it ran, or may not hold on to its inputs
                 raise
             self.graphs[numbers] = None
-            self._note(f"cannot be recorded ({type(e).__name__}: {e})", logging.WARNING)
+            _note(self.piece, f"cannot be recorded ({type(e).__name__}: {e})", logging.WARNING)
             return self.function(again, *numbers)
-
-    def _may_run(self, args: list[Any]) -> bool:
-        if self.trees.capturing():  # the program's own graph
-            return False
-        if self.backward and private.backward_keeps_graph():
-            self._note("runs without a graph under retain_graph=True: its memory stays in use")
-            return False
-        if self.trees.would_overwrite():
-            self._note("runs without a graph while earlier results wait for a backward")
-            return False
-        return not self.piece.mixed or all(a.is_cuda for a in args)
 
     def _new(self, numbers: tuple[Any, ...], args: list[Any]) -> Any:
         if len(self.graphs) >= MOST_SIZES:
-            self._note(f"was captured for {MOST_SIZES} sets of sizes; others run without")
+            _note(self.piece, f"was captured for {MOST_SIZES} sets of sizes; others run without")
             return None
         piece = self.piece
         recorded = Recorded(piece, self.function, numbers, self.lender)
         run = self.trees.wrap(recorded.model, args, piece.static, piece.kind, piece.results)
         self.graphs[numbers] = recorded, run
         return self.graphs[numbers]
-
-    def _note(self, text: str, level: int = logging.INFO) -> None:
-        note = f"{self.piece.name} of the {self.piece.kind} {text}"
-        if note not in self.piece.notes:
-            self.piece.notes.append(note)
-            log.log(level, "%s", note)
 
 
 class Recorded:
@@ -161,43 +148,80 @@ class Recorded:
         return () if self.piece.saved is None else (self.piece.saved,)
 
 
-def in_turn(call: Callable[..., Any], device: torch.device, kind: str) -> Callable[..., Any]:
+class InTurn:
     """The compiled function, one call at a time: what it copies out of its graphs' memory is on its
-    way before another call writes there."""
-    trees = captured.machinery(device)[0]
-    if trees is None:
-        return call
-    turns, forward = _turns[trees.index], kind != "backward"
+    way before another call writes there.
 
-    def run(args: list[Any]) -> Any:
-        if trees.capturing():
-            return call(args)
-        with turns.lock:
-            turns.take(trees, forward)
-            return call(args)
+    ``plain`` is the same without graphs, and without copies; ``lender`` is a backward's.
+    """
 
-    return run
+    def __init__(
+        self,
+        call: Callable[..., Any],
+        plain: Callable[..., Any],
+        piece: Piece,
+        trees: Any,
+        lender: Lender | None,
+    ) -> None:
+        self.call, self.plain, self.piece, self.trees = call, plain, piece, trees
+        self.turns, self.lender = _turns[trees.index], lender
+
+    def __call__(self, args: list[Any]) -> Any:
+        if self.trees.capturing():  # the program's own graph
+            return self.plain(args)
+        with self.turns.lock:
+            self.turns.take(self.trees, self.lender is None)
+            if self._must_run_plainly():
+                return self.plain(args)
+            results = self.call(args)
+            if self.lender is not None and self.lender.watched:
+                self.turns.lenders[self.lender] = self
+            return results
+
+    def _must_run_plainly(self) -> bool:
+        if self.lender is not None and private.backward_keeps_graph():
+            _note(self.piece, "runs without a graph under retain_graph=True")
+            return True
+        if self.trees.would_overwrite():
+            _note(self.piece, "runs without a graph while earlier results wait for a backward")
+            return True
+        return False
 
 
-def bound(captures: Captures, scope: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """What the wrapper's graph0, graph1 ... and own are; ``scope`` has its part0, part1 ..."""
+def _note(piece: Piece, text: str, level: int = logging.INFO) -> None:
+    note = f"{piece.name} of the {piece.kind} {text}"
+    if note not in piece.notes:
+        piece.notes.append(note)
+        log.log(level, "%s", note)
+
+
+def in_turn(
+    captures: Captures,
+    device: torch.device,
+    scope: Mapping[str, Any],
+    made: Callable[[dict[str, Any]], Callable[..., Any]],
+) -> Callable[..., Any]:
+    """The function that replays its graphs. ``made`` makes it of what the wrapper's graph0, graph1
+    ... and own are; ``scope`` has its part0, part1 ..."""
     trees, why = captured.machinery(device)
-    if trees is None and captures.pieces:
+    functions = {p: scope[p.name.replace("graph", "part")] for p in captures.pieces}
+    plain = made(
+        {
+            **{p.name: partial(_without_graph, function) for p, function in functions.items()},
+            **dict.fromkeys(("own", "own_together"), lambda *results: results),
+            "alias": lambda result: result,
+        }
+    )
+    if trees is None:  # on another machine than the one that compiled this
         captures.why_not = why
-    functions = {
-        piece.name: scope[piece.name.replace("graph", "part")] for piece in captures.pieces
-    }
-    found: dict[str, Any] = {"own": own, "own_together": own_together, "alias": alias}
-    if trees is None:
-        return {**found, **{name: _plain(f) for name, f in functions.items()}}
-    graphs = {p.name: Captured(p, functions[p.name], trees) for p in captures.pieces}
-    if captures.pieces[0].kind == "backward":
-        lender = Lender(_turns[trees.index].lenders)
-        found.update(own=partial(lender, own), own_together=partial(lender, own_together))
-        for graph in graphs.values():
-            graph.lender = lender
-    return {**found, **graphs}
+        return plain
+    copies: dict[str, Any] = {"own": own, "own_together": own_together, "alias": alias}
+    lender = Lender() if captures.pieces[0].kind == "backward" else None
+    if lender is not None:
+        copies.update(own=partial(lender, own), own_together=partial(lender, own_together))
+    graphs = {p.name: Captured(p, f, trees, lender) for p, f in functions.items()}
+    return InTurn(made({**copies, **graphs}), plain, captures.pieces[0], trees, lender)
 
 
-def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda numbers, args: function(args, *numbers)
+def _without_graph(function: Callable[..., Any], numbers: tuple[Any, ...], args: list[Any]) -> Any:
+    return function(args, *numbers)

@@ -42,7 +42,7 @@ PROFILED = "if profiler._is_profiler_enabled: return profiled(args)"
 ALIGNED = "{names}, = [t if not t.data_ptr() & 15 else aligned(t) for t in ({inputs},)]"
 
 
-@dataclass
+@dataclass(eq=False)
 class Piece:
     """A part of the function that is captured. ``static``: which of its tensors are at the same
     address in every call. ``notes``: what became of it at run time."""

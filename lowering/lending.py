@@ -24,11 +24,10 @@ FEW_BYTES = 2**27
 
 
 class Lender:
-    """What a backward's results go through, in place of what copies them. ``watching``: the
-    lenders of a device, which the next forward asks to look."""
+    """What a backward's results go through, in place of what copies them. ``watched``: whether the
+    next forward shall ``look`` at what became of the last ones."""
 
-    def __init__(self, watching: dict[Lender, None]) -> None:
-        self.watching = watching
+    def __init__(self) -> None:
         self.gone = 0  # times in a row; negative: they are copied for good
         self.copies: list[StorageWeakRef] = []
         self.lent = False  # what was given away last, and may still be held
@@ -37,9 +36,13 @@ class Lender:
     def lends(self) -> bool:
         return self.gone >= PATIENCE
 
+    @property
+    def watched(self) -> bool:
+        return self.lent or bool(self.copies)
+
     def __call__(self, copy: Callable[..., list[Any]], *results: Any) -> Any:
         if self.lends:
-            self.watching[self], self.lent = None, True
+            self.lent = True
             return tuple(map(alias, results))  # whose references the trees see
         copies = copy(*results)
         if self.gone >= 0:
@@ -47,16 +50,17 @@ class Lender:
             if sum(c.nbytes for c in tensors) < FEW_BYTES:
                 self.gone = -1
             else:
-                self.watching[self] = None
                 self.copies = [StorageWeakRef(c.untyped_storage()) for c in tensors]
         return copies
 
     def look(self, trees: Any) -> None:
         """A forward is about to run."""
         copied = any(not copy.expired() for copy in self.copies)
-        held = trees.holds() if self.lends else copied
+        held = trees.holds() if self.lent else copied
         self.copies = []
         if held:
             self.gone = -1
-        elif self.gone >= 0:
-            self.gone, self.lent = self.gone + 1, False
+            return
+        self.lent = False
+        if self.gone >= 0:
+            self.gone += 1

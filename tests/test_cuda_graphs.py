@@ -15,14 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fake_graphs import FakeTrees
-from helpers import DEVICE, gems_only, ints, rand
+from helpers import DEVICE, bools, gems_only, ints, rand
 from torch import nn
 from warmcheck import results, said
 
 import gems_compile
 from gems_compile.backend import Gems
 from gems_compile.config import Config
-from gems_compile.lowering import capturable, captured, cuda_graphs, lending
+from gems_compile.lowering import capturable, captured, copies, cuda_graphs, lending
 from gems_compile.lowering.whole_graphs import FROM_CACHE, KEPT
 
 pytestmark = gems_only
@@ -666,8 +666,6 @@ def test_graphs_die_with_what_runs_them(trees):
     torch._dynamo.reset()
     gc.collect()
     assert [graph() for graph in found] == [None, None]
-    if ON_GPU:
-        assert captured.machinery(torch.device("cuda", 0))[0]._manager() is None
 
 
 @gpu_only
@@ -717,6 +715,55 @@ def test_a_graph_from_the_cache_is_captured_as_well(trees, caches, mode):
     assert said(second) == {FROM_CACHE if mode == "reduce-overhead" else KEPT}
     if mode == "reduce-overhead":
         assert [r.captures.told() for r in second] == [r.captures.told() for r in first]
+
+
+# copies ------------------------------------------------------------------------------------------
+
+
+def copied(*tensors):
+    return [*zip(copies.own(*tensors), tensors, strict=True)]
+
+
+def test_copies_have_the_layout_of_what_they_copy():
+    wide = rand(4, 6)
+    kinds = [wide, wide.t(), wide[:, ::2], rand(1, 6).expand(4, 6), rand(0, 3), rand(), wide[1:]]
+    kinds = [*kinds, ints(3), bools(5), rand(2, 3, 4, 4).to(memory_format=torch.channels_last)]
+    for many in (kinds, *([k] for k in kinds)):
+        for copy_, tensor in copied(*many):
+            assert copy_.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr() or (
+                not tensor.numel()
+            )
+            assert copy_.stride() == tensor.stride()
+            torch.testing.assert_close(copy_, tensor, rtol=0, atol=0)
+
+
+def test_copies_share_memory_where_the_originals_do():
+    whole = rand(6, 8)
+    lone = rand(3)
+    given = [whole[1:3], lone, whole, whole.t()[2:], whole.view(torch.int32)[4], None]
+    found = copies.own_together(*given)
+    for mine, tensor in zip(found, given, strict=True):
+        assert (mine is None) is (tensor is None)
+        if tensor is not None:
+            assert mine.stride() == tensor.stride()
+            torch.testing.assert_close(mine, tensor, rtol=0, atol=0)
+    found[2].fill_(3)
+    assert (found[0] == 3).all() and (found[3] == 3).all() and (whole != 3).any()
+    assert (lone == found[1]).all()
+
+
+def test_views_of_one_result_share_memory(trees):
+    def fn(x):
+        h = (x @ x).relu()
+        return h[0], h[1:], h.t()
+
+    run, _ = compiled(fn)
+    for _ in range(4):
+        x = rand(6, 6)
+        a, b, c = run(x)
+        torch.testing.assert_close((a, b, c), fn(x), **NEAR)
+        c.fill_(2)
+        assert (a == 2).all() and (b == 2).all()
 
 
 # options and what is told ------------------------------------------------------------------------
