@@ -6,9 +6,20 @@ lie in it until the next replay writes over them.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
+from helpers import DEVICE, rand
+from torch import nn
+
+from gems_compile.backend import Gems
+from gems_compile.lowering import capturable, captured
+
+ON_GPU = DEVICE == "cuda"
+NEAR = {"rtol": 1e-4, "atol": 1e-4}
 
 
 class FakeTrees:
@@ -84,3 +95,77 @@ class FakeGraph:
         assert len(self.results) == self.count
         assert not given, "the list is the callee's to clear"
         return list(self.results)
+
+
+class Counter:
+    """How many graphs were replayed."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+
+def watched(monkeypatch: pytest.MonkeyPatch):
+    """What captures, for a fixture; any stretch is long enough."""
+    monkeypatch.setattr(capturable, "REPLAY", 0.0)
+    if not ON_GPU:
+        fake = FakeTrees()
+        monkeypatch.setattr(captured, "machinery", lambda device: (fake, ""))
+        yield fake
+        return
+    counter, replay = Counter(), torch.cuda.CUDAGraph.replay
+
+    def counted(graph):
+        counter.replays += 1
+        return replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    with torch.cuda.device(0):
+        yield counter
+
+
+def compiled(fn, dynamic=None, **options):
+    backend = Gems(fresh=True)
+    made = torch.compile(
+        fn, backend=backend, dynamic=dynamic, options={"cudagraphs": True, **options}
+    )
+    return made, backend
+
+
+def told(backend: Gems) -> str:
+    return "\n".join(line for r in backend.reports for line in r.captures.told())
+
+
+class MLP(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(16, 32), nn.Linear(32, 16), nn.LayerNorm(16)
+        self.dropout = dropout
+
+    def forward(self, x):
+        h = F.dropout(F.gelu(self.up(self.norm(x))), self.dropout, self.training)
+        return x + self.down(h)
+
+
+def train_like_default(trees) -> None:
+    """Steps of training are those of default mode."""
+    model = MLP().to(DEVICE)
+    other = copy.deepcopy(model)
+    run, _ = compiled(model)
+    plain = torch.compile(other, backend=Gems(fresh=True))
+    steps = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other)]
+    losses = []
+    for _ in range(6):
+        x = rand(8, 16)
+        pair = []
+        for fn, optimizer in zip((run, plain), steps, strict=True):
+            loss = fn(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            pair.append(loss.detach())
+        losses.append(pair)
+    for found, wanted in losses:
+        torch.testing.assert_close(found, wanted, **NEAR)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, **NEAR)
+    assert trees.replays >= 6
