@@ -97,13 +97,13 @@ class Captured:
                 "call to call; it runs without a graph from now on",
             )
             return self.function(args, *numbers)
+        if self.lender is not None:  # what forward saved shall die where the recording has read it
+            return run(args)
         again = list(args)  # recording clears them
         try:
             return run(args)
         except Exception as e:
-            if (
-                recorded.times < 2 or self.lender is not None
-            ):  # it ran, or may not hold on to its inputs
+            if recorded.times < 2:  # it ran, not only was it recorded
                 raise
             self.graphs[numbers] = None
             _note(self.piece, f"cannot be recorded ({type(e).__name__}: {e})", logging.WARNING)

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from fake_graphs import MLP, NEAR, ON_GPU, compiled, told, train_like_default, watched
+from fake_graphs import MLP, NEAR, ON_GPU, FakeGraph, compiled, told, train_like_default, watched
 from helpers import DEVICE, bools, gems_only, ints, rand
 from torch import nn
 from warmcheck import results, said
@@ -108,6 +108,23 @@ def test_a_piece_that_is_recorded_again_and_again_is_given_up(trees, monkeypatch
     (graph,) = trees.graphs
     assert graph.recorded < 5
     assert "was recorded 4 times" in told(backend)
+
+
+@cpu_only
+def test_what_cannot_be_recorded_runs_without(trees, monkeypatch):
+    def refused(self, args):
+        args.clear()
+        self.model.__self__.times += 1
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(FakeGraph, "_record", refused)
+    model = MLP().eval()
+    run, backend = compiled(model)
+    with torch.no_grad():
+        for _ in range(4):
+            x = rand(4, 16)
+            torch.testing.assert_close(run(x), model(x), **NEAR)
+    assert "cannot be recorded (RuntimeError: operation not permitted" in told(backend)
 
 
 # the real thing ----------------------------------------------------------------------------------
