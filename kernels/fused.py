@@ -57,8 +57,9 @@ def register_torch_ops() -> None:
     torch.library.register_fake(
         "gems::batch_norm_apply", lambda x, *_: torch.empty_like(x), lib=library
     )
-    from . import dropout, product, rows
+    from . import dropout, pool, product, rows
 
+    pool.define(library)
     product.define(library)
     rows.define(library)
     dropout.define(library)

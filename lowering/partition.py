@@ -17,6 +17,7 @@ from .channels_last import Decision, decide
 from .conv_bias import take_biases_apart
 from .options import Options
 from .overload import name_of
+from .pooling import take_poolings
 from .products import align_products
 
 
@@ -40,6 +41,7 @@ def partition(
         take_biases_apart(joint, options)
     align_products(joint)  # before it is split: what is saved for backward keeps its rows
     take_batch_norms_apart(joint)
+    take_poolings(joint)
     for node in joint.graph.nodes:
         if _is(node, "gems.seed.default"):
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE

@@ -40,6 +40,7 @@ from .order import needs_of
 from .partition import share_seeds
 from .passes import PASSES as ATEN_PASSES
 from .piecewise import piecewise
+from .pooling import take_poolings
 from .products import align_products
 from .render import Renderer, kernel_name
 from .runs import Run
@@ -128,6 +129,8 @@ class Compilation:
         if report.kind == "inference":  # others were one graph when it was decided for them
             report.layout = decide(gm, options)
             biases = take_biases_apart(gm, options)
+            if take_poolings(gm):
+                observe("take_poolings", gm)
             if report.layout.copies or report.layout.weights or biases:
                 observe("lay_out_convolutions", gm)
             if options.keep_weights:
