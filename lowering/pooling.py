@@ -21,7 +21,8 @@ FORWARD, BACKWARD = (
     aten.max_pool2d_with_indices.default,
     aten.max_pool2d_with_indices_backward.default,
 )
-_DEFAULTS = ([], [0, 0], [1, 1], False)
+#: of stride, padding, dilation, ceil
+_DEFAULTS: tuple[Any, ...] = ([], [0, 0], [1, 1], False)
 
 
 def take_poolings(gm: fx.GraphModule) -> int:
