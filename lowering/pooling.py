@@ -64,8 +64,8 @@ def _take(graph: fx.Graph, node: fx.Node) -> bool:
 def _how(args: Any) -> tuple[Any, ...] | None:
     """(kernel, stride, padding, ceil), in pairs; None where a size is a symbol, or for windows with
     gaps."""
-    kernel, *rest = args
-    stride, padding, dilation, ceil = (*rest, *_DEFAULTS[len(rest) :])
+    given: tuple[Any, ...] = (*args, *_DEFAULTS[len(args) - 1 :])
+    kernel, stride, padding, dilation, ceil = given
     pairs = [list(kernel), list(stride) or list(kernel), list(padding), list(dilation)]
     pairs = [pair * 2 if len(pair) == 1 else pair for pair in pairs]
     if not all(type(n) is int for pair in pairs for n in pair) or pairs.pop() != [1, 1]:
