@@ -61,7 +61,9 @@ def bind(
 ) -> Callable[[list[Any]], Any]:
     """The function, in the boxed form AOTAutograd asks for. ``kernels`` are what launches each
     kernel that the runs name, in both widths."""
-    scope = {name: private.quick_call(value) for name, value in constants.items()}
+    scope = dict(constants)
+    called = [name for name in constants if name.startswith("f")]  # not what calls are given
+    scope.update((name, private.quick_call(constants[name])) for name in called)
     scope.update(bound_runs(device, runs, kernels))
     scope.update(
         empty=private.allocator(device),

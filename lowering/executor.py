@@ -79,7 +79,7 @@ class Writer:
 
     def constant(self, value: Any, prefix: str = "c") -> str:
         for name, known in self.constants.items():
-            if known is value:
+            if known is value and name[0] == prefix:  # what is called has a quicker form
                 return name
         name = f"{prefix}{len(self.constants)}"
         self.constants[name] = value
