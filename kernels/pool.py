@@ -150,7 +150,17 @@ def _first_inside(b: Any, shape: Any, every: Any) -> Any:
 
 @composite(
     "gems.max_pool2d_backward.default",
-    samples=[],  # places that no image has would be read by ATen
+    samples=[  # windows that lie in the image whatever the places are: ATen reads those
+        call(
+            T(2, 3, 4, 5),
+            T(2, 3, 4, 5, dtype="int8", low=0, high=3),
+            [2, 3, 8, 10],
+            [2, 2],
+            [2, 2],
+            [0, 0],
+            False,
+        ),
+    ],
 )
 def max_pool2d_backward(
     b: Any, gradient: Any, places: Any, size: Any, kernel: Any, stride: Any, padding: Any, _: bool
