@@ -15,7 +15,7 @@ from . import cuda_graphs, native, private
 from .cut import Captures
 from .kept import kept_in_channels_last
 from .profiled import profiled
-from .runs import Run, in_python, wide_when_called
+from .runs import Run, in_python, wide_forms
 from .seeds import drawer
 
 
@@ -113,8 +113,7 @@ def bound_runs(
     others = [run for run in runs if run.name not in found]
     if others:
         found.update(in_python(others, kernels))
-    found.update((f"{run.name}w", wide_when_called(run, kernels)) for run in runs if run.flag)
-    return found
+    return {**found, **wide_forms(runs, kernels)}
 
 
 def _boxed(call: Callable[..., Any], device: torch.device) -> Callable[[list[Any]], Any]:

@@ -64,10 +64,10 @@ def stretches(
     """The steps, parted where one cannot be captured. A part of a tuple follows the tuple."""
     found: list[Stretch] = []
     for step in _parts_behind_tuples(steps):
-        why = why_not_captured(step, sources, device)
         if _is_free(step) and found:
             found[-1].steps.append(step)
             continue
+        why = why_not_captured(step, sources, device)
         if not found or found[-1].captured != (why is None):
             found.append(Stretch(why is None, []))
         found[-1].steps.append(step)
@@ -124,7 +124,8 @@ def _parts_behind_tuples(steps: Sequence[Any]) -> list[Any]:
         if _is_part(step):
             parts.setdefault(step.args[0], []).append(step)
     found: list[Any] = []
-    pending = [s for s in steps if not (_is_part(s) and s.args[0] in set(steps))]
+    known = set(steps)
+    pending = [s for s in steps if not (_is_part(s) and s.args[0] in known)]
     for step in pending:
         found.append(step)
         stack = list(parts.get(step, ())) if isinstance(step, Node) else []

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from . import private
+
 Model = Callable[[list[Any]], Sequence[Any]]
 
 
@@ -26,6 +28,7 @@ class Trees:
 
     def __init__(self, index: int, module: Any) -> None:
         self.index, self.module = index, module
+        self.stream = private.current_stream(index)
         self.threads = {n: _of_this_thread(module, n, new) for n, new in _THREAD_LOCALS.items()}
 
     def wrap(
@@ -66,9 +69,6 @@ class Trees:
 
     def capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
-
-    def stream(self) -> int:
-        return torch._C._cuda_getCurrentRawStream(self.index)
 
     def wait_for(self, stream: int) -> None:
         """The current stream waits for what another one has been given to do."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from .cut import PROFILED, Cut
+from .cut import ALIGNED, PROFILED, Cut
 from .graph import is_view, mutated_arguments
 from .group import Group, Plan
 from .indexing import Size, is_static, size_of
@@ -233,8 +233,7 @@ class Writer:
                 self.aligned[value] = f"x{name[1:]}"
                 names[self.aligned[value]] = self.use(name)
         if names and self.cut is None:  # else every part has such a line
-            each = "t if not t.data_ptr() & 15 else aligned(t)"
-            self.add(f"{', '.join(names)}, = [{each} for t in ({', '.join(names.values())},)]")
+            self.add(ALIGNED.format(names=", ".join(names), inputs=", ".join(names.values())))
 
     def _learn_symbols(self, node: Node) -> None:
         val, name = node.meta.get("val"), self.names[node]

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterator
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -20,7 +18,8 @@ from torch.fx import GraphModule, Node
 
 from .graph import module_path, source_line, value_of
 from .indexing import size_of
-from .rewrite import Fired, NearMiss, RewriteLog, is_barrier, is_body_call, is_foreign
+from .masks import attention_calls
+from .rewrite import Fired, NearMiss, RewriteLog, bodies, is_barrier, is_foreign
 
 log = logging.getLogger("gems_compile")
 
@@ -37,41 +36,28 @@ def share_keys(gm: GraphModule) -> RewriteLog:
     found = RewriteLog()
     if any(map(is_foreign, gm.graph.nodes)):
         return found
-    for module in (gm, *_bodies(gm)):
-        changed = False
-        for node in list(module.graph.nodes):
-            changed |= _is_attention(node) and _share(node, found)
-        if changed:
-            module.recompile()
+    for node in attention_calls(gm):
+        _share(node, found)
+    if found.fired:
+        gm.recompile()
+    for body in bodies(gm):
+        found.extend(share_keys(body))
     return found
 
 
-def _bodies(gm: GraphModule) -> Iterator[GraphModule]:
-    """Those of checkpoints."""
-    for call in gm.graph.nodes:
-        body = getattr(gm, str(call.args[0].target), None) if is_body_call(call) else None
-        if isinstance(body, GraphModule):
-            yield body
-
-
-def _is_attention(node: Node) -> bool:
-    attention = torch.nn.functional.scaled_dot_product_attention
-    return node.op == "call_function" and node.target is attention
-
-
-def _share(node: Node, found: RewriteLog) -> bool:
+def _share(node: Node, found: RewriteLog) -> None:
     args = _arguments(node)
     key, value = args["key"], args["value"]
     single_key, single_value = _before_repeat(key), _before_repeat(value)
     if args["enable_gqa"] or single_key is None or single_value is None:
-        return False
+        return
     where = (source_line(node), module_path(node))
     why = _why_written((key, value), node) or _why_slower(
         {**args, "key": single_key, "value": single_value, "enable_gqa": True}, node
     )
     if why is not None:
         found.near_misses.append(NearMiss("grouped_query", node.name, why, *where))
-        return False
+        return
     before = len(node.graph.nodes)
     node.args = (args["query"], single_key, single_value)
     node.kwargs = {
@@ -82,7 +68,6 @@ def _share(node: Node, found: RewriteLog) -> bool:
     gone = before - len(node.graph.nodes)
     because = "keys and values are read as they are, not repeated for every head"
     found.fired.append(Fired("grouped_query", because, gone + 1, 1, *where))
-    return True
 
 
 def _arguments(node: Node) -> dict[str, Any]:
@@ -94,10 +79,12 @@ def _arguments(node: Node) -> dict[str, Any]:
 
 def _why_written(copies: tuple[Node, Node], node: Node) -> str | None:
     """Why what was copied may no longer be there when attention reads it; None where it is."""
-    between = iter(node.graph.nodes)
-    next(n for n in between if n in copies)
-    if any(map(is_barrier, takewhile(lambda n: n is not node, between))):
-        return "something may be written between the copy of the keys and their use"
+    left, at = set(copies), node
+    while left:
+        at = at.prev
+        if is_barrier(at):
+            return "something may be written between the copy of the keys and their use"
+        left.discard(at)
     return None
 
 

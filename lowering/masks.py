@@ -37,14 +37,18 @@ bfloat16 type type_as cumsum diff tril triu where masked_fill cat stack repeat
 _CONSTANT = frozenset(_NAMES.split())
 
 
+def attention_calls(gm: GraphModule) -> list[Node]:
+    """Calls of scaled_dot_product_attention."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+    return [n for n in gm.graph.nodes if n.op == "call_function" and n.target is attention]
+
+
 def sdpa_masks(gm: GraphModule) -> Iterator[tuple[Node, Node]]:
     """(call of scaled_dot_product_attention, its mask) wherever the mask is a node."""
-    attention = torch.nn.functional.scaled_dot_product_attention
-    for node in list(gm.graph.nodes):
-        if node.op == "call_function" and node.target is attention:
-            mask = _argument(node, 3, "attn_mask")
-            if isinstance(mask, Node):
-                yield node, mask
+    for node in attention_calls(gm):
+        mask = _argument(node, 3, "attn_mask")
+        if isinstance(mask, Node):
+            yield node, mask
 
 
 def _given_masks(gm: GraphModule) -> Iterator[tuple[Node, Node]]:

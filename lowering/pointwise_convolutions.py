@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 #: float32 ones may use TF32 where products may not
 DTYPES = (torch.float16, torch.bfloat16)
-
-
 #: a GPU's products alone are known to be as fast; tests say otherwise
 DEVICES = {"cuda"}
 
@@ -31,23 +29,19 @@ def is_product(node: Node) -> bool:
     """Whether the node is a convolution, or a backward of one, that is matrix products of memory as
     it lies: nothing is copied. What has a bias is not: it is added before the sum is rounded."""
     args: Any = node.args
-    value: Any = node.meta.get("val")
+    made: Any = node.meta.get("val")
     if node.target is FORWARD:
-        images, matrices, bias, rest = [value_of(args[0]), value], [args[1]], args[2], args[3:]
+        x, weight, bias, *rest = args
+        images, weights, biased = [value_of(x), made], [value_of(weight)], bias is not None
     elif node.target is BACKWARD:
-        images, matrices, rest = [*map(value_of, args[:2])], [args[2]], args[4:]
-        bias = args[-1][2] or None
+        gradient, x, weight, _, *rest, (of_input, of_weight, biased) = args
+        images = [value_of(gradient), value_of(x), *([made[0]] if of_input else [])]
+        weights = [value_of(weight), *([made[1]] if of_weight else [])]
     else:
         return False
-    stride, padding, _, transposed, _, groups = rest[:6]
+    stride, padding, _, transposed, _, groups = rest
     plain = not transposed and groups == 1 and set(stride) == {1} and set(padding) == {0}
-    if not plain or bias is not None:
-        return False
-    weights = [*map(value_of, matrices)]
-    if node.target is BACKWARD:
-        images += [value[0]] if args[-1][0] else []
-        weights += [value[1]] if args[-1][1] else []
-    return all(map(_is_matrix, weights)) and all(map(_is_rows, images))
+    return plain and not biased and all(map(_is_matrix, weights)) and all(map(_is_rows, images))
 
 
 def _is_matrix(weight: Any) -> bool:
@@ -97,9 +91,13 @@ def _matrix(writer: Writer, node: Node, rows: Size, columns: Size, turned: bool)
     shape, strides = [rows, columns], [columns, 1]
     if turned:
         shape, strides = shape[::-1], strides[::-1]
-    return f"view({writer.arg(node)}, {writer.sizes(shape)}, {writer.sizes(strides)}, 0)"
+    return _view(writer, writer.arg(node), shape, strides)
 
 
 def _as(writer: Writer, text: str, value: torch.Tensor) -> str:
     shape, strides = ([size_of(n) for n in ns] for ns in (value.shape, value.stride()))
+    return _view(writer, text, shape, strides)
+
+
+def _view(writer: Writer, text: str, shape: list[Size], strides: list[Size]) -> str:
     return f"view({text}, {writer.sizes(shape)}, {writer.sizes(strides)}, 0)"

@@ -45,11 +45,11 @@ def _take(graph: fx.Graph, node: fx.Node) -> bool:
     backwards = list(parts[1].users) if 1 in parts else []
     if len(parts) < len(node.users) or not all(_is_its_backward(b, node, how) for b in backwards):
         return False
-    values, _ = node.meta["val"]
+    before = node.meta["val"]
     node.target, node.args = torch.ops.gems.max_pool2d.default, (args[0], *how)
     node.meta["val"] = call_on_fakes(node)
-    if node.meta["val"][0].stride() != values.stride():  # promised to whoever reads it
-        node.target, node.args, node.meta["val"] = FORWARD, args, (values, node.meta["val"][1])
+    if node.meta["val"][0].stride() != before[0].stride():  # promised to whoever reads it
+        node.target, node.args, node.meta["val"] = FORWARD, args, before
         return False
     if 1 in parts:
         parts[1].meta["val"] = node.meta["val"][1]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .private import NO_PROFILER
-from .runs import Run, in_python, wide_when_called
+from .runs import Run, in_python, wide_forms
 
 
 def profiled(
@@ -30,8 +30,7 @@ def profiled(
     @functools.cache
     def made() -> Callable[[list[Any]], Any]:
         shown = {name: _ranged(kernel, _name(name, runs)) for name, kernel in kernels.items()}
-        launches = in_python(runs, shown)
-        launches.update((f"{run.name}w", wide_when_called(run, shown)) for run in runs if run.flag)
+        launches = {**in_python(runs, shown), **wide_forms(runs, shown)}
         within: dict[str, Any] = {**scope, **launches, "profiler": NO_PROFILER}
         exec(code, within)
         call: Callable[[list[Any]], Any] = within["call"]

@@ -400,15 +400,20 @@ def rewrite_dynamo_graph(gm: fx.GraphModule, table: Sequence[Rewrite] | None = N
         return RewriteLog()
     register_torch_ops()
     found = apply_rewrites(gm, table, read_dynamo)
-    for node in list(gm.graph.nodes):
-        if is_body_call(node):
-            for body in node.all_input_nodes:
-                module = getattr(gm, str(body.target), None) if body.op == "get_attr" else None
-                if isinstance(module, fx.GraphModule):
-                    found.extend(rewrite_dynamo_graph(module, table))
+    for body in bodies(gm):
+        found.extend(rewrite_dynamo_graph(body, table))
     if found.fired:
         gm.recompile()
     return found
+
+
+def bodies(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """The graphs of checkpoints and of nested regions."""
+    for node in list(gm.graph.nodes):
+        for body in node.all_input_nodes if is_body_call(node) else ():
+            module = getattr(gm, str(body.target), None) if body.op == "get_attr" else None
+            if isinstance(module, fx.GraphModule):
+                yield module
 
 
 def is_body_call(node: fx.Node) -> bool:

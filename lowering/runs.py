@@ -187,6 +187,13 @@ def in_python(
     return {run.name: scope[f"{run.name}{'w' * wide}"] for run in runs}
 
 
+def wide_forms(
+    runs: Sequence[Run], kernels: Mapping[str, Callable[..., None]]
+) -> dict[str, Callable[..., None]]:
+    """What launches the wide forms of the runs that have any, by the function's names for them."""
+    return {f"{run.name}w": wide_when_called(run, kernels) for run in runs if run.flag}
+
+
 def wide_when_called(run: Run, kernels: Mapping[str, Callable[..., None]]) -> Callable[..., None]:
     """The run with its kernels' wide forms, which hardly any call asks for."""
 

@@ -205,3 +205,11 @@ def caches(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "torch"))
     torch._dynamo.utils.counters["aot_autograd"].clear()
     return tmp_path / "torch"
+
+
+@pytest.fixture
+def trees(monkeypatch):
+    """What captures CUDA graphs, or what stands for it."""
+    from fake_graphs import watched
+
+    yield from watched(monkeypatch)

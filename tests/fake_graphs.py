@@ -20,6 +20,8 @@ from gems_compile.lowering import capturable, captured
 
 ON_GPU = DEVICE == "cuda"
 NEAR = {"rtol": 1e-4, "atol": 1e-4}
+gpu_only = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+cpu_only = pytest.mark.skipif(ON_GPU, reason="looks into what stands for the trees")
 
 
 class FakeTrees:

@@ -8,7 +8,16 @@ import weakref
 
 import pytest
 import torch
-from fake_graphs import MLP, NEAR, ON_GPU, FakeGraph, compiled, told, train_like_default, watched
+from fake_graphs import (
+    MLP,
+    NEAR,
+    FakeGraph,
+    compiled,
+    cpu_only,
+    gpu_only,
+    told,
+    train_like_default,
+)
 from helpers import DEVICE, bools, gems_only, ints, rand
 from torch import nn
 from warmcheck import results, said
@@ -17,13 +26,13 @@ from gems_compile.lowering import copies, cuda_graphs
 from gems_compile.lowering.whole_graphs import FROM_CACHE, KEPT
 
 pytestmark = gems_only
-gpu_only = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
-cpu_only = pytest.mark.skipif(ON_GPU, reason="looks into what stands for the trees")
 
 
-@pytest.fixture
-def trees(monkeypatch: pytest.MonkeyPatch):
-    yield from watched(monkeypatch)
+def assert_gradients_of(loss: torch.Tensor, model: nn.Module, x: torch.Tensor, **near) -> None:
+    """The gradients of ``loss`` are those of the model's squares in eager mode."""
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    wanted = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    torch.testing.assert_close(found, wanted, **near)
 
 
 # the machinery -----------------------------------------------------------------------------------
@@ -154,10 +163,7 @@ def test_forwards_whose_backwards_come_later(trees):
         inputs = [rand(4, 16) for _ in range(3)]
         losses = [run(x).square().sum() for x in inputs]
         for x, loss in [*zip(inputs, losses, strict=True)][::-1]:
-            found = torch.autograd.grad(loss, list(model.parameters()))
-            wanted = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
-            for a, b in zip(found, wanted, strict=True):
-                torch.testing.assert_close(a, b, **NEAR)
+            assert_gradients_of(loss, model, x, **NEAR)
 
 
 @gpu_only
@@ -173,10 +179,7 @@ def test_a_loss_that_is_held_over_later_steps(trees):
             continue
         loss.backward()
     for x, loss in held:
-        found = torch.autograd.grad(loss, list(model.parameters()))
-        wanted = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
-        for a, b in zip(found, wanted, strict=True):
-            torch.testing.assert_close(a, b, **NEAR)
+        assert_gradients_of(loss, model, x, **NEAR)
 
 
 @gpu_only
@@ -311,10 +314,7 @@ def test_attention_trains(trees):
     run, _ = compiled(layer)
     for _ in range(5):
         x = rand(2, 32, 64)
-        found = torch.autograd.grad(run(x).square().sum(), list(layer.parameters()))
-        wanted = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
-        for a, b in zip(found, wanted, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+        assert_gradients_of(run(x).square().sum(), layer, x, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "default"])

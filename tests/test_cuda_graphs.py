@@ -11,7 +11,17 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from fake_graphs import MLP, NEAR, ON_GPU, FakeTrees, compiled, told, train_like_default, watched
+from fake_graphs import (
+    MLP,
+    NEAR,
+    ON_GPU,
+    FakeTrees,
+    compiled,
+    cpu_only,
+    gpu_only,
+    told,
+    train_like_default,
+)
 from helpers import DEVICE, gems_only, ints, rand
 from torch import nn
 
@@ -20,13 +30,6 @@ from gems_compile.config import Config
 from gems_compile.lowering import captured, cuda_graphs, lending
 
 pytestmark = gems_only
-gpu_only = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
-cpu_only = pytest.mark.skipif(ON_GPU, reason="looks into what stands for the trees")
-
-
-@pytest.fixture
-def trees(monkeypatch: pytest.MonkeyPatch):
-    yield from watched(monkeypatch)
 
 
 # what callers get ---------------------------------------------------------------------------------
