@@ -31,24 +31,26 @@ class Trees:
         self.stream = private.current_stream(index)
         self.threads = {n: _of_this_thread(module, n, new) for n, new in _THREAD_LOCALS.items()}
 
-    def wrap(
-        self, model: Model, example: list[Any], static: Sequence[int], kind: str, results: int
-    ) -> Model:
-        """``model`` as a function that is captured. Like ``model`` it takes a list, which it
-        clears. Inputs that are not ``static`` are copied to where the graph reads them."""
+    def first(
+        self, model: Model, args: list[Any], static: Sequence[int], kind: str, results: int
+    ) -> tuple[Model, Sequence[Any]]:
+        """(``model`` as a function that is captured, what it returned for ``args``). Like ``model``
+        it takes a list of tensors, which it clears. Those that are not ``static`` are copied to
+        where the graph reads them; others are read and written wherever they are, aligned or not,
+        as kernels look at addresses when they are recorded."""
         for name, shared in self.threads.items():
             if not hasattr(self.module.local, name):
                 setattr(self.module.local, name, shared)
-        wrapped: Model = self.module.cudagraphify_impl(
+        made: tuple[Model, Sequence[Any]] = self.module.cudagraphify(
             model,
-            example,
+            args,
             static,
             device_index=self.index,
             is_backward=kind == "backward",
             is_inference=kind == "inference",
             stack_traces=[None] * results,  # which it counts
         )
-        return wrapped
+        return made
 
     def would_overwrite(self) -> bool:
         """Whether the next call would write over memory that something still holds."""

@@ -49,9 +49,11 @@ def own_together(*results: Any) -> list[Any]:
     for k, result in enumerate(results):
         if isinstance(result, torch.Tensor) and result.numel():
             shared[result.untyped_storage().data_ptr()].append(k)
-    for places in shared.values():
-        copies = _copied([results[k] for k in places]) if len(places) > 1 else own(found[places[0]])
-        for k, copy in zip(places, copies, strict=True):
+    alone = [places[0] for places in shared.values() if len(places) == 1]
+    copies = [(alone, own(*(results[k] for k in alone)))]
+    copies += [(ks, _copied([results[k] for k in ks])) for ks in shared.values() if len(ks) > 1]
+    for places, fresh in copies:
+        for k, copy in zip(places, fresh, strict=True):
             found[k] = copy
     return found
 

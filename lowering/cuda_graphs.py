@@ -77,8 +77,12 @@ class Captured:
         self.graphs: dict[tuple[Any, ...], tuple[Recorded, Callable[..., Any]] | None] = {}
 
     def __call__(self, numbers: tuple[Any, ...], args: list[Any]) -> Any:
-        graph = self.graphs[numbers] if numbers in self.graphs else self._new(numbers, args)
-        if graph is None or (self.piece.mixed and not all(a.is_cuda for a in args)):
+        if self.piece.mixed and not all(a.is_cuda for a in args):
+            return self.function(args, *numbers)
+        if numbers not in self.graphs:
+            return self._first(numbers, args)
+        graph = self.graphs[numbers]
+        if graph is None:
             return self.function(args, *numbers)
         recorded, run = graph
         if 1 < recorded.times < MOST_RECORDINGS:
@@ -88,7 +92,7 @@ class Captured:
     def _begin(
         self, numbers: tuple[Any, ...], recorded: Recorded, run: Callable[..., Any], args: list[Any]
     ) -> Any:
-        """The first calls, or the last."""
+        """The second call, or the last."""
         if recorded.times >= MOST_RECORDINGS:
             self.graphs[numbers] = None
             _note(
@@ -109,15 +113,17 @@ class Captured:
             _note(self.piece, f"cannot be recorded ({type(e).__name__}: {e})", logging.WARNING)
             return self.function(again, *numbers)
 
-    def _new(self, numbers: tuple[Any, ...], args: list[Any]) -> Any:
-        if len(self.graphs) >= MOST_SIZES:
-            _note(self.piece, f"was captured for {MOST_SIZES} sets of sizes; others run without")
-            return None
+    def _first(self, numbers: tuple[Any, ...], args: list[Any]) -> Any:
         piece = self.piece
+        if len(self.graphs) >= MOST_SIZES:
+            _note(piece, f"was captured for {MOST_SIZES} sets of sizes; others run without")
+            return self.function(args, *numbers)
         recorded = Recorded(piece, self.function, numbers, self.lender)
-        run = self.trees.wrap(recorded.model, args, piece.static, piece.kind, piece.results)
+        run, results = self.trees.first(
+            recorded.model, args, piece.static, piece.kind, piece.results
+        )
         self.graphs[numbers] = recorded, run
-        return self.graphs[numbers]
+        return results
 
 
 class Recorded:

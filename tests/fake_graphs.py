@@ -35,11 +35,11 @@ class FakeTrees:
     def replays(self) -> int:
         return sum(g.replays for g in self.graphs)
 
-    def wrap(
-        self, model: Any, example: list[Any], static: list[int], kind: str, results: int
-    ) -> FakeGraph:
+    def first(
+        self, model: Any, args: list[Any], static: list[int], kind: str, results: int
+    ) -> tuple[FakeGraph, list[Any]]:
         self.graphs.append(FakeGraph(model, static, kind, results))
-        return self.graphs[-1]
+        return self.graphs[-1], self.graphs[-1](args)
 
     def would_overwrite(self) -> bool:
         return self.in_use

@@ -215,6 +215,26 @@ def test_a_plain_input_that_is_written(trees):
         assert same is mine
 
 
+@pytest.mark.parametrize("static", [True, False])
+def test_what_is_written_may_lie_off_the_16_byte_boundary(trees, static):
+    """Views into one flat buffer, as sharded training keeps its parameters."""
+
+    def fn(x, y):
+        x.mul_(2).add_(y)
+        return x.sum()
+
+    flat, other = (torch.arange(99.0, device=DEVICE) for _ in range(2))
+    mine, wanted = flat[33:65], other[33:65]
+    if static:
+        torch._dynamo.mark_static_address(mine)
+    run, _ = compiled(fn)
+    for _ in range(5):
+        y = rand(32)
+        torch.testing.assert_close(run(mine, y), fn(wanted, y), **NEAR)
+        torch.testing.assert_close(flat, other, **NEAR)
+    assert trees.replays >= 3
+
+
 def test_running_statistics(trees):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).to(DEVICE)
     other = copy.deepcopy(model)

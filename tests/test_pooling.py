@@ -41,8 +41,12 @@ def compare(program, x: Tensor, backend: Gems) -> None:
         found, right = (
             torch.autograd.grad((y * weights).sum(), z)[0] for y, z in ((got, x), (wanted, other))
         )
-        torch.testing.assert_close(found, right, equal_nan=True)
         assert found.stride() == right.stride()
+        if other.is_cuda and other.is_contiguous(memory_format=torch.channels_last):
+            # ATen's kernel gives the gradient of a window of -inf alone to the image's first pixel
+            other = other.detach().contiguous().requires_grad_()
+            (right,) = torch.autograd.grad((program(other) * weights).sum(), other)
+        torch.testing.assert_close(found, right, equal_nan=True)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
