@@ -13,7 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl  # noqa: F401 (the interpreter looks for it beside a jit function)
 
-from .op import ALL, T, call, pointwise
+from .op import ALL, T, call, composite, pointwise
 
 #: bytes: what a 128-bit access needs, and what a cache line is
 VECTOR, LINE = 16, 128
@@ -29,11 +29,23 @@ def aligned_rows(x):
     return x
 
 
+@composite(
+    "gems.row_product.default",
+    samples=[call(T(1, 33), T(33, 5)), call(T(1, 64), T(64, 24))],
+)
+def row_product(b: Any, row: Any, matrix: Any) -> Any:
+    """row [1, K] @ matrix [K, N], summed in float32: a reduction over K for each column."""
+    columns = b.permute(b.cast(matrix, "float32"), (1, 0))
+    total = b.sum(b.mul(b.cast(row, "float32"), columns), (1,))
+    return b.cast(b.permute(total, (1, 0)), row.dtype)
+
+
 def define(library: Any) -> None:
     """Register these on a torch Library:
 
     aligned_rows:    a copy of x [..., N] with the strides of x [..., padded N] where the last is 1
     product:         a [M, K] @ b [K, N], with a stride of ``stride`` between its rows
+    row_product:     row [1, K] @ matrix [K, N], which kernels compute
     joined_products: the concatenation along ``dim`` (0 or 1) of a [M, K] @ b [K, N] for all a and b
     """
     import torch
@@ -41,12 +53,15 @@ def define(library: Any) -> None:
     tags = (torch.Tag.pt2_compliant_tag,)
     library.define("aligned_rows(Tensor x) -> Tensor", tags=tags)
     library.define("product(Tensor a, Tensor b, int stride) -> Tensor", tags=tags)
+    library.define("row_product(Tensor row, Tensor matrix) -> Tensor", tags=tags)
     library.define("joined_products(Tensor[] a, Tensor[] b, int dim) -> Tensor", tags=tags)
     library.impl("aligned_rows", _aligned_rows, "CompositeExplicitAutograd")
     library.impl("product", _product, "CompositeExplicitAutograd")
+    library.impl("row_product", torch.mm, "CompositeExplicitAutograd")
     library.impl("joined_products", _joined_products, "CompositeExplicitAutograd")
     torch.library.register_fake("gems::aligned_rows", _rows_like, lib=library)
     torch.library.register_fake("gems::product", _room_for_product, lib=library)
+    torch.library.register_fake("gems::row_product", _row_of, lib=library)
     torch.library.register_fake("gems::joined_products", _room_for_products, lib=library)
 
 
@@ -77,6 +92,10 @@ def _product(a: Any, b: Any, stride: int) -> Any:
     out = _room_for_product(a, b, stride)
     _multiply(out, a, b)
     return out
+
+
+def _row_of(row: Any, matrix: Any) -> Any:
+    return row.new_empty((row.shape[0], matrix.shape[1]))
 
 
 def _room_for_products(a: Any, b: Any, dim: int) -> Any:

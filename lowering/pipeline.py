@@ -45,6 +45,7 @@ from .products import align_products
 from .render import Renderer, kernel_name
 from .runs import Run
 from .scan import scans_rows
+from .row_products import reduce_row_products
 from .schedule import needs_loop
 from .small import Joined, join, joined_source, may_join
 from .source import Source
@@ -140,6 +141,8 @@ class Compilation:
         for run in PASSES:
             run(gm)
             observe(run.__name__, gm)
+        if reduce_row_products(gm, self.device):
+            observe("reduce_row_products", gm)
         if take_embeddings_apart(gm, self.device):
             observe("take_embeddings_apart", gm)
         if take_updates_apart(gm, self.device, options.target):
