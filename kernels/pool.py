@@ -121,18 +121,19 @@ def max_pool2d(b: Any, x: Any, kernel: Any, stride: Any, padding: Any, ceil: boo
         wide[axis] = max(x.shape[axis] + p, (count - 1) * s + k)
     starts = [(axis, p, 1) for axis, _, _, p in every]
     padded, lowest = wide != list(x.shape), float("-inf")
-    value, place = b.full(shape, lowest, x.dtype), _first_inside(b, shape, every)
+    value, place = b.full(shape, lowest, "float32"), _first_inside(b, shape, every)
     for row in range(kernel[0]):
         for column in range(kernel[1]):
             # a padded image each, of which one element is read: else it would be stored
             tap = b.patch(b.full(wide, lowest, x.dtype), x, starts) if padded else x
             for (axis, _, s, _), count, at in zip(every, counts, (row, column), strict=True):
                 tap = b.slice(tap, axis, at, at + (count - 1) * s + 1, s)
+            tap = b.cast(tap, "float32")
             larger = b.call("gt", tap, value, dtype="bool")
             larger = b.call("logical_or", larger, b.call("isnan", tap, dtype="bool"), dtype="bool")
             value = b.where(larger, tap, value)
             place = b.where(larger, b.full((), row * kernel[1] + column, "int32"), place)
-    return value, b.cast(place, "int8")
+    return b.cast(value, x.dtype), b.cast(place, "int8")
 
 
 def _first_inside(b: Any, shape: Any, every: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from .flow import base_of, is_widening
 from .indexing import is_static, product
@@ -77,15 +77,17 @@ class Inliner:
     def run(self) -> set[Value]:
         """Constants, widening casts, and cheap chains that are read in part, or in two kernels.
 
-        What such a chain costs is paid once for each of its readers that is no part of it.
+        What such a chain costs is paid as often as readers that are no part of it ask for an
+        element.
         """
         inlined: set[Value] = set()
+        ends = _ends_of_reductions(self.program)
         torn = self._read_by_rows_and_columns()
         worth = self._read_elsewhere()
-        uses: dict[Value, int] = {}
+        uses: dict[Value, float] = {}
         for v in reversed(self.program.values):
             if v in worth:
-                uses[v] = sum(uses[r] if same else 1 for r, same in self.readers[v])
+                uses[v] = self._uses(v, uses)
         cost: dict[Value, int] = {}
         for v in self.program.values:
             if v.kind in CONSTANT:
@@ -102,11 +104,44 @@ class Inliner:
                 whole = [a for a in v.bases if not (a.reduces or _is_small(a, v))]
                 if (
                     cost[v] * uses[v] <= INLINE_BUDGET
-                    and all(a in inlined or a.kind == "buffer" for a in whole)
+                    and all(
+                        a in inlined
+                        or (a in ends and not self._takes_each(v, a))
+                        or self._lies_in_memory(a, v, worth)
+                        for a in whole
+                    )
                     and (len(whole) == len(v.bases) or any(_as_large(a, v) for a in whole))
                 ):
                     inlined.add(v)
         return inlined
+
+    def _uses(self, v: Value, uses: Mapping[Value, float]) -> float:
+        """How often each element of v would be computed: a reader may take a part alone."""
+        return sum(
+            uses[r] if same else _share(a, r, v) * (uses.get(r, 1) if r.kind == "patch" else 1)
+            for r, same, a in self._readings(v)
+        )
+
+    def _readings(self, v: Value) -> Iterator[tuple[Value, bool, Value]]:
+        """(reader, whether it reads v element for element, what it reads v as)."""
+        inputs: dict[Value, Iterator[Value]] = {}
+        for r, same in self.readers[v]:
+            if r not in inputs:
+                inputs[r] = (a for a in r.inputs if base_of(a) is v)
+            yield r, same, next(inputs[r])
+
+    def _takes_each(self, v: Value, a: Value) -> bool:
+        return any(same for r, same in self.readers[a] if r is v)
+
+    def _lies_in_memory(self, a: Value, v: Value, worth: set[Value]) -> bool:
+        """Whether v's operand is stored in any case, or is better stored than copies of it."""
+        if a.kind == "buffer":
+            return True
+        if v.kind != "patch":
+            return False
+        readers = dict.fromkeys(r for r, _ in self.readers[a])
+        copies = len(readers) > 1 and all(r in worth and r.kind == "patch" for r in readers)
+        return copies or a in self.escapes
 
     def _read_by_rows_and_columns(self) -> set[Value]:
         """Cheap values that column reductions read, and other kernels too (a ReLU's gradient).
@@ -149,6 +184,26 @@ class Inliner:
             ):
                 out.add(v)
         return out
+
+
+def _ends_of_reductions(program: Program) -> set[Value]:
+    """Results of reductions and what is made of those element for element: whoever reads them at
+    other places finds them in memory."""
+    found: set[Value] = set()
+    for v in program.values:
+        if v.reduces or (
+            v.kind in ("pointwise", "cast") and any(a in found and _as_large(a, v) for a in v.bases)
+        ):
+            found.add(v)
+    return found
+
+
+def _share(a: Value, reader: Value, v: Value) -> float:
+    """The part of v's elements, at most all, that something reads of it as ``a``."""
+    what = reader if reader.kind in ("patch", "gather", "concat") else a
+    if not is_static(*what.shape, *v.shape):
+        return 1
+    return min(1, product(what.shape) / max(product(v.shape), 1))
 
 
 def _is_small(a: Value, v: Value) -> bool:

@@ -43,9 +43,9 @@ from .piecewise import piecewise
 from .pooling import take_poolings
 from .products import align_products
 from .render import Renderer, kernel_name
+from .row_products import reduce_row_products
 from .runs import Run
 from .scan import scans_rows
-from .row_products import reduce_row_products
 from .schedule import needs_loop
 from .small import Joined, join, joined_source, may_join
 from .source import Source

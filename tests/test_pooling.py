@@ -73,6 +73,23 @@ def test_inference_makes_no_places(kind):
     )
 
 
+@pytest.mark.parametrize("cheap", [True, False])
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_is_pooled_is_not_padded_in_memory(grad, cheap):
+    """A ResNet's stem: recomputed for each window that it lies in, or stored, and that once."""
+    scale, shift = torch.randint(1, 5, (2, 4, 1, 1), device=DEVICE).float()
+
+    def stem(x: Tensor) -> Tensor:
+        y = torch.relu(x * scale + shift) if cheap else (x * scale).tanh().exp() + shift
+        return F.max_pool2d(y, **KINDS["resnet"])
+
+    backend = Gems()
+    compare(stem, images("ties", True, grad), backend)
+    sources = backend.reports[0].sources
+    sizes = [v.shape[-2:] for s in sources for _, role, v in s.params if role == "out"]
+    assert sorted(sizes) == [(5, 4)] * (1 + grad) + [(9, 8)] * (not cheap)
+
+
 def test_what_training_saves():
     """A byte a window; the tensor that was pooled only where something else asks for it."""
     backend = Gems()

@@ -79,3 +79,22 @@ def test_rows_of_the_matrix_that_are_no_rows_of_memory():
         got = torch.compile(lambda x, w: x[0] @ w * 2, backend=backend, fullgraph=True)(x, w)
     torch.testing.assert_close(got, x[0] @ w * 2, rtol=2e-2, atol=2e-1)
     assert "aten.mm.default: no kernel is declared for it" in backend.reports[0].aten
+
+
+def test_rotary_embedding_of_products():
+    """Queries and keys are rotated as they are without: halves of a product's result are read from
+    memory, none is a kernel."""
+
+    def fn(x: Tensor, w: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q = F.linear(x, w).view(4, 16)
+        turned = torch.cat((-q[:, 8:], q[:, :8]), 1)
+        return q * cos + turned * sin
+
+    backend, (x, w, *_) = Gems(), operands(torch.bfloat16, columns=64)
+    cos, sin = torch.randn(2, 1, 16, device=DEVICE).bfloat16()
+    with torch.no_grad():
+        got = torch.compile(fn, backend=backend, fullgraph=True)(x, w, cos, sin)
+        exact = fn(*(t.double() for t in (x, w, cos, sin)))
+    (report,) = backend.reports
+    assert (report.launches, report.aten_calls) == (2, 0), report.aten
+    assert_as_accurate([got], [fn(x, w, cos, sin)], [exact], torch.bfloat16)
