@@ -210,7 +210,7 @@ class _Front:
     def _revive(self, graph: Kept) -> Boxed:
         """A graph that the cache had, as ``_compile`` would have made it."""
         report = self._report("")
-        saved = Saved(graph.text, self.options, report)
+        saved = Saved(graph.text, self.options, report, graph.carried)
         report.kind = saved.more["kind"]
         report.label += report.kind
         if self.program is not None:

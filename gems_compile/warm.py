@@ -20,11 +20,12 @@ from .kernels.fused import register_torch_ops
 from .kernels.target import current_target
 from .late import Boxed, Late
 from .lowering import native, whole_graphs
+from .lowering.binaries import Binaries
 from .lowering.decompose import decompositions
-from .lowering.load import library_digest
+from .lowering.load import binaries, library_digest
 from .lowering.options import Options
 from .lowering.pipeline import Report
-from .lowering.saved import Saved
+from .lowering.saved import Saved, kernel_keys
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,13 @@ class Graph(whole_graphs.Kept):
         lookup = whole_graphs.current_lookup()
         return lookup.revive(self) if lookup is not None else _alone(self)
 
+    def kernels(self) -> Binaries | None:
+        target = current_target(vendor())
+        if not self.text or target is None or not target.backend:  # as the interpreter
+            return self.carried
+        options = Options(target=target, cache_dir=cache_dir())
+        return binaries(kernel_keys(self.text), options, self.carried)
+
 
 def _alone(graph: Graph) -> Boxed:
     """A graph from a file, with no compile around it: see ``torch.compile(...).aot_compile``."""
@@ -49,7 +57,8 @@ def _alone(graph: Graph) -> Boxed:
     if target.backend == "cuda":
         native.start(cache_dir())
     options = Options(target=target, cache_dir=cache_dir(), cache_bytes=cache_bytes())
-    return Late(Saved(graph.text, options, Report("file")).load).boxed(graph)
+    saved = Saved(graph.text, options, Report("file"), graph.carried)
+    return Late(saved.load).boxed(graph)
 
 
 def why_off(config: Config) -> str | None:

@@ -14,11 +14,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from .binaries import Binaries, gathered
 from .options import Options
 from .private import static_launcher
 from .shelf import sweep_now_and_then, touch
@@ -183,20 +185,48 @@ def library_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-class Loading:
-    """One kernel on its way: ``result()`` waits and returns its launcher."""
+def shelf(target: Any) -> str:
+    """Where in a cache the kernels lie that these versions make for a target."""
+    return os.path.join(f"{target.name}-{target.arch}", library_digest())
 
-    def __init__(self, source: Source, options: Options, device: int | None) -> None:
+
+def kernel_folder(options: Options) -> str:
+    return os.path.join(options.cache_dir or private_directory(), "kernels", shelf(options.target))
+
+
+_asked: weakref.WeakValueDictionary[str, Loading] = weakref.WeakValueDictionary()  # by path
+
+
+def binaries(keys: Iterable[str], options: Options, carried: Binaries | None) -> Binaries:
+    """The compiled kernels, once those that compile now are ready; ``carried`` may have more."""
+    keys, folders = list(keys), [kernel_folder(options), private_directory()]
+    for path in [os.path.join(folder, f"{key}.py") for folder in folders for key in keys]:
+        loading = _asked.get(path)
+        if loading is not None:
+            with contextlib.suppress(CompileError):  # whoever runs the graph is told
+                loading.settle()
+    return gathered(keys, shelf(options.target), folders).with_those_of(carried)
+
+
+class Loading:
+    """One kernel on its way: ``result()`` waits and returns its launcher.
+
+    ``carried`` are the kernels that came with the graph, from another process.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        options: Options,
+        device: int | None,
+        carried: Binaries | None = None,
+    ) -> None:
         self.source, self.options, self.device = source, options, device
-        self.key = source.key
+        self.key, self.carried = source.key, carried
         self.answer: Answer | None = None
         self.compiled, self.asker = False, 0
         self.error: str | None = None
-        target = options.target
-        where = options.cache_dir or private_directory()
-        self.folder = os.path.join(
-            where, "kernels", f"{target.name}-{target.arch}", library_digest()
-        )
+        self.folder = kernel_folder(options)
         self.path = os.path.join(self.folder, f"{self.key}.py")
         if (self.key, device) not in _launchers:
             self._start()
@@ -209,9 +239,10 @@ class Loading:
             if not os.path.exists(self.path):
                 write_atomically(self.path, self.source.text.encode())
             return
-        if self._record() is not None:
+        if self._found() is not None:
             return
         self.compiled = True
+        _asked[self.path] = self
         if self.options.cache_dir is not None:
             sweep_now_and_then(self.options.cache_dir, self.options.cache_bytes)
         workers = pool(self.options.threads)
@@ -258,6 +289,17 @@ class Loading:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def _found(self) -> dict[str, Any] | None:
+        """The record of a kernel that is compiled: here, or where its graph comes from."""
+        record = self._record()
+        if record is None and self.carried is not None:
+            if not self.carried.put(self.key, shelf(self.options.target), self.folder):
+                return None
+            if not os.path.exists(self.path):  # Triton's launcher needs it, and people read it
+                write_atomically(self.path, self.source.text.encode())
+            record = self._record()
+        return record
+
     @functools.cached_property
     def wide(self) -> WhenNeeded:
         """What launches it where the sizes of a call ask for places of 64 bits."""
@@ -295,7 +337,7 @@ class Loading:
         if self.options.target.name == "interpreter":
             return interpreter_launcher(self.path, self.source)
         self._settle()
-        record = self._record()
+        record = self._found()
         if record is None:  # somebody cleared the cache since it was found there
             self.compiled = True
             self._settle()
@@ -323,7 +365,8 @@ class WhenNeeded:
     def _compiled(self) -> Launcher:
         narrow = self.narrow
         assert narrow.source.widen is not None  # it has a bound
-        return Loading(narrow.source.widen(), narrow.options, narrow.device).result()
+        wide = narrow.source.widen()
+        return Loading(wide, narrow.options, narrow.device, narrow.carried).result()
 
 
 def interpreter_launcher(path: str, source: Source) -> Launcher:

@@ -1,7 +1,8 @@
 """A compiled graph as text for another process, and back: no pickle, only JSON.
 
-The text holds the wrapper, what its names stand for, and every kernel's source; binaries stay in
-the kernel cache, where they are found by their key. One that is missing there is compiled again.
+The text holds the wrapper, what its names stand for, and every kernel's source; binaries are in the
+kernel cache, where they are found by their key. One that is missing there may have come along with
+the text (``binaries``); else it is compiled again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .binaries import Binaries
 from .binding import bind, compiled
 from .channels_last import Decision
 from .constants import Unsaveable, meant, spelled
@@ -76,15 +78,23 @@ def _source(source: Source) -> dict[str, Any]:
     return {**text, "dtypes": source.pointer_dtypes}
 
 
+def kernel_keys(text: str) -> list[str]:
+    """The keys of a graph's kernels, in the kernel cache."""
+    return [_restored(source).key for source in json.loads(text)["sources"]]
+
+
 class Saved:
     """A graph from the cache: its kernels are looked up when this is made, and those that are
-    missing begin to compile. Nothing touches a GPU before ``load``.
+    missing, and not among the ``carried``, begin to compile. Nothing touches a GPU before ``load``.
 
     Raises ``Unsaveable`` where a kernel is known not to load here.
     """
 
-    def __init__(self, text: str, options: Options, report: Report) -> None:
+    def __init__(
+        self, text: str, options: Options, report: Report, carried: Binaries | None = None
+    ) -> None:
         begin = time.perf_counter()
+        self.carried = carried
         self.data, self.options, self.report = json.loads(text), options, report
         kind, index = self.data["device"]
         self.device = torch.device(kind) if index is None else torch.device(kind, index)
@@ -107,7 +117,7 @@ class Saved:
 
     def _begin(self, source: Source) -> Loading:
         index = self.device.index if self.device.type != "cpu" else None
-        loading = Loading(source, self.options, index)
+        loading = Loading(source, self.options, index, self.carried)
         why = loading.why_useless()
         if why is not None:
             raise Unsaveable(f"its kernel {source.name} is of no use here ({why})")

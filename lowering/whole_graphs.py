@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .artifacts import with_kernels
+from .binaries import Binaries, from_state
 from .constants import Unsaveable
 
 log = logging.getLogger("gems_compile.lowering.whole_graphs")
@@ -57,8 +59,11 @@ class Kept(OutputCode):
     """What AOTAutograd gets of a compiled graph, and keeps of it: a text.
 
     ``run`` is what it calls. ``write`` makes the text when torch saves the graph; ``revive`` (of a
-    subclass, which is what a pickle names) makes it run again.
+    subclass, which is what a pickle names) makes it run again. ``carried`` are the compiled kernels
+    that came with the text.
     """
+
+    carried: Binaries | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,10 +85,15 @@ class Kept(OutputCode):
         """What runs ``text``."""
         raise NotImplementedError
 
+    def kernels(self) -> Binaries | None:
+        """Those of ``text``, once they are compiled."""
+        return self.carried
+
     def post_compile(self, example_inputs: Any, constants: Any, graph_kwargs: Any) -> None:
         """torch has read this from its cache."""
         if self.run is None:
             self.run = self.revive()
+            self.carried = None  # they are in the kernel cache
 
     def prepare_for_serialization(self) -> None:
         """torch calls this of a copy that it will save."""
@@ -109,13 +119,19 @@ class Kept(OutputCode):
         copy.__dict__.update(self.__dict__)
         return copy
 
-    def __getstate__(self) -> dict[str, str]:
-        return {"text": self.text, "digest": _digest(self.text)}
+    def __getstate__(self) -> dict[str, Any]:
+        """With its kernels where a user saves it. While one compiles that would mean to wait."""
+        state: dict[str, Any] = {"text": self.text, "digest": _digest(self.text)}
+        if _lookup.get() is None:
+            kernels = self.kernels()
+            state["kernels"] = None if kernels is None else kernels.state()
+        return state
 
-    def __setstate__(self, state: dict[str, str]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         if _digest(state["text"]) != state["digest"]:
             raise ValueError("the graph in the cache is damaged")
         self.text, self.write, self.run = state["text"], None, None
+        self.carried = from_state(state.get("kernels"))
         self._tell_torch()
 
 
@@ -175,6 +191,7 @@ class Lookup:
                 functorch_config.patch(bundled_autograd_cache=True),
                 config.patch(cache_key_tag=f"{config.cache_key_tag}|gems {tag}"),
                 _replaced(autograd_cache, "autograd_cache_key", self._noting(key_of)),
+                with_kernels(),
             ):
                 yield
         finally:
