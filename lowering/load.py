@@ -211,7 +211,7 @@ def binaries(keys: Iterable[str], options: Options, carried: Binaries | None) ->
 class Loading:
     """One kernel on its way: ``result()`` waits and returns its launcher.
 
-    ``carried`` are the kernels that came with the graph, from another process.
+    ``carried`` are the kernels for this target that came with the graph, from another process.
     """
 
     def __init__(
@@ -239,12 +239,14 @@ class Loading:
             if not os.path.exists(self.path):
                 write_atomically(self.path, self.source.text.encode())
             return
-        if self._found() is not None:
+        if self._record() is not None:
+            return
+        if self.options.cache_dir is not None:
+            sweep_now_and_then(self.options.cache_dir, self.options.cache_bytes)
+        if self._came_along():
             return
         self.compiled = True
         _asked[self.path] = self
-        if self.options.cache_dir is not None:
-            sweep_now_and_then(self.options.cache_dir, self.options.cache_bytes)
         workers = pool(self.options.threads)
         if workers is not None:
             self.answer, self.asker = workers.submit(self._job()), os.getpid()
@@ -289,16 +291,11 @@ class Loading:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _found(self) -> dict[str, Any] | None:
-        """The record of a kernel that is compiled: here, or where its graph comes from."""
-        record = self._record()
-        if record is None and self.carried is not None:
-            if not self.carried.put(self.key, shelf(self.options.target), self.folder):
-                return None
-            if not os.path.exists(self.path):  # Triton's launcher needs it, and people read it
-                write_atomically(self.path, self.source.text.encode())
-            record = self._record()
-        return record
+    def _came_along(self) -> bool:
+        """Whether the graph brought the kernel, which then is in the kernel cache."""
+        return self.carried is not None and self.carried.put(
+            self.key, self.source.text, self.folder
+        )
 
     @functools.cached_property
     def wide(self) -> WhenNeeded:
@@ -337,7 +334,9 @@ class Loading:
         if self.options.target.name == "interpreter":
             return interpreter_launcher(self.path, self.source)
         self._settle()
-        record = self._found()
+        record = self._record()
+        if record is None and self._came_along():
+            record = self._record()
         if record is None:  # somebody cleared the cache since it was found there
             self.compiled = True
             self._settle()

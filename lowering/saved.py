@@ -20,7 +20,7 @@ from .binding import bind, compiled
 from .channels_last import Decision
 from .constants import Unsaveable, meant, spelled
 from .cut import Captures, Piece
-from .load import CompileError, Loading
+from .load import CompileError, Loading, shelf
 from .options import Options
 from .pipeline import Compilation, Report
 from .runs import Launch, Operand, Run
@@ -94,7 +94,7 @@ class Saved:
         self, text: str, options: Options, report: Report, carried: Binaries | None = None
     ) -> None:
         begin = time.perf_counter()
-        self.carried = carried
+        self.carried = None if carried is None else carried.meant_for(shelf(options.target))
         self.data, self.options, self.report = json.loads(text), options, report
         kind, index = self.data["device"]
         self.device = torch.device(kind) if index is None else torch.device(kind, index)
