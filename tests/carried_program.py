@@ -71,7 +71,7 @@ def main(load: str = "", save: str = "") -> None:
     if load:
         torch.compiler.load_cache_artifacts(Path(load).read_bytes())
     module = build()
-    y = torch.compile(module, backend="gems")(torch.ones(256, 64, device=DEVICE))
+    y = torch.compile(module, backend=backend.gems)(torch.ones(256, 64, device=DEVICE))
     if save:  # before the backward's kernels were waited for
         artifacts = torch.compiler.save_cache_artifacts()
         assert artifacts is not None

@@ -110,6 +110,19 @@ def _not_compiled(job: Any) -> None:
     raise AssertionError("compiled again")
 
 
+def test_a_wide_form_comes_along(tmp_path: Path, carried: Binaries, monkeypatch: Any) -> None:
+    """It is looked up when sizes first ask for it."""
+    narrow = copy_source()
+    narrow.text, narrow.widen = narrow.text + "# narrow", copy_source
+    loading = load.Loading(narrow, options(tmp_path / "here"), 0, carried)
+    assert loading.compiled
+    loading.settle()
+    monkeypatch.setattr(load.Pool, "submit", _not_compiled)
+    monkeypatch.setattr(load, "static_launcher", lambda source, record, *_: record["path"])
+    monkeypatch.setattr(load, "_launchers", {})
+    assert loading.wide._compiled().endswith(f"{KEY}.cubin")
+
+
 def test_without_a_folder(carried: Binaries, monkeypatch: Any, tmp_path: Path) -> None:
     """As where it cannot be written, or is another's: it goes where sources go."""
     monkeypatch.setattr(load, "private_directory", lambda: str(tmp_path / "private"))

@@ -16,8 +16,10 @@ from warmcheck import results, said
 from gems_compile.backend import Gems
 from gems_compile.kernels.op import T
 from gems_compile.lowering import pipeline
+from gems_compile.lowering.binaries import Binaries
 from gems_compile.lowering.rewrites import TABLE
 from gems_compile.lowering.whole_graphs import FROM_CACHE, KEPT
+from gems_compile.warm import Graph
 
 pytestmark = [gems_only, pytest.mark.usefixtures("caches")]
 
@@ -328,10 +330,12 @@ def test_a_function_in_a_file(tmp_path, grad):
         return module(x)
 
     file = tmp_path / "function"
-    with torch.set_grad_enabled(grad):
+    with torch.set_grad_enabled(grad), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Graph, "kernels", lambda self: Binaries("its kernels", {}))
         compiled = torch.compile(called, fullgraph=True, backend=Gems())
         compiled = compiled.aot_compile(((module, rand(8, 16)), {}))
         compiled.save_compiled_function(str(file))
+        assert b"its kernels" in file.read_bytes()
         torch._dynamo.reset()
         with file.open("rb") as data, pytest.MonkeyPatch.context() as patch:
             patch.setattr(pipeline.Compilation, "__init__", _not_again)
