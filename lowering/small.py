@@ -266,18 +266,19 @@ def _call(
     """Choose the operands of one of the kernels alike, and call their function."""
     first = some[0]
     own = [n for n, _, _ in first.params]
-    choices = {n: [names[n] for names in named] for n in own}
     starts = [start + k * first.grid for k in range(len(some))]
     at = f"pid - {start}" if start else "pid"
     if len(some) == 1:
         operands = [named[0][n] for n in own]
     else:
+        # a name is of one type, also where branches that exclude each other set it
+        operands = [f"of_{kind}_{n}" for n in own]
 
         def choose(k: int) -> None:
-            for name, choice in choices.items():
-                lines.add(f"{name} = {choice[k]}")
+            for operand, name in zip(operands, own, strict=True):
+                lines.add(f"{operand} = {named[k][name]}")
 
         branch(lines, starts, range(len(some)), choose)
-        operands, at = own, f"({at}) % {first.grid}"
+        at = f"({at}) % {first.grid}"
     constants = [f"{n}={c}" for n, c in first.meta["constants"].items()]
     lines.add(f"part_{kind}({', '.join([*operands, at, *constants])})")

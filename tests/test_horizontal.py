@@ -155,6 +155,19 @@ def test_joined_kernels_keep_wide_loads(tmp_path: Path) -> None:
         assert "ld.global.v" in ptx(source, str(path))
 
 
+def test_joined_kernels_of_unlike_dtypes(tmp_path: Path) -> None:
+    """Each chooses its operands in a branch, and Triton wants one type of a name."""
+
+    def fn(*xs):
+        return [(x * 2).sum(-1) for x in xs]
+
+    xs = [torch.empty(20, 40, dtype=d) for d in 2 * [torch.float32] + 2 * [torch.bfloat16]]
+    (source,) = (s for s in wide_sources(fn, *xs) if "_and_" in s.name)
+    path = tmp_path / "kernel.py"
+    path.write_text(source.text)
+    assert ptx(source, str(path))
+
+
 def planned(fn: Callable[..., Any], *args: Tensor) -> list[Any]:
     """The groups of a graph as a large GPU would get them; nothing runs."""
     wide = dataclasses.replace(current_target(), multiprocessors=132)
