@@ -271,6 +271,15 @@ def test_while_a_graph_compiles_nothing_is_waited_for(graph: warm.Graph) -> None
     assert artifacts.WithKernels(type("Noted", (), {"key": "k", "content": b"?"})).content == b"?"
 
 
+def test_a_torch_that_keeps_artifacts_elsewhere(monkeypatch: Any) -> None:
+    """Graphs are then saved as they are."""
+    from torch.compiler._cache import CacheArtifactManager
+
+    monkeypatch.delattr(CacheArtifactManager, "_new_cache_artifacts")
+    with artifacts.with_kernels():
+        pass
+
+
 # --------------------------------------------------------------------------- two processes
 
 
