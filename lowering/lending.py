@@ -19,8 +19,6 @@ from .copies import alias
 
 #: backwards in a row whose gradients were gone in time
 PATIENCE = 3
-#: bytes that copying takes as long as looking whether each is still held
-FEW_BYTES = 2**27
 
 
 class Lender:
@@ -47,10 +45,7 @@ class Lender:
         copies = copy(*results)
         if self.gone >= 0:
             tensors = [c for c in copies if isinstance(c, torch.Tensor)]
-            if sum(c.nbytes for c in tensors) < FEW_BYTES:
-                self.gone = -1
-            else:
-                self.copies = [StorageWeakRef(c.untyped_storage()) for c in tensors]
+            self.copies = [StorageWeakRef(c.untyped_storage()) for c in tensors]
         return copies
 
     def look(self, trees: Any) -> None:

@@ -27,7 +27,7 @@ from torch import nn
 
 import gems_compile
 from gems_compile.config import Config
-from gems_compile.lowering import captured, cuda_graphs, lending
+from gems_compile.lowering import captured, cuda_graphs
 
 pytestmark = gems_only
 
@@ -67,8 +67,7 @@ def test_gradients_add_up_and_stay(trees):
 
 
 @pytest.mark.parametrize("lets_go", [True, False])
-def test_gradients_are_lent_to_a_loop_that_lets_go_of_them(trees, lets_go, monkeypatch):
-    monkeypatch.setattr(lending, "FEW_BYTES", 0)
+def test_gradients_are_lent_to_a_loop_that_lets_go_of_them(trees, lets_go):
     model = MLP().to(DEVICE)
     other = copy.deepcopy(model)
     run, _ = compiled(model)
@@ -86,8 +85,7 @@ def test_gradients_are_lent_to_a_loop_that_lets_go_of_them(trees, lets_go, monke
 
 
 @gpu_only
-def test_lent_gradients_that_are_kept_after_all(trees, monkeypatch):
-    monkeypatch.setattr(lending, "FEW_BYTES", 0)
+def test_lent_gradients_that_are_kept_after_all(trees):
     model = MLP().to(DEVICE)
     run, _ = compiled(model)
     parameters, kept = list(model.parameters()), []
