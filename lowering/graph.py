@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .overload import facts_of
+from .overload import Facts, facts_of
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)')
 
@@ -114,6 +115,12 @@ def nodes_in(argument: Any) -> list[fx.Node]:
     return found
 
 
+def calls_of(graph: fx.Graph, targets: Iterable[Any]) -> list[fx.Node]:
+    """The calls of any of these, in the graph's order: a graph keeps a table of them."""
+    found = (graph.find_nodes(op="call_function", target=t, sort=False) for t in targets)
+    return sorted(node for nodes in found for node in nodes)
+
+
 def output_node(graph: fx.Graph) -> fx.Node:
     return next(iter(reversed(graph.nodes)))
 
@@ -135,23 +142,26 @@ class Storage:
             self.position[node] = i
             facts = facts_of(node.target) if node.op == "call_function" else None
             plain = facts.fresh if facts is not None else node.op != "call_function"
-            root = self.root[node] = node if plain else self._root(node)
-            self.members.setdefault(root, []).append(node)
-            for written in () if plain else mutated_arguments(node):
-                self.writes.setdefault(self.root[written], []).append(node)
+            root = self.root[node] = node if plain else self._root(node, facts)
+            if root is node:
+                self.members[node] = [node]
+            else:
+                self.members[root].append(node)
+            if not plain and node.target is not operator.getitem:
+                for written in mutated_arguments(node):
+                    self.writes.setdefault(self.root[written], []).append(node)
         self.outputs = set(output_node(graph).all_input_nodes)
         self.escaping = {self.root[node] for node in self.outputs}
 
-    def _root(self, node: fx.Node) -> fx.Node:
-        facts = facts_of(node.target)
+    def _root(self, node: fx.Node, facts: Facts | None) -> fx.Node:
         if facts is not None:
             memory = facts.memory
         else:
-            memory = "first" if getattr(node.target, "__name__", "") == "getitem" else "new"
+            memory = "first" if node.target is operator.getitem else "new"
         if memory == "new":
             return node
         shared = node.all_input_nodes if memory == "first" else mutated_arguments(node)
-        return next((self.root[n] for n in shared), node)
+        return self.root[shared[0]] if shared else node
 
     def merge(self, kept: fx.Node, gone: fx.Node) -> None:
         """``kept`` takes the place of ``gone``, with all that shares its memory."""

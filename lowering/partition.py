@@ -15,6 +15,7 @@ from . import private
 from .batch_norm import APPLY, take_batch_norms_apart
 from .channels_last import Decision, decide
 from .conv_bias import take_biases_apart
+from .graph import calls_of
 from .options import Options
 from .overload import name_of
 from .pooling import take_poolings
@@ -70,14 +71,14 @@ def _declared() -> tuple[frozenset[Any], frozenset[Any], frozenset[Any]]:
 def share_seeds(gm: GraphModule) -> int:
     """Draw one seed a device and run, and give every mask a salt of its own; returns how many."""
     first: dict[Any, Node] = {}
+    for node in calls_of(gm.graph, (torch.ops.gems.seed.default,)):
+        known = first.setdefault(node.args[0], node)
+        if known is not node:
+            node.replace_all_uses_with(known)
+            gm.graph.erase_node(node)
     salt = 0
-    for node in list(gm.graph.nodes):
-        if _is(node, "gems.seed.default"):
-            known = first.setdefault(node.args[0], node)
-            if known is not node:
-                node.replace_all_uses_with(known)
-                gm.graph.erase_node(node)
-        elif _is(node, "gems.dropout_mask.default") and node.args[3] == 0:
+    for node in calls_of(gm.graph, (torch.ops.gems.dropout_mask.default,)):
+        if node.args[3] == 0:
             salt += 1
             node.args = (*node.args[:3], salt)
     if salt:

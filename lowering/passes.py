@@ -18,6 +18,7 @@ from .fills import read_fills
 from .functionalized import inline_functionalized_ops
 from .graph import (
     Storage,
+    calls_of,
     is_symbolic,
     is_tensor,
     mutated_arguments,
@@ -79,6 +80,7 @@ _SCALAR_IDENTITIES: dict[Any, Callable[[Any, Any], bool]] = {
     aten.pow.Tensor_Scalar: lambda x, c: c == 1,
 }
 _MAY_COPY = _COPIES.union(_SCALAR_IDENTITIES, (aten.copy.default, aten.slice_scatter.default))
+_MAY_DROP = _VIEWS | _MAY_COPY
 
 
 def drop_no_ops(gm: fx.GraphModule) -> int:
@@ -89,12 +91,16 @@ def drop_no_ops(gm: fx.GraphModule) -> int:
     the same, nobody writes either side, and no output starts to share memory with an input or with
     another output.
     """
-    storage, dropped = Storage(gm.graph), 0
-    for node in list(gm.graph.nodes):
-        if node.op != "call_function":
+    storage: Storage | None = None  # few graphs have a candidate
+    dropped = 0
+    for node in calls_of(gm.graph, _MAY_DROP):
+        source = _view_source(node) or _original(node)
+        if source is None:
             continue
-        source = _view_source(node) or _copy_source(node, storage)
-        if source is None or (node in storage.outputs and _becomes_shared(source, storage)):
+        storage = storage or Storage(gm.graph)
+        if node.target in _MAY_COPY and not _may_read(source, node, storage):
+            continue
+        if node in storage.outputs and _becomes_shared(source, storage):
             continue
         storage.merge(source, node)
         node.replace_all_uses_with(source)
@@ -118,8 +124,8 @@ def _view_source(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _copy_source(node: fx.Node, storage: Storage) -> fx.Node | None:
-    """What this node is a copy of, if it can read the original instead."""
+def _original(node: fx.Node) -> fx.Node | None:
+    """What this node is a copy of, in the same layout."""
     if node.target not in _MAY_COPY:
         return None
     scatter = node.target is aten.slice_scatter.default  # of as many elements: of all of them
@@ -136,18 +142,19 @@ def _copy_source(node: fx.Node, storage: Storage) -> fx.Node | None:
     elif node.target is aten.copy.default:
         assert isinstance(node.args[1], fx.Node)  # a tensor, by its schema
         source = node.args[1]  # what it is copied over does not matter
-    if not same_layout(value_of(node), value_of(source)):
-        return None
+    return source if same_layout(value_of(node), value_of(source)) else None
+
+
+def _may_read(source: fx.Node, node: fx.Node, storage: Storage) -> bool:
+    """Whether those who read a copy can read what it was made of instead."""
     if storage.is_written(source) or storage.is_written(node):
-        return None
+        return False
     family = storage.members[storage.root[node]]
     if any(u.target is aten.as_strided.default for m in family for u in m.users):
-        return None  # it counts from the start of the copy's memory
-    if storage.root[node] in storage.escaping and (
+        return False  # it counts from the start of the copy's memory
+    return storage.root[node] not in storage.escaping or not (
         storage.is_fixed(source) or storage.root[source] in storage.escaping
-    ):
-        return None
-    return source
+    )
 
 
 def _before_widening(node: fx.Node, cast: fx.Node) -> fx.Node:
@@ -169,12 +176,17 @@ def drop_duplicates(gm: fx.GraphModule) -> int:
     version: dict[fx.Node, int] = {}
     seen: dict[Any, fx.Node] = {}
     repeatable: dict[Any, bool] = {}
+    symbols: dict[fx.Node, Any] = {}
+    writers = {node for nodes in storage.writes.values() for node in nodes}
     dropped = 0
     for node in list(gm.graph.nodes):
-        for written in mutated_arguments(node):
-            root = storage.root[written]
-            version[root] = version.get(root, 0) + 1
-        key = _duplicate_key(node, storage, version, repeatable)
+        if node in writers:
+            for written in mutated_arguments(node):
+                root = storage.root[written]
+                version[root] = version.get(root, 0) + 1
+        if is_symbolic(value := value_of(node)):
+            symbols[node] = "symbol", str(value.node.expr)
+        key = _duplicate_key(node, storage, version, repeatable, symbols)
         if key is None:
             continue
         first = seen.setdefault(key, node)
@@ -199,37 +211,44 @@ def _may_merge(first: fx.Node, node: fx.Node, storage: Storage) -> bool:
 
 
 def _duplicate_key(
-    node: fx.Node, storage: Storage, version: dict[fx.Node, int], repeatable: dict[Any, bool]
+    node: fx.Node,
+    storage: Storage,
+    version: dict[fx.Node, int],
+    repeatable: dict[Any, bool],
+    symbols: dict[fx.Node, Any],
 ) -> Any:
     """What two nodes that compute the same have in common; None of a node that stays.
 
-    ``version``: how often memory was written so far; ``repeatable``: targets looked at before.
+    ``version``: how often memory was written so far; ``repeatable``: targets looked at before;
+    ``symbols``: the nodes so far that hold a symbolic number, and which.
     """
     if node.op != "call_function" or "unbacked_bindings" in node.meta:
         return None
-    value = value_of(node)
-    if is_symbolic(value):
-        return "symbol", type(value), str(value.node.expr)
+    if node in symbols:
+        return type(value_of(node)), symbols[node]
     if node.target is operator.getitem:
         return operator.getitem, node.args
-    if node.target not in repeatable:
-        repeatable[node.target] = _is_pure(node) and "empty" not in schema_of(node).name
-    if not repeatable[node.target]:
+    facts = facts_of(node.target)
+    if facts is None:
+        return None
+    pure = repeatable.get(facts)
+    if pure is None:
+        pure = repeatable[facts] = _is_pure(node) and "empty" not in schema_of(node).name
+    if not pure:
         return None
     roots = map(storage.root.__getitem__, node.all_input_nodes) if version else ()
     epochs = tuple((k, version[root]) for k, root in enumerate(roots) if root in version)
-    return node.target, _literal(node.args), _literal(node.kwargs), epochs
+    return facts, _literal(node.args, symbols), _literal(node.kwargs, symbols), epochs
 
 
-def _literal(value: Any) -> Any:
+def _literal(value: Any, symbols: dict[fx.Node, Any]) -> Any:
     """A hashable twin of an argument, in which 1, 1.0 and True differ, and 0.0 and -0.0."""
     if isinstance(value, fx.Node):
-        held = value_of(value)
-        return ("symbol", str(held.node.expr)) if is_symbolic(held) else value
+        return symbols.get(value, value)
     if isinstance(value, (list, tuple)):
-        return tuple(map(_literal, value))
+        return tuple([_literal(item, symbols) for item in value])
     if isinstance(value, dict):
-        return tuple((name, _literal(item)) for name, item in sorted(value.items()))
+        return tuple([(name, _literal(item, symbols)) for name, item in sorted(value.items())])
     kind = type(value)
     return kind, repr(value) if kind in (float, complex) else value
 
