@@ -41,7 +41,7 @@ class Alike:
 
 def _taken_over(source: Source, first: _Description, own: _Description) -> Source:
     values = dict(zip(first.places, own.places, strict=True))
-    salts = dict(zip(first.salts, own.salts, strict=True))
+    salts = dict(zip(first.salts, own.salts, strict=True)) if own.salts else {}
 
     def moved(what: Any) -> Any:
         if isinstance(what, Value):
@@ -87,6 +87,7 @@ class _Description:
         self.salts: dict[int, int] = {}
         self.values: list[Any] = []
         self.extents: list[Any] = []  # of all values
+        self.static = True  # they are numbers
         whole = (
             tuple(group.sizes.items()),
             tuple(group.parts.items()),
@@ -98,7 +99,7 @@ class _Description:
             tuple((self._place(a), self._place(b)) for a, b in group.stores.items()),
         )
         # a number and the constant expression of it are equal
-        types = None if is_static(*self.extents) else tuple(map(type, self.extents))
+        types = None if self.static else tuple(map(type, self.extents))
         self.key = (*self.values, whole, types)
 
     def _place(self, v: Value) -> int:
@@ -109,26 +110,23 @@ class _Description:
         return place
 
     def _described(self, v: Value) -> tuple[Any, ...]:
-        member, inlined = v in self.members, v in self.inlined
+        member, inlined, kind = v in self.members, v in self.inlined, v.kind
         sizes = v.shape + v.strides  # as many of the ones as of the others
         self.extents += sizes
-        memory = (
+        self.static = self.static and is_static(*sizes)
+        frame, written = self.group.frames.get(v), v in self.written
+        # who made what is in memory does not matter; frames are looked for behind views and casts
+        if not (member or inlined or kind in ("view", "cast", "full")):
+            return v.dtype, sizes, frame, written, is_seed(v)
+        return (
             v.dtype,
             sizes,
-            self.group.frames.get(v),
-            v in self.written,
-            is_seed(v),
-        )
-        # else who made what is in memory does not matter; frames are looked for behind views and
-        # casts
-        if not (member or inlined or v.kind in ("view", "cast", "full")):
-            return memory
-        return (
-            *memory,
-            v.kind,
+            frame,
+            written,
+            kind,
             v.op,
             None if v.params is None else self._parameter(v.params),
-            self._salted(v) if v.kind == "random" else self._arguments(v),
+            self._salted(v) if kind == "random" else self._arguments(v),
             member,
             inlined,
             None if v.node is None else v.node.target,
@@ -140,15 +138,14 @@ class _Description:
         return self._place(seed), number, threshold
 
     def _arguments(self, v: Value) -> tuple[Any, ...]:
-        # 1, 1.0 and True are equal, and so are 0.0 and -0.0
-        return tuple(
-            [
-                self._place(a)
-                if isinstance(a, Value)
-                else (type(a), a.expr if isinstance(a, SizeArg) else repr(a))
-                for a in v.args
-            ]
-        )
+        found: list[Any] = []
+        for a in v.args:
+            if isinstance(a, Value):
+                place = self.places.get(a)
+                found.append(self._place(a) if place is None else place)
+            else:  # 1, 1.0 and True are equal, and so are 0.0 and -0.0
+                found.append((type(a), a.expr if isinstance(a, SizeArg) else repr(a)))
+        return tuple(found)
 
     def _parameter(self, p: Any) -> Any:
         if isinstance(p, View):

@@ -73,10 +73,17 @@ def find_beside(
     found: dict[Group, Part] = {}
     shared = _sharing(groups, sources, apart)
     many = Counter(shared.values())
+    known: dict[Source, Beside | None] = {}  # of those that were written
     for group, key in shared.items():
-        part = _part_of(group, sources[group], inlined, multiprocessors) if many[key] > 1 else None
+        if many[key] < 2:
+            continue
+        source = sources[group]
+        first = source.like or source
+        if first not in known:
+            known[first] = _part_of(group, source, inlined, multiprocessors)
+        part = known[first]
         if part is not None:
-            found[group] = replace(part, key=("beside", *key))
+            found[group] = replace(part, source=source, group=group, key=("beside", *key))
     keys = Counter(part.key for part in found.values())
     return {group: part for group, part in found.items() if keys[part.key] > 1}
 

@@ -135,10 +135,13 @@ def _part_of(source: Source, multiprocessors: int) -> Part | None:
         return None
     if any(role == "size" for _, role, _ in source.params):
         return None
+    copy = transposed_of(body)
+    if copy is None and source.loops > 1:
+        return None
     shared = _Shared(body, source.name, multiprocessors)
     unaligned = source.meta["unaligned"]
     pointers = tuple((n, role, what.dtype, n in unaligned) for n, role, what in source.params)
-    if (copy := transposed_of(body)) is not None:
+    if copy is not None:
         return _Copied(shared, source, copy.numel, ("copy", pointers), copy)
     if shared.square or shared.wide64 or len(shared.parallel) > 1:
         return None

@@ -195,6 +195,7 @@ class Renderer(Accumulators, Loops):
             meta,
             self.lines.below(head),
             bound=None if self.wide64 else self._bound(sizes),
+            loops=len(self.parallel),
         )
 
     def _type(self, role: str, what: object) -> str:

@@ -52,6 +52,7 @@ class Source:
     own: dict[Value, Value] = field(default_factory=dict)
     bound: Size | None = None
     widen: Callable[[], Source] | None = None
+    loops: int = 1  # variables that its programs count places by, where that is known
 
     @property
     def pointer_dtypes(self) -> list[str | None]:
