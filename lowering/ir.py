@@ -117,17 +117,17 @@ class Value:
 
     def _read(self) -> None:
         """Note the Values among the arguments, and what they show; a view shows one for good."""
-        self.inputs = tuple([a for a in self.args if isinstance(a, Value)])
-        self.bases = tuple([base_of(a) if a.kind == "view" else a for a in self.inputs])
+        self.inputs = inputs = tuple([a for a in self.args if isinstance(a, Value)])
+        self.bases = tuple([base_of(a) if a.kind == "view" else a for a in inputs])
 
-    def again(self, args: Sequence[Any]) -> Value:
-        """The same of other operands, made by no node."""
+    def again(self, args: tuple[Any, ...], inputs: tuple[Value, ...]) -> Value:
+        """The same of other operands (``inputs``: the Values among them), made by no node."""
         v = Value.__new__(Value)
         v.id, v.node = next(_ids), None
         v.kind, v.op, v.params = self.kind, self.op, self.params
         v.reduces, v.computes = self.reduces, self.computes
-        v.args = tuple(args)
-        v._read()
+        v.args, v.inputs = args, inputs
+        v.bases = tuple([base_of(a) if a.kind == "view" else a for a in inputs])
         v.shape, v.strides, v.dtype = self.shape, self.strides, self.dtype
         return v
 

@@ -43,14 +43,24 @@ class Repeats:
 
 
 class _Recipe:
+    """``steps``: Values without operands, and those with their places for Values."""
+
     def __init__(self, steps: Sequence[tuple[Value, Sequence[Any]]], result: Any) -> None:
-        self.steps, self.result = steps, result
+        self.result = result
+        self.steps = [
+            (step, operands, tuple([a for a in operands if type(a) is _Place]))
+            for step, operands in steps
+        ]
 
     def follow(self, args: Sequence[Any], values: list[Value]) -> Any:
         made = _operands(args)
-        for step, operands in self.steps:
-            own = [made[a] if type(a) is _Place else a for a in operands]
-            made.append(step.again(own))
+        for step, operands, places in self.steps:
+            inputs = tuple([made[k] for k in places])
+            if len(places) == len(operands):
+                made.append(step.again(inputs, inputs))
+            else:
+                own = tuple([made[a] if type(a) is _Place else a for a in operands])
+                made.append(step.again(own, inputs))
         values += made[len(made) - len(self.steps) :]
         return _put(self.result, made)
 
@@ -65,7 +75,7 @@ def _recipe(args: Sequence[Any], made: Sequence[Value], result: Any) -> _Recipe 
         return places[what] if isinstance(what, Value) else what
 
     try:
-        steps = [(v.again(()), named(v.args)) for v in made]
+        steps = [(v.again((), ()), named(v.args)) for v in made]
         return _Recipe(steps, named(result))
     except KeyError:
         return None

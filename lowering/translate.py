@@ -121,7 +121,7 @@ class Translator:
         else:
             value = Value(
                 "buffer",
-                "seed" if str(node.target) == "gems.seed.default" else None,
+                "seed" if name_of(node.target) == "gems.seed.default" else None,
                 (),
                 [size_of(s) for s in val.shape],
                 dtype_name(val.dtype),
@@ -135,8 +135,7 @@ class Translator:
         if not isinstance(node.target, torch._ops.OpOverload):
             raise Declined("not an ATen operator")
         name = name_of(node.target)
-        view = VIEWS.get(name)
-        op = op_of(node.target)
+        view, op = VIEWS.get(name), OPS.get(name)
         if view is None and op is None and name not in WRITES:
             raise Declined("no kernel is declared for it")
         self._check_tensors(node, val, composite=op is not None and op.kind == "composite")
@@ -181,8 +180,9 @@ class Translator:
             self._check(tensor, "result", composite and k > 0)
         for k, arg in enumerate(node.all_input_nodes):
             whole = arg.meta.get("val")
-            for tensor in () if id(whole) in self.fine else _tensors(whole):
-                self._check(tensor, arg, composite and k > 0)
+            if id(whole) not in self.fine:
+                for tensor in _tensors(whole):
+                    self._check(tensor, arg, composite and k > 0)
 
     def _check(self, tensor: torch.Tensor, of: Node | str, may_be_empty: bool) -> None:
         if id(tensor) in self.fine or (may_be_empty and _is_empty(tensor)):
@@ -198,9 +198,11 @@ class Translator:
 
     def _unsupported(self, tensor: torch.Tensor) -> str | None:
         """``unsupported_tensor``, asked once of each that the graph holds."""
-        if id(tensor) not in self.unsupported:
-            self.unsupported[id(tensor)] = unsupported_tensor(tensor)
-        return self.unsupported[id(tensor)]
+        known = self.unsupported
+        place = id(tensor)
+        if place not in known:
+            known[place] = unsupported_tensor(tensor)
+        return known[place]
 
     # results -------------------------------------------------------------------------------
 
@@ -398,7 +400,10 @@ def unsupported_tensor(tensor: torch.Tensor) -> str | None:
 
 
 def _is_empty(val: Any) -> bool:
-    return isinstance(val, torch.Tensor) and 0 in [s for s in val.shape if type(s) is int]
+    if not isinstance(val, torch.Tensor):
+        return False
+    shape = val.shape
+    return 0 in (shape if is_static(*shape) else [s for s in shape if type(s) is int])
 
 
 def _make_alone(node: Node) -> None:
