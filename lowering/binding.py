@@ -46,11 +46,6 @@ def input_view(
     return torch.as_strided(tensor, size, stride, tensor.storage_offset() + offset)
 
 
-def compiled(text: str, label: str) -> CodeType:
-    """The function's text as Python runs it, which takes about as long as writing it did."""
-    return compile(text, f"<gems {label}>", "exec")
-
-
 def bind(
     code: CodeType,
     device: torch.device,

@@ -225,6 +225,7 @@ class Loading:
         self.key, self.carried = source.key, carried
         self.answer: Answer | None = None
         self.compiled, self.asker = False, 0
+        self.pool: Pool | None = None  # whose workers compile it
         self.error: str | None = None
         self.folder = kernel_folder(options)
         self.path = os.path.join(self.folder, f"{self.key}.py")
@@ -247,9 +248,9 @@ class Loading:
             return
         self.compiled = True
         _asked[self.path] = self
-        workers = pool(self.options.threads)
-        if workers is not None:
-            self.answer, self.asker = workers.submit(self._job()), os.getpid()
+        self.pool = pool(self.options.threads)
+        if self.pool is not None:
+            self.answer, self.asker = self.pool.submit(self._job()), os.getpid()
 
     def _job(self) -> dict[str, Any]:
         target = self.options.target

@@ -16,8 +16,9 @@ from torch.fx import GraphModule, Node
 from ..kernels import load_ops
 from .alike import Alike
 from .beside import find_beside, may_stand_beside
-from .binding import bind, compiled
+from .binding import bind
 from .channels_last import Decision, decide
+from .code import Code
 from .conv_bias import take_biases_apart
 from .cuda_graphs import facts_of, why_not
 from .cut import Captures, Cut
@@ -162,7 +163,7 @@ class Compilation:
         kernels = {name: launchers[group] for name, group in writer.kernels}
         kernels.update((name, self.loading[group].wide) for name, group in writer.widths.wide)
         run = bind(
-            self.code,
+            self.code.result(),
             self.device,
             writer.constants,
             writer.runs.made,
@@ -273,7 +274,8 @@ class Compilation:
         self.writer = writer
         report.wrapper, report.peak_bytes = writer.write(), writer.peak_bytes
         self.clock.lap(self.report, "wrapper")
-        self.code = compiled(report.wrapper, report.label)  # while the kernels compile
+        pool = next((p for loading in self.loads.values() if (p := loading.pool)), None)
+        self.code = Code(report.wrapper, report.label, pool)
         self.clock.lap(self.report, "bind")
         for line in report.captures.told() if report.captures is not None else ():
             log.info("graph %s: %s", report.label, line)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .binaries import Binaries
-from .binding import bind, compiled
+from .binding import bind
 from .channels_last import Decision
 from .constants import Unsaveable, meant, spelled
 from .cut import Captures, Piece
@@ -25,6 +25,7 @@ from .options import Options
 from .pipeline import Compilation, Report
 from .runs import Launch, Operand, Run
 from .source import Source
+from .worker import compiled
 
 #: what a report says of a graph that another process compiled
 COUNTS = ("nodes", "fused", "kernels", "launches", "aten_calls", "peak_bytes", "aten", "failures")

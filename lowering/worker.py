@@ -1,8 +1,9 @@
 """The compile workers: source files in, cubins out. They import Triton, never torch.
 
 ``python -m gems_compile.lowering.worker N`` speaks JSON lines: {"path", "text", "meta", "target"}
--> {"path", "error"}. It imports Triton once and forks a process for each kernel, up to N at a time.
-When its input ends, because the process that reads the answers did, it finishes what runs.
+of a kernel, {"path", "text", "label"} of a wrapper -> {"path", "error"}. It imports Triton once and
+forks a process for each job, up to N at a time. When its input ends, because the process that reads
+the answers did, it finishes what runs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import marshal
 import os
 import selectors
 import signal
@@ -20,6 +22,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 
@@ -85,8 +88,16 @@ def compile_file(path: str, meta: dict[str, Any], target: list[Any]) -> None:
     write_atomically(f"{stem}.json", json.dumps(record).encode())
 
 
+def compiled(text: str, label: str) -> CodeType:
+    """A wrapper's text as Python runs it, which takes about as long as writing it did."""
+    return compile(text, f"<gems {label}>", "exec")
+
+
 def do(job: dict[str, Any]) -> None:
-    """Write the kernel's source and compile it."""
+    """Write the kernel's source and compile it; or compile a wrapper into a file."""
+    if "label" in job:
+        write_atomically(job["path"], marshal.dumps(compiled(job["text"], job["label"])))
+        return
     if not os.path.exists(job["path"]):
         write_atomically(job["path"], job["text"].encode())
     compile_file(job["path"], job["meta"], job["target"])
@@ -206,7 +217,9 @@ def prepare_target(target: tuple[Any, ...]) -> None:
 
 
 def prepare_job(line: bytes) -> None:
-    prepare_target(tuple(json.loads(line)["target"]))
+    target = json.loads(line).get("target")
+    if target is not None:
+        prepare_target(tuple(target))
 
 
 def main(size: int) -> None:
