@@ -241,6 +241,8 @@ class Writer:
             self.symbols.setdefault(str(size_of(val)), name)
             self.kept.add(name)
         elif isinstance(val, torch.Tensor) and val.layout == torch.strided:
+            if is_static(*val.shape):
+                return
             for k, s in enumerate(val.shape):
                 if isinstance(s, torch.SymInt):
                     expr = size_of(s)

@@ -22,8 +22,9 @@ def is_widening(v: Value) -> bool:
     return v.kind == "cast" and BITS[v.args[0].dtype] < BITS[v.dtype]
 
 
+ALL = -1
 #: the place of an operand that is not read element for element
-_READ_ELSEWHERE = {"gather": 0, "patch": 1}
+_READ_ELSEWHERE = {"gather": 0, "patch": 1, "concat": ALL}
 
 
 def find_readers(program: Program) -> dict[Value, list[tuple[Value, bool]]]:
@@ -32,14 +33,12 @@ def find_readers(program: Program) -> dict[Value, list[tuple[Value, bool]]]:
     for v in program.values:
         if not v.computes:
             continue
-        shape, elsewhere = v.args[0].shape if v.reduces else v.shape, _READ_ELSEWHERE.get(v.kind)
-        for k, (a, base) in enumerate(zip(v.inputs, v.bases, strict=True)):
-            same = (
-                v.kind != "concat"
-                and k != elsewhere
-                and (a.shape == shape or product(a.shape) == product(shape))
-                and (a is base or _only_bijections(a))
-            )
+        shape, kind, bases = v.args[0].shape if v.reduces else v.shape, v.kind, v.bases
+        for k, a in enumerate(v.inputs):
+            base = bases[k]
+            same = a.shape == shape or product(a.shape) == product(shape)
+            if same and (a is not base or kind in _READ_ELSEWHERE):
+                same = _READ_ELSEWHERE.get(kind) not in (k, ALL) and _only_bijections(a)
             readers[base].append((v, same))
     return readers
 

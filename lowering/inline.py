@@ -49,12 +49,19 @@ def op_cost(v: Value) -> int:
 def column_feeds(program: Program, readers: Readers, escapes: set[Value]) -> set[Value]:
     """Values that only column reductions need: worth a kernel with those, not a store."""
     feeds: set[Value] = set()
+    needed: set[Value] = set()  # by a column reduction, or by what only those need
     for v in reversed(program.values):
-        if not v.computes or v.reduces or v in escapes:
-            continue
-        own = readers.get(v)
-        if own and all(r in feeds or (r.reduces and is_column(r)) for r, _ in own):
+        if v.reduces:
+            if is_column(v):
+                needed.update(v.bases)
+        elif (
+            v in needed
+            and v.computes
+            and v not in escapes
+            and all(r in feeds or (r.reduces and is_column(r)) for r, _ in readers[v])
+        ):
             feeds.add(v)
+            needed.update(v.bases)
     return feeds
 
 
@@ -176,13 +183,13 @@ class Inliner:
         for v in reversed(self.program.values):
             if v.kind not in ("pointwise", "cast", "concat", "gather", "patch"):
                 continue
-            readers = self.readers.get(v)
-            if (
-                readers
-                and all(not same or r in out for r, same in readers)  # seldom: asked first
-                and self._may_move(v)
-            ):
-                out.add(v)
+            readers = self.readers.get(v, ())
+            for r, same in readers:
+                if same and r not in out:
+                    break
+            else:
+                if readers and self._may_move(v):
+                    out.add(v)
         return out
 
 

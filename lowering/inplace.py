@@ -54,6 +54,7 @@ def plan_in_place(
     for read, end in last.items():
         ends[end].append(read)
     taken: dict[Value, Value] = {}
+    known: dict[Any, bool] = {}  # of kernels of one text: whether they may write over an operand
     fresh: dict[Value, int] = {}  # value -> how many were made before
     made = count()
     for k, step in enumerate(plan.steps):
@@ -66,7 +67,7 @@ def plan_in_place(
         dying = sorted((v for v in ends[k] if v in fresh), key=fresh.__getitem__)
         for operand in dying:
             result = next((v for v in own if v not in taken and _same_room(v, operand)), None)
-            if result is not None and _written_where_read(sources[step], operand, result):
+            if result is not None and _may_take(sources[step], operand, result, known):
                 taken[result] = operand
             del fresh[operand]
         fresh.update(zip(own, made, strict=False))
@@ -115,17 +116,25 @@ def _same_room(a: Value, b: Value) -> bool:
     return same and is_dense(a) and is_dense(b)
 
 
-def _written_where_read(source: Source, operand: Value, result: Value) -> bool:
+def _may_take(source: Source, operand: Value, result: Value, known: dict[Any, bool]) -> bool:
+    """``_written_where_read``, asked once of kernels of one text."""
+    names = {what: name for name, _, what in source.params}
+    asked = source.like or source, names.get(operand), names.get(result)
+    if asked not in known:
+        known[asked] = _written_where_read(*asked)
+    return known[asked]
+
+
+def _written_where_read(source: Source, operand: str | None, result: str | None) -> bool:
     """Whether each element is read and written by the same program, once, in that order."""
     body = source.body
     if not isinstance(body, Body) or not _fills_warps(source):
         return False
     if not _PLAIN.issuperset(m.kind for m in body.group.members):
         return False
-    names = {what: name for name, _, what in source.params}
     lines = [i for section in body.sections.values() for i in section]
-    loads = [i for i in lines if i.kind == "load" and i.text == names.get(operand)]
-    stores = [i for i in lines if i.kind == "store" and i.text == names.get(result)]
+    loads = [i for i in lines if i.kind == "load" and i.text == operand]
+    stores = [i for i in lines if i.kind == "store" and i.text == result]
     if len(loads) != 1 or len(stores) != 1:
         return False
     (load,), (store,) = loads, stores

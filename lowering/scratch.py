@@ -29,15 +29,15 @@ def plan_scratch(
             last.update((what, place) for _, role, what in sources[step].params if role != "size")
     free = _FreeList()
     offsets: dict[Value, int] = {}
-    ends: dict[int, list[Value]] = {}
+    ends: dict[int, list[tuple[int, int]]] = {}  # what a step reads last
     for place, step in enumerate(steps):
         for out in step.outputs if isinstance(step, Group) else ():
             size = 0 if out in escapes else _bytes_of(out)
             if 0 < size <= MOST_BYTES:
                 offsets[out] = free.take(size)
-                ends.setdefault(last[out], []).append(out)
-        for value in ends.pop(place, ()):
-            free.give(offsets[value], _bytes_of(value))
+                ends.setdefault(last[out], []).append((offsets[out], size))
+        for offset, size in ends.pop(place, ()):
+            free.give(offset, size)
     return offsets, free.top
 
 
