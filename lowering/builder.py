@@ -319,7 +319,7 @@ def _kept_innermost(x: Value, shape: Sequence[Size]) -> tuple[Size, ...] | None:
 
 
 def broadcast_shapes(shapes: Sequence[Sequence[Size]]) -> tuple[Size, ...]:
-    if len(set(map(tuple, shapes))) == 1:
+    if shapes and shapes.count(shapes[0]) == len(shapes):
         return tuple(shapes[0])
     ndim = max((len(s) for s in shapes), default=0)
     out: list[Size] = [1] * ndim
@@ -348,6 +348,8 @@ _ORDER = [
 def result_dtype(values: Sequence[Value], args: Sequence[Any] = ()) -> str:
     """torch's promotion among tensors and Python numbers (0-d tensors are not special here)."""
     dtypes = {v.dtype for v in values}
+    if len(dtypes) == 1 and not dtypes.isdisjoint(FLOATING):
+        return values[0].dtype
     if {"float16", "bfloat16"} <= dtypes:
         dtypes.add("float32")
     best = max(dtypes, key=_ORDER.index) if dtypes else "int64"

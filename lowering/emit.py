@@ -74,17 +74,18 @@ class Emitter:
     # driver --------------------------------------------------------------------------------
 
     def run(self) -> Body:
-        top = max([self.level(m) for m in self.group.members], default=0)
-        reductions = [m for m in self.group.members if m.reduces]
+        members = self.group.members
+        top = max([self.level(m) for m in members], default=0)
+        reductions = [(m, self.level(m)) for m in members if m.reduces]
         wide = [out for out in self.group.stored if self._is_wide(out)]
         narrow = [out for out in self.group.stored if out not in wide]
         for level in range(top + 1):
-            for m in reductions:
-                if self.level(m) == level:
+            for m, own in reductions:
+                if own == level:
                     finish_reduction(self, m)
             self._store_all(narrow, level)
-            for m in reductions:
-                if self.level(m) == level + 1:
+            for m, own in reductions:
+                if own == level + 1:
                     accumulate(self, m, level)
             self._store_all(wide, level)
         self._store_in_place()
@@ -177,9 +178,9 @@ class Emitter:
         self, v: Value, coords: Sequence[Index], shape: Sequence[Size], cond: str | None, level: int
     ) -> str:
         """The register of operand ``v`` of something of ``shape`` evaluated at ``coords``."""
-        lead = len(shape) - v.ndim
+        lead = len(shape) - len(v.shape)
         own = [
-            ZERO if type(s) is int and s == 1 else coords[lead + k] for k, s in enumerate(v.shape)
+            ZERO if type(s) is int and s == 1 else coords[k] for k, s in enumerate(v.shape, lead)
         ]
         return self.eval(v, own, cond, level)
 
@@ -317,7 +318,7 @@ class Emitter:
             else:
                 args.append(literal(whole(a) if compute in INTEGERS else a))
         quick = op.quick is not None and compute == "float32" and self.rounding.may_be_quick(v)
-        args += ["{nvidia}"] if "nvidia" in parameters(op, quick) else []
+        args += ["{nvidia}"] if "nvidia" in (parameters(op, quick) if quick else names) else []
         module, function = spelling(op, quick)
         self.body.modules.add(module)
         result = f"{module}.{function}({', '.join(args)})"

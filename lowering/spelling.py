@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+
 from typing import Any
 
 from .builder import common_dtype
@@ -40,18 +40,13 @@ _LIMITS = {
 
 def computing_type(v: Value) -> str:
     """The dtype a pointwise op's operands are converted to."""
-    values = list(v.inputs)
     if v.dtype == "bool":
-        return computing_dtype(common_dtype(values, v.args))
-    hold = computing_dtype(v.dtype)
+        return computing_dtype(common_dtype(v.inputs, v.args))
     if v.dtype in FLOATING:
-        wider = [a.dtype for a in values if a.dtype in FLOATING and (a.ndim or not v.ndim)]
-        return result_dtype_of([hold, *(computing_dtype(d) for d in wider)])
-    return hold
-
-
-def result_dtype_of(dtypes: Sequence[str]) -> str:
-    return "float64" if "float64" in dtypes else dtypes[0]
+        for a in v.inputs:
+            if a.dtype == "float64" and (a.ndim or not v.ndim):
+                return "float64"
+    return computing_dtype(v.dtype)
 
 
 def accumulator_dtype(r: Value) -> str:

@@ -358,8 +358,12 @@ def _recorded(method: Callable[..., Value]) -> Callable[..., Value]:
     def wrapper(self: _Recorder, *args: Any, **kwargs: Any) -> Value:
         value = method(self, *args, **kwargs)
         last = self.values[-1] if self.values else None
-        if value is not last and not any(a is value for a in args):
-            self.values.append(value)
+        if value is not last:
+            for a in args:
+                if a is value:
+                    break
+            else:
+                self.values.append(value)
         return value
 
     return wrapper
