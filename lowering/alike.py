@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .group import Group
-from .indexing import is_static
 from .ir import SizeArg, Value, is_seed
 from .source import Source
 from .views import View
+
+_NUMBERS = {int}
 
 
 class Alike:
@@ -87,7 +88,6 @@ class _Description:
         self.salts: dict[int, int] = {}
         self.values: list[Any] = []
         self.extents: list[Any] = []  # of all values
-        self.static = True  # they are numbers
         whole = (
             tuple(group.sizes.items()),
             tuple(group.parts.items()),
@@ -99,8 +99,8 @@ class _Description:
             tuple((self._place(a), self._place(b)) for a, b in group.stores.items()),
         )
         # a number and the constant expression of it are equal
-        types = None if self.static else tuple(map(type, self.extents))
-        self.key = (*self.values, whole, types)
+        types = tuple(map(type, self.extents))
+        self.key = (*self.values, whole, None if _NUMBERS.issuperset(types) else types)
 
     def _place(self, v: Value) -> int:
         place = self.places.get(v)
@@ -113,7 +113,6 @@ class _Description:
         member, inlined, kind = v in self.members, v in self.inlined, v.kind
         sizes = v.shape + v.strides  # as many of the ones as of the others
         self.extents += sizes
-        self.static = self.static and is_static(*sizes)
         frame, written = self.group.frames.get(v), v in self.written
         # who made what is in memory does not matter; frames are looked for behind views and casts
         if not (member or inlined or kind in ("view", "cast", "full")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from .closure import Closure
@@ -123,7 +123,7 @@ class Fuser:
                 if own is not None:
                     producers[own] = None
                 for g in self.near.get(a, ()):
-                    if self.is_near(g, place):
+                    if g is not own and g not in siblings and self.is_near(g, place):
                         siblings[g] = None
                 if a.kind != "view" and not (a.kind == "cast" and a in self.inlined):
                     break
@@ -134,7 +134,7 @@ class Fuser:
             siblings[twin] = None
         others = [g for g in siblings if g not in producers]
         # a reduction first: it takes in a pointwise group, not the other way round
-        return sorted(producers, key=_reductions_first), sorted(others, key=_latest_first)
+        return _sorted(producers, _reductions_first), _sorted(others, _latest_first)
 
     def is_near(self, group: Group, place: int) -> bool:
         """Whether a value there may share the group's kernel because it reads the same data."""
@@ -475,6 +475,10 @@ class Fuser:
             for s in outside
             if self.home.get(s) not in (start, end)
         )
+
+
+def _sorted(groups: Collection[Group], key: Callable[[Group], Any]) -> list[Group]:
+    return sorted(groups, key=key) if len(groups) > 1 else list(groups)
 
 
 def _latest_first(group: Group) -> int:

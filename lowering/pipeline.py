@@ -389,13 +389,13 @@ def _without_lone(
 
 def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
     """Give a group that is one plain ATen call back to ATen, which runs it as fast."""
-    nodes = group.nodes
-    if len(nodes) != 1 or any(m.node is None for m in group.members) or len(group.members) != 1:
+    if len(group.members) != 1:
         return False
     (member,) = group.members
+    if member.node is None:
+        return False
     if member.kind not in ("pointwise", "cast", "concat", "patch", "reduce", "scan", "store"):
         return False
-    (node,) = nodes
     if any(_is_worth_it(base_of(a), fuser) for a in member.inputs) or _is_faster(member):
         return False
     if member.kind in ("pointwise", "cast") and changes_layout(member):
@@ -404,6 +404,7 @@ def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
         return False  # ATen would make what it copies
     if member.kind == "scan" and scans_rows(member, fuser.multiprocessors):
         return False
+    node = member.node
     op = op_of(node.target)
     if node.target is operator.getitem or (op is not None and op.kind == "composite"):
         return False

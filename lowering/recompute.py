@@ -43,11 +43,11 @@ def recompute(fuser: Fuser) -> None:
 
 def _is_shared(fuser: Fuser, v: Value) -> bool:
     """Whether a kernel computes v and another reads it, which is so of few."""
-    home = fuser.home
-    group = home.get(v)
-    if group is not None:
-        for reader, _ in fuser.readers.get(v, ()):
-            if home.get(reader) is not group:
+    home, readers = fuser.home, fuser.readers
+    if v in home and v in readers:
+        group = home[v]
+        for reader, _ in readers[v]:
+            if reader not in home or home[reader] is not group:
                 return True
     return False
 

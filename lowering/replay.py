@@ -36,9 +36,11 @@ class Stretch:
         values: Sequence[Value],
         operands: Sequence[Value] = (),
         recipe: Any = None,
+        told: int = 0,
     ) -> None:
+        """``recipe``: what the first so many values (``told``) followed from."""
         self.replays, self.values = replays, values
-        self.operands, self.recipe = operands, recipe
+        self.operands, self.recipe, self.told = operands, recipe, told
         self.key: Any = None
         self.start = (0, 0)  # how many groups there were, and how many pairs that were not fused
 
@@ -82,7 +84,8 @@ class Replays:
                 continue
             first, kept = place[own[0]], tuple([v in place for v in made])
             yield Stretch(self, values[done:first])
-            yield Stretch(self, own, operands, (recipe, kept))
+            told = sum(kept[: len(recipe.steps)])
+            yield Stretch(self, own, operands, (recipe, kept), told)
             done = first + len(own)
         yield Stretch(self, values[done:])
 
@@ -93,37 +96,27 @@ class Replays:
         start = place[stretch.values[0]]
         if not all(self._is_fresh(a, start) for a in stretch.operands):
             return None
-        described: list[Any] = [tuple([a in fuser.inlined for a in stretch.operands])]
+        inlined, escapes, feeds = fuser.inlined, fuser.escapes, fuser.column_feeds
+        described: list[Any] = [tuple([a in inlined for a in stretch.operands])]
         given = {a: -1 - k for k, a in enumerate(stretch.operands)}
         end = start + len(stretch.values)
-        for v in stretch.values:
+        for k, v in enumerate(stretch.values):
             if v.kind == "store" or v in fuser.waits:
                 return None
-            bases = [
-                place[b] - start if place.get(b, -1) >= start else given.get(b) for b in v.bases
-            ]
-            if None in bases:
-                return None
-            readers = []
+            if k >= stretch.told:  # what it is made of, the recipe does not say
+                bases = [
+                    place[b] - start if place.get(b, -1) >= start else given.get(b) for b in v.bases
+                ]
+                if None in bases:
+                    return None
+                described.append((v.op, v.kind, v.shape, *bases))
+            own = [v.strides, v.node is None, v in inlined, v in escapes, v in feeds]
             for reader, _ in fuser.readers.get(v, ()):
                 inside = place[reader] < end
-                if not inside and (reader.reduces or reader in fuser.column_feeds):
+                if not inside and (reader.reduces or reader in feeds):
                     return None
-                readers.append(place[reader] - start if inside else -1)
-            described.append(
-                (
-                    v.op,
-                    v.kind,
-                    v.shape,
-                    v.strides,
-                    tuple(bases),
-                    v.node is None,
-                    v in fuser.inlined,
-                    v in fuser.escapes,
-                    v in fuser.column_feeds,
-                    *readers,
-                )
-            )
+                own.append(place[reader] - start if inside else -1)
+            described.append(tuple(own))
         return (stretch.recipe, *described)
 
     def _is_fresh(self, a: Value, start: int) -> bool:
