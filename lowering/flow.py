@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from .graph import Storage, nodes_in
+from .graph import Storage, calls_of, is_only_write, nodes_in
 from .indexing import product
 from .ir import BITS, Value, base_of
 from .overload import facts_of
@@ -157,16 +158,21 @@ def written_by_aten(program: Program, graph: Any) -> set[Value]:
 
 def copies_alone(program: Program, graph: Any) -> dict[Node, str | None]:
     """Each ``copy_`` -> why it is not the only write of an input that all readers name, or None."""
-    copies = [n for n in graph.nodes if n.target is torch.ops.aten.copy_.default]
-    storage = Storage(graph) if copies else None
-    return {n: _why_not_alone(n, program, storage) for n in copies if storage is not None}
+    copies = calls_of(graph, (torch.ops.aten.copy_.default,))
+    storage = functools.cache(lambda: Storage(graph))
+    return {n: _why_not_alone(n, program, storage) for n in copies}
 
 
-def _why_not_alone(node: Node, program: Program, storage: Storage) -> str | None:
+def _why_not_alone(
+    node: Node, program: Program, whole_storage: Callable[[], Storage]
+) -> str | None:
     into: Any = node.args[0]
     memory = program.of.get(into)
     if into.op != "placeholder" or not isinstance(memory, Value) or memory.op == "opaque":
         return "it writes a part of an input, or what is no input"
+    if is_only_write(node, into):
+        return None
+    storage = whole_storage()
     if storage.writes.get(into) != [node]:
         return "the input is written more than once"
     own = program.of.get(node)

@@ -108,6 +108,14 @@ def mutated_arguments(node: fx.Node) -> Sequence[fx.Node]:
     return nodes_in([args[i] if i < len(args) else kwargs.get(n) for i, n in facts.written])
 
 
+def is_only_write(node: fx.Node, into: fx.Node) -> bool:
+    """Whether it is plain that only ``node`` writes the memory of an input, which has no other
+    name: ``Storage`` knows of more such, but looks at the whole graph."""
+    others = [user for user in (*into.users, *node.users) if user is not node]
+    known = map(facts_of, (user.target for user in others))
+    return into.op == "placeholder" and all(facts is not None and facts.fresh for facts in known)
+
+
 def nodes_in(argument: Any) -> list[fx.Node]:
     """The nodes in an argument, however nested."""
     found: list[fx.Node] = []

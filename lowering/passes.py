@@ -19,6 +19,7 @@ from .functionalized import inline_functionalized_ops
 from .graph import (
     Storage,
     calls_of,
+    is_only_write,
     is_symbolic,
     is_tensor,
     mutated_arguments,
@@ -345,8 +346,11 @@ def count_in_place(gm: fx.GraphModule) -> int:
         target, new = node.args
         if not _is_count(target, new):
             continue
-        storage = storage or Storage(gm.graph)
-        if storage.writes.get(target) != [node] or not same_layout(value_of(new), value_of(target)):
+        if not is_only_write(node, target):
+            storage = storage or Storage(gm.graph)
+            if storage.writes.get(target) != [node]:
+                continue
+        if not same_layout(value_of(new), value_of(target)):
             continue
         node.target, node.args = aten.add_.Tensor, (target, new.args[1])
         gm.graph.erase_node(new)
