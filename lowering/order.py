@@ -54,6 +54,7 @@ class _Scheduler:
         self.begun: set[Any] = set()  # visited, or what is visited waits for it
 
     def run(self, gm: GraphModule) -> list[Any]:
+        self.begun.update(gm.graph.find_nodes(op="placeholder"))  # they are there
         for node in gm.graph.nodes:
             if node.op in ("placeholder", "output"):
                 continue
@@ -92,21 +93,20 @@ class _Scheduler:
                     break
             else:
                 stack.pop()
-                if isinstance(thing, Group) or (
-                    isinstance(thing, Node) and thing.op not in ("placeholder", "output")
-                ):
+                if isinstance(thing, (Group, Node)):
                     self.order.append(thing)
 
     def unit(self, v: Value) -> Any:
         """The step that makes a value: its group, its node, or the value itself."""
-        group = self.home.get(v)
-        if group is not None and group in self.live:
+        if v in self.home and (group := self.home[v]) in self.live:
             return group
         return v.node if v.kind in ("buffer", "full", "iota") and v.node is not None else v
 
     def needs(self, thing: Any) -> Sequence[Any]:
         if isinstance(thing, Group):
-            read = dict.fromkeys(s for m in thing.members for s in self.sources_of(m))
+            read: dict[Value, None] = {}
+            for m in thing.members:
+                read.update(dict.fromkeys(self.sources_of(m)))
             return [self.unit(s) for s in read]
         if isinstance(thing, Value):
             return [self.unit(s) for s in self.sources_of(thing)]
