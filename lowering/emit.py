@@ -110,13 +110,15 @@ class Emitter:
         return v in self.members or v in self.inlined
 
     def _is_wide(self, v: Value) -> bool:
+        if not self.wide_atoms:
+            return False
         frame = self.group.frame(v)
         return any(a in self.wide_atoms for axis in frame or () for a in axis or ())
 
     def coords(self, v: Value) -> list[Index]:
         """v's place in terms of the group's atoms."""
         frame = self.group.frame(v)
-        if frame is None or any(axis is None for axis in frame):
+        if frame is None or None in frame:
             raise EmitError(f"{v!r} has no place in its group")
         return [self.mixed_radix(axis) for axis in frame]
 
@@ -166,6 +168,8 @@ class Emitter:
 
     def _varies(self, *places: Index) -> bool:
         atoms, registers = self.wide_atoms, self.body.wide
+        if not atoms and not registers:  # as in a pointwise kernel
+            return False
         for place in places:
             for atom, _ in place.terms:
                 if atom in atoms or atom in registers:
