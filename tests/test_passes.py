@@ -414,3 +414,32 @@ def test_passes_take_linear_time() -> None:
     seconds = time.perf_counter() - start
     assert counts == [0, 1501, 0, 0, 0, 0]
     assert seconds < 1, seconds  # about 0.1 s on an idle core
+
+
+def test_the_only_write_of_an_input() -> None:
+    """What is said from the users alone is what the whole graph's storage says."""
+
+    def alone(x: torch.Tensor) -> torch.Tensor:
+        x.copy_(x + 1)
+        return x * 2  # of what was read before, or of what is there now
+
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        x.add_(1)
+        return x.copy_(x * 3) + 1
+
+    def through_a_view(x: torch.Tensor) -> torch.Tensor:
+        x.view(-1).add_(1)
+        return x.copy_(x * 3) + 1
+
+    def by_another_name(x: torch.Tensor) -> torch.Tensor:
+        return x.copy_(x * 3).view(-1) + 1
+
+    for program, plain in ((alone, True), (twice, False), (through_a_view, False)):
+        graph = traced(program, torch.ones(2, 3)).graph
+        (write,) = questions.calls_of(graph, (aten.copy_.default,))
+        assert questions.is_only_write(write, write.args[0]) is plain
+        storage = questions.Storage(graph)
+        assert (storage.writes[storage.root[write.args[0]]] == [write]) is plain
+    graph = traced(by_another_name, torch.ones(2, 3)).graph
+    (write,) = questions.calls_of(graph, (aten.copy_.default,))
+    assert not questions.is_only_write(write, write.args[0])  # the storage has another name for it
