@@ -191,6 +191,9 @@ class _Front:
         report = self._report(kind)
         if kind == "forward":
             donate_nothing()
+        elif kind == "backward":
+            captures = [r.captures for r in self.reports if r.kind == "forward"]
+            report.outside = [name for c in captures if c is not None for name in c.outside]
         if self.program is not None and kind == "forward":
             self.program.random = any(map(draws_random_numbers, gm.graph.nodes))
         if self.layouts and kind != "inference":

@@ -7,7 +7,7 @@ that only its data tells, runs between two graphs.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,6 @@ from .group import Group
 from .indexing import is_static, product, size_of
 from .ir import Value, base_of
 from .source import Source
-from .translate import Program
 
 #: ops that wait for the device, though their schemas do not say so
 WAITING = (
@@ -55,19 +54,14 @@ class Stretch:
     reasons: list[str] = field(default_factory=list)
 
 
-def stretches(
-    steps: Sequence[Any],
-    program: Program,
-    sources: dict[Group, Source],
-    device: torch.device,
-) -> list[Stretch]:
-    """The steps, parted where one cannot be captured. A part of a tuple follows the tuple."""
+def stretches(steps: Sequence[Any], why_not: Callable[[Any], str | None]) -> list[Stretch]:
+    """The steps, as ``in_order`` has them, parted where ``why_not`` has a reason."""
     found: list[Stretch] = []
-    for step in _parts_behind_tuples(steps):
-        if _is_free(step) and found:
+    for step in steps:
+        if is_free(step) and found:
             found[-1].steps.append(step)
             continue
-        why = why_not_captured(step, sources, device)
+        why = why_not(step)
         if not found or found[-1].captured != (why is None):
             found.append(Stretch(why is None, []))
         found[-1].steps.append(step)
@@ -80,7 +74,7 @@ def too_short(stretch: Stretch, copied: int) -> str | None:
     """Why replaying a stretch would not be faster than launching it; ``copied``: bytes of its
     inputs and of the results that are the caller's."""
     kernels = sum(isinstance(s, Group) for s in stretch.steps)
-    calls = sum(isinstance(s, Node) and not _is_free(s) for s in stretch.steps)
+    calls = sum(isinstance(s, Node) and not is_free(s) for s in stretch.steps)
     if LAUNCH * kernels + CALL * calls >= REPLAY + copied / BYTES:
         return None
     what = f"{kernels} kernels and {calls} ATen calls"
@@ -117,8 +111,9 @@ def _groups(part: Stretch) -> Iterator[Group]:
     return (s for s in part.steps if isinstance(s, Group))
 
 
-def _parts_behind_tuples(steps: Sequence[Any]) -> list[Any]:
-    """The steps, with each part of a tuple right behind the call that makes the tuple."""
+def in_order(steps: Sequence[Any]) -> list[Any]:
+    """The steps, with each part of a tuple right behind the call that makes the tuple: they are of
+    one stretch."""
     parts: dict[Node, list[Node]] = {}
     for step in steps:
         if _is_part(step):
@@ -140,7 +135,7 @@ def _is_part(step: Any) -> bool:
     return isinstance(step, Node) and step.target is operator.getitem
 
 
-def _is_free(step: Any) -> bool:
+def is_free(step: Any) -> bool:
     """Whether a step launches nothing: a constant, a part of a tuple, a size."""
     if not isinstance(step, Node):
         return False
@@ -273,4 +268,15 @@ def bytes_of(value: Any) -> int:
     return int(product(sizes)) * value.itemsize if is_static(*sizes) else 0
 
 
-__all__ = ["Stretch", "bytes_of", "crossing", "merged", "stretches", "too_short", "written"]
+__all__ = [
+    "Stretch",
+    "bytes_of",
+    "crossing",
+    "in_order",
+    "is_free",
+    "merged",
+    "stretches",
+    "too_short",
+    "why_not_captured",
+    "written",
+]

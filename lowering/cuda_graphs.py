@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from . import captured, private
 from .copies import alias, own, own_together
 from .cut import Captures, Facts, Piece
+from .graph import output_node
 from .lending import Lender
 
 log = logging.getLogger("gems_compile.lowering.cuda_graphs")
@@ -25,16 +26,21 @@ MOST_SIZES = 16
 MOST_RECORDINGS = 32
 
 
-def facts_of(gm: GraphModule, kind: str) -> Facts:
-    """What AOTAutograd, which compiles the graph now, knows of it."""
+def facts_of(gm: GraphModule, kind: str, outside: Collection[str]) -> Facts:
+    """What AOTAutograd, which compiles the graph now, knows of it; and what the forward said of
+    itself: see ``Captures``."""
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     fixed = private.static_inputs()
     if kind == "backward":  # what it has of the forward's inputs keeps their names
         names = {f"primals_{k + 1}" for k in fixed}
-        saved = {n for n in inputs if not n.name.startswith(("primals_", "tangents_"))}
-        return Facts(kind, {n for n in inputs if n.name in names}, saved, None)
+        others = ("primals_", "tangents_")
+        saved = {n for n in inputs if not n.name.startswith(others) and n.name not in outside}
+        return Facts(kind, {n for n in inputs if n.name in names}, saved, None, [])
     static: set[Node] = {inputs[k] for k in fixed if k < len(inputs)}
-    return Facts(kind, static, set(), private.visible_outputs() if kind == "forward" else None)
+    results: Any = output_node(gm.graph).args[0]
+    results = [n.name if isinstance(n, Node) else "" for n in results]
+    visible = private.visible_outputs() if kind == "forward" else None
+    return Facts(kind, static, set(), visible, results)
 
 
 def why_not(device: torch.device) -> str:

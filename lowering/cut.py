@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule, Node
 
+from .apart import steps_apart
 from .capturable import (
     Stretch,
     bytes_of,
     crossing,
+    in_order,
     is_size,
     merged,
     stretches,
     too_short,
+    why_not_captured,
     written,
 )
 from .flow import flatten
@@ -59,10 +62,12 @@ class Piece:
 
 @dataclass
 class Captures:
-    """What of one graph is captured. ``others``: what is not, and why."""
+    """What of one graph is captured. ``others``: what is not, and why; ``outside``: the names of
+    what is saved for backward in no graph's memory."""
 
     pieces: list[Piece] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
     why_not: str = ""  # nothing is even looked at
 
     def told(self) -> list[str]:
@@ -77,13 +82,14 @@ class Captures:
 @dataclass
 class Facts:
     """What AOTAutograd knows of the graph. ``static``: inputs that are the same memory in every
-    call; ``saved``: what forward computed, which lies in its graphs' memory; ``visible``: how many
-    results are the caller's, the others are saved for backward."""
+    call; ``saved``: what forward computed, and lies in its graphs' memory; ``visible``: how many
+    results are the caller's, the others are saved for backward; ``names``: of all results."""
 
     kind: str
     static: set[Node]
     saved: set[Node]
     visible: int | None
+    names: list[str]
 
 
 class Cut:
@@ -100,17 +106,20 @@ class Cut:
     ) -> None:
         self.gm, self.program, self.sources, self.facts = gm, program, sources, facts
         self.storage = Storage(gm.graph)
-        found = stretches(plan.steps, program, sources, device)
+        steps = in_order(plan.steps)
+        why = {s: why for s in steps if (why := why_not_captured(s, sources, device)) is not None}
+        found = stretches(steps, {**self._apart(steps, why), **why}.get)
         for part in found:
-            why = self._why_not(part) if part.captured else None
-            if why is not None:
+            reason = self._why_not(part) if part.captured else None
+            if reason is not None:
                 part.captured = False
-                part.reasons.append(why)
+                part.reasons.append(reason)
         self.parts = merged(found)
         self.crossing = crossing(self.parts, sources)
         self.starts: list[int] = []  # the line at which each part begins
         self.written: list[list[str]] = []  # variables in whose memory each part writes
-        self.captures = Captures(others=[r for p in self.parts for r in p.reasons])
+        others = [r for p in self.parts for r in p.reasons]
+        self.captures = Captures(others=others, outside=self._saved_outside())
 
     @property
     def any(self) -> bool:
@@ -118,13 +127,8 @@ class Cut:
 
     def within_parts(self, in_place: dict[Value, Value]) -> dict[Value, Value]:
         """Of the results that take an operand's memory, those whose operand is of the same part."""
-        home: dict[Value, int] = {}
-        for k, part in enumerate(self.parts):
-            for step in part.steps:
-                own = (
-                    step.outputs if isinstance(step, Group) else flatten(self.program.of.get(step))
-                )
-                home.update((base_of(v), k) for v in own)
+        parts = enumerate(self.parts)
+        home = {v: k for k, part in parts for step in part.steps for v in self._makes(step)}
         return {a: b for a, b in in_place.items() if home.get(a) == home.get(b)}
 
     def stays_within_its_part(self, v: Value) -> bool:
@@ -133,6 +137,44 @@ class Cut:
         return len(reading) == 1
 
     # what may be captured ------------------------------------------------------------------------
+
+    def _apart(self, steps: Sequence[Any], why: Collection[Any]) -> dict[Any, str]:
+        of, fixed = self.program.of, self.facts.static | self.facts.saved
+        copied = [n for n in self.gm.graph.nodes if n.op == "placeholder" and n not in fixed]
+        # a backward's results are lent
+        given = [] if self.facts.kind == "backward" else self._visible()
+        outside, results = (
+            {base_of(v) for n in nodes for v in flatten(of.get(n))}
+            for nodes in (copied, [n for n in given if isinstance(n, Node)])
+        )
+        return steps_apart(steps, self._needs, self._makes, outside, results, why.__contains__)
+
+    def _makes(self, step: Any) -> list[Value]:
+        own = step.outputs if isinstance(step, Group) else flatten(self.program.of.get(step))
+        return list(map(base_of, own))
+
+    def _needs(self, step: Any) -> list[Value]:
+        """What lies in memory and is read by a step."""
+        if isinstance(step, Group):
+            return [v for _, role, v in self.sources[step].params if role == "in"]
+        nodes = step.all_input_nodes
+        return [base_of(v) for n in nodes for v in flatten(self.program.of.get(n))]
+
+    def _saved_outside(self) -> list[str]:
+        if self.facts.visible is None:
+            return []
+        results: Any = output_node(self.gm.graph).args[0]
+        captured = {
+            v for p in self.parts if p.captured for step in p.steps for v in self._makes(step)
+        }
+        pairs = list(zip(self.facts.names, results, strict=True))[self.facts.visible :]
+        return [
+            name
+            for name, node in pairs
+            if isinstance(node, Node)
+            and node.op != "placeholder"
+            and captured.isdisjoint(map(base_of, flatten(self.program.of.get(node))))
+        ]
 
     def _why_not(self, part: Stretch) -> str | None:
         reads = self._reads(part)
@@ -151,13 +193,8 @@ class Cut:
         found: set[Value] = set()
         made: set[Value] = set()
         for step in part.steps:
-            if isinstance(step, Group):
-                made.update(step.outputs)
-                found.update(v for _, role, v in self.sources[step].params if role == "in")
-            else:
-                made.update(map(base_of, flatten(self.program.of.get(step))))
-                for node in step.all_input_nodes:
-                    found.update(map(base_of, flatten(self.program.of.get(node))))
+            made.update(self._makes(step))
+            found.update(self._needs(step))
         return {v for v in found if v.node is not None and (v not in made or _is_input(v))}
 
     def _copied(self, part: Stretch, reads: Iterable[Value]) -> int:

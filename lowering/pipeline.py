@@ -91,6 +91,7 @@ class Report:
     layout: Decision = field(default_factory=Decision)  # of its convolutions
     cache: str = ""  # of whole graphs: whether this came from it, went into it, or why neither
     captures: Captures | None = None  # in CUDA graphs; None where that was not asked for
+    outside: Sequence[str] = ()  # of what its forward saved, what lies in no CUDA graph's memory
 
 
 def compile_graph(
@@ -127,7 +128,7 @@ class Compilation:
         self.apart: set[Node] = set()  # of kernels that share no launch
         observe("aten", gm)
         self.device = kernel_device(gm, options)
-        self.facts = facts_of(gm, report.kind) if options.cudagraphs else None
+        self.facts = facts_of(gm, report.kind, report.outside) if options.cudagraphs else None
         if report.kind == "inference":  # others were one graph when it was decided for them
             report.layout = decide(gm, options)
             biases = take_biases_apart(gm, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import weakref
@@ -11,6 +12,7 @@ import torch
 from fake_graphs import (
     MLP,
     NEAR,
+    ON_GPU,
     FakeGraph,
     compiled,
     cpu_only,
@@ -20,9 +22,10 @@ from fake_graphs import (
 )
 from helpers import DEVICE, bools, gems_only, ints, rand
 from torch import nn
+from torch.nn import functional as F
 from warmcheck import results, said
 
-from gems_compile.lowering import copies, cuda_graphs
+from gems_compile.lowering import apart, copies, cuda_graphs
 from gems_compile.lowering.whole_graphs import FROM_CACHE, KEPT
 
 pytestmark = gems_only
@@ -389,3 +392,48 @@ def test_views_of_one_result_share_memory(trees):
         torch.testing.assert_close((a, b, c), fn(x), **NEAR)
         c.fill_(2)
         assert (a == 2).all() and (b == 2).all()
+
+
+class Head(nn.Module):
+    """Gives its logits away, as language models do, beside their loss."""
+
+    def __init__(self, aligned: bool) -> None:
+        super().__init__()
+        self.body, self.head = MLP(), nn.Linear(16, 200, bias=not aligned)
+        self.aligned = aligned
+
+    def forward(self, x, targets):
+        logits = self.head(self.body(x))
+        if self.aligned:  # a copy is the caller's
+            logits = logits * 2
+        return F.cross_entropy(logits, targets), logits
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_logits_are_made_outside_of_graphs(trees, monkeypatch, aligned):
+    """They are not copied out of one, nor into that of the backward, and all else is captured."""
+    monkeypatch.setattr(apart, "LARGE", 8 * 200 * 4)
+    monkeypatch.setattr(apart, "BYTES", 1.0)
+    model = Head(aligned).to(DEVICE)
+    other = copy.deepcopy(model)
+    run, backend = compiled(model)
+    for _ in range(5):
+        x, targets = rand(8, 16), torch.randint(200, (8,), device=DEVICE)
+        losses = []
+        for m in (run, other):
+            loss, logits = m(x, targets)
+            loss.backward()
+            losses.append((loss.detach(), logits.detach()))
+        torch.testing.assert_close(*losses, **NEAR)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, **NEAR)
+    forward, backward = backend.reports
+    assert "a graph would copy a tensor" in "\n".join(forward.captures.told())
+    assert forward.captures.pieces and backward.captures.pieces
+    if not ON_GPU:
+        assert (
+            max(b.numel() for g in trees.graphs for b in map(g.buffers.__getitem__, g.copied))
+            < 1600
+        )
+        given = [line for line in forward.wrapper.splitlines() if "= own(" in line]
+        assert len(given) == 1 and given[0].count("view(") + given[0].count("b") <= 2, given
