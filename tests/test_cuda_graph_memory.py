@@ -430,10 +430,7 @@ def test_logits_are_made_outside_of_graphs(trees, monkeypatch, aligned):
     forward, backward = backend.reports
     assert "a graph would copy a tensor" in "\n".join(forward.captures.told())
     assert forward.captures.pieces and backward.captures.pieces
+    assert "own(" not in forward.wrapper
     if not ON_GPU:
-        assert (
-            max(b.numel() for g in trees.graphs for b in map(g.buffers.__getitem__, g.copied))
-            < 1600
-        )
-        given = [line for line in forward.wrapper.splitlines() if "= own(" in line]
-        assert len(given) == 1 and given[0].count("view(") + given[0].count("b") <= 2, given
+        copied = [g.buffers[k] for g in trees.graphs for k in g.copied]
+        assert max(map(torch.Tensor.numel, copied)) < 8 * 200
