@@ -34,7 +34,7 @@ from .indexing import is_static, product
 from .ir import SIXTEEN_BIT, Value, base_of
 from .joined import join_products
 from .kept import keep_weights
-from .layout import changes_layout
+from .layout import changes_layout, leaves_gaps_out
 from .load import CompileError, Loading
 from .options import Options
 from .order import needs_of
@@ -399,7 +399,9 @@ def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
         return False
     if any(_is_worth_it(base_of(a), fuser) for a in member.inputs) or _is_faster(member):
         return False
-    if member.kind in ("pointwise", "cast") and changes_layout(member):
+    if member.kind in ("pointwise", "cast") and (
+        changes_layout(member) or leaves_gaps_out(member)
+    ):
         return False
     if member.kind in ("cast", "store") and base_of(member.args[0]).kind == "full":
         return False  # ATen would make what it copies

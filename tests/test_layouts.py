@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEVICE, Pair, check, compile_, rand
+from helpers import DEVICE, Pair, check, compile_, gems_only, rand
+
+from gems_compile.backend import Gems
 
 # --- layout ---------------------------------------------------------------------------------------
 
@@ -123,3 +125,23 @@ def test_meta_device():
 
 def test_to_device_of_the_same_kind():
     check(lambda x: x.to(DEVICE) * 2 + x.cpu().to(x.device), rand(3, 4))
+
+
+@gems_only
+@pytest.mark.parametrize(
+    ("cut", "dtype", "ours"),
+    [
+        (lambda x: x[..., :1000], torch.bfloat16, True),
+        (lambda x: x[:, 1:], torch.float16, True),
+        (lambda x: x[..., :1000], torch.float32, False),  # ATen moves as much at a time
+        (lambda x: x[2:7], torch.bfloat16, False),  # in one piece
+        (lambda x: x[:, :9, :1000], torch.bfloat16, False),  # small
+    ],
+    ids=["columns", "rows", "float32", "one piece", "small"],
+)
+def test_lone_copies_that_leave_gaps_out(cut, dtype, ours):
+    x, backend = torch.randn(8, 64, 1008, device=DEVICE).to(dtype), Gems()
+    got = torch.compile(lambda x: cut(x).neg(), backend=backend)(x)
+    assert torch.equal(got, cut(x).neg()) and got.stride() == cut(x).neg().stride()
+    (report,) = backend.reports
+    assert (report.launches, report.aten_calls) == ((1, 0) if ours else (0, 1)), report.aten
