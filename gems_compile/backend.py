@@ -274,6 +274,8 @@ def lowering_options(config: Config, target: Any) -> Options:
         cache_dir=cache_dir(),
         cache_bytes=cache_bytes(),
         threads=config.threads,
+        tune=config.tune,
+        tune_seconds=config.tune_seconds,
     )
 
 

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 MAX_THREADS = 256
 MAX_MB = 10**9 - 1
+MAX_SECONDS = 3600
 
 
 class _Bad(Exception):
@@ -63,6 +64,13 @@ def _workers(value: Any) -> int | None:
     return value
 
 
+def _seconds(value: Any) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value <= MAX_SECONDS:
+        raise _Bad(f"a number from 0 to {MAX_SECONDS}")
+    return float(value)
+
+
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "numerics": _one_of("eager", "fast"),
     "rewrites": _switch,
@@ -74,10 +82,12 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "dump": _folder,
     "threads": _workers,
     "cache": _switch,
+    "tune": _switch,
+    "tune_seconds": _seconds,
 }
 
 #: Inductor's name of an option -> ours
-SAME_AS = {"triton.cudagraphs": "cudagraphs"}
+SAME_AS = {"triton.cudagraphs": "cudagraphs", "max_autotune": "tune"}
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,8 @@ class Config:
     dump:     the folder that gets every stage of every compile as files, or None.
     threads:  worker processes that compile kernels; 0 compiles in this one, None chooses.
     cache:    whether whole graphs are kept for later processes, through torch's cache.
+    tune:     whether the tiles of kernels are measured, and the fastest ones taken.
+    tune_seconds: that this may take for one graph.
     """
 
     numerics: str = "eager"
@@ -107,6 +119,8 @@ class Config:
     dump: str | None = None
     threads: int | None = None
     cache: bool = True
+    tune: bool = False
+    tune_seconds: float = 10.0
 
     def __post_init__(self) -> None:
         for name, parse in PARSERS.items():
@@ -141,12 +155,10 @@ def _of_mode(mode: object) -> dict[str, Any]:
     """The options that a mode stands for."""
     if mode not in MODES:
         raise OptionError(unknown("mode", mode, MODES))
-    equal = {"max-autotune": "reduce-overhead", "max-autotune-no-cudagraphs": "default"}.get(mode)
-    if equal is not None:
-        _once(logging.INFO, f"mode {mode!r} measures nothing yet: it equals {equal!r}")
     if mode == "default":
         return {}
-    return {"cudagraphs": mode != "max-autotune-no-cudagraphs"}
+    tuned = {"tune": True} if mode in ("max-autotune", "max-autotune-no-cudagraphs") else {}
+    return {"cudagraphs": mode != "max-autotune-no-cudagraphs", **tuned}
 
 
 # --------------------------------------------------------------------------- the environment
@@ -201,6 +213,13 @@ VARIABLES: dict[str, Variable] = {
         "threads", _text_workers, f"0 to {MAX_THREADS}", "Kernel compile workers."
     ),
     "GEMS_CACHE": Variable("cache", _text_switch, "0, 1", "Whether whole graphs are kept."),
+    "GEMS_TUNE": Variable("tune", _text_switch, "0, 1", "Whether tiles are measured."),
+    "GEMS_TUNE_SECONDS": Variable(
+        "tune_seconds",
+        lambda text: _seconds(_text_number(text, MAX_SECONDS)),
+        f"0 to {MAX_SECONDS}",
+        "How long, for a graph.",
+    ),
     "GEMS_CACHE_DIR": Variable(None, _folder, "a folder", "Where compiled kernels are kept."),
     "GEMS_CACHE_SIZE": Variable(
         None, lambda text: _text_number(text, MAX_MB), f"0 to {MAX_MB} (MB)", "What it may hold."

@@ -24,3 +24,5 @@ class Options:
     cache_dir: str | None = None
     cache_bytes: int = 2**30  # that kernels may take there
     threads: int | None = None
+    tune: bool = False  # whether tiles are measured
+    tune_seconds: float = 10.0  # that a graph's kernels may take for it

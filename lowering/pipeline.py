@@ -40,7 +40,6 @@ from .options import Options
 from .order import needs_of
 from .partition import share_seeds
 from .passes import PASSES as ATEN_PASSES
-from .piecewise import piecewise
 from .pooling import take_poolings
 from .products import align_products
 from .render import Renderer, kernel_name
@@ -51,7 +50,9 @@ from .schedule import needs_loop
 from .small import Joined, join, joined_source, may_join
 from .source import Source
 from .stores import store_copies
+from .tiling import Tiling
 from .translate import Program, Translator, op_of
+from .tune import Tuned, Tuner, hints_of
 from .updates import take_updates_apart
 
 log = logging.getLogger("gems_compile.lowering")
@@ -92,6 +93,7 @@ class Report:
     cache: str = ""  # of whole graphs: whether this came from it, went into it, or why neither
     captures: Captures | None = None  # in CUDA graphs; None where that was not asked for
     outside: Sequence[str] = ()  # of what its forward saved, what lies in no CUDA graph's memory
+    tuned: list[Tuned] = field(default_factory=list)  # kernels whose tiles were measured
 
 
 def compile_graph(
@@ -221,7 +223,9 @@ class Compilation:
                 )
             except Exception as e:
                 return group, e
-            if group not in likely and group not in small:  # it compiles while others are written
+            tuned = options.tune  # in a tile that nobody knows yet
+            if not tuned and group not in likely and group not in small:
+                # it compiles while others are written
                 self._start(group, sources[group])
         candidates = [group for group in groups if group in likely]
         many = options.target.multiprocessors
@@ -244,8 +248,10 @@ class Compilation:
                     sources[group] = together[0].together(together, many)
             except Exception as e:
                 return group, e
-            if group not in self.loading:
+            if group not in self.loading and not options.tune:
                 self._start(group, sources[group])
+        if options.tune:
+            self._tune(groups, sources)
         plan = Plan(
             steps,
             groups,
@@ -257,6 +263,16 @@ class Compilation:
         )
         self._write(program, plan, {group: sources[group] for group in groups})
         return None
+
+    def _tune(self, groups: list[Group], sources: dict[Group, Source]) -> None:
+        """Put the kernels in the tiles that are fastest here, and start to compile them."""
+        self.clock.lap(self.report, "emit")
+        tuner = Tuner(self.options, self.device, self.report.label, hints_of(self.gm.graph))
+        sources.update(tuner.run({group: sources[group] for group in groups}))
+        self.report.tuned = tuner.tuned
+        for group in groups:
+            self._start(group, sources[group])
+        self.clock.lap(self.report, "tune")
 
     def _start(self, group: Group, source: Source) -> None:
         index = self.device.index if self.device.type != "cpu" else None
@@ -344,21 +360,8 @@ def source_for(
     body.unaligned = [n for n, role, what in body.params if role == "in" and what in written]
     name = kernel_name(group.members)
     whole = Renderer(body, name, target.multiprocessors, target.backend, target.shared)
-    source = piecewise(whole, inlined, options.exact) or whole.run()
     more = {"exact": options.exact, "unaligned": body.unaligned}
-    source.meta |= more
-    source.body = body
-    if source.bound is not None:
-        source.widen = lambda: _widened(whole, more)
-    return source
-
-
-def _widened(narrow: Renderer, more: dict[str, Any]) -> Source:
-    """The kernel, with places of 64 bits."""
-    about = narrow.multiprocessors, narrow.backend, narrow.shared
-    source = Renderer(narrow.body, f"{narrow.name}_wide", *about, wide=True).run()
-    source.meta |= more
-    return source
+    return Tiling(whole, inlined, options.exact, more).write()
 
 
 def _launches(

@@ -49,8 +49,10 @@ class Renderer(Accumulators, Loops):
         backend: str = "",
         shared: int = MAX_IN_FLIGHT,
         wide: bool = False,
+        tile: Tile | None = None,
     ) -> None:
-        """``wide``: places of symbolic sizes are numbers of 64 bits."""
+        """``wide``: places of symbolic sizes are numbers of 64 bits. ``tile``: the one to use in
+        place of what ``schedule`` says."""
         self.body, self.name, self.backend = body, name, backend
         self.nvidia = backend == "cuda"  # whose assembly may stand in a kernel
         self.group = body.group
@@ -72,7 +74,8 @@ class Renderer(Accumulators, Loops):
         self.square: tuple[str, str] | None = None  # (x atom, y atom) of a 2-D pointwise tile
         self.along: str | None = None  # the atom of a row that pointwise programs have parts of
         self.carried: Carried | None = None  # how threads' places go on in the next row
-        self.tile = self._choose_tile()
+        scheduled = self._choose_tile()
+        self.tile = tile or scheduled
         self.aligned = aligned_of(self)
         self.yields = leaves_first(self)
         self.outside_sweep = False  # where there is no row, and no x

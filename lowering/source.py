@@ -53,6 +53,7 @@ class Source:
     bound: Size | None = None
     widen: Callable[[], Source] | None = None
     loops: int = 1  # variables that its programs count places by, where that is known
+    tiling: Any = None  # the Tiling that writes it in another tile; None where there is one only
 
     @property
     def pointer_dtypes(self) -> list[str | None]:

@@ -1,0 +1,189 @@
+"""How long kernels take on this GPU: each is launched with memory of its own, of zeros.
+
+Before each launch, twice the second-level cache is read, as in ``benchmarks.group_timing``: so a
+kernel finds its operands in memory, and pays for what it leaves to be written back. That reading
+also keeps the GPU busy until the CPU has asked for what comes next. Kernels that are compared take
+turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .indexing import Size
+from .ir import FLOATING, Value, base_of
+from .load import Launcher
+from .source import NUMBER, Source
+
+#: calls of each kernel; the second, of those that were near the best one in the first
+FIRST, SECOND = 5, 15
+#: times as long as the fastest one, from which on a kernel is not measured twice
+FAR = 1.1
+#: readings of the cache that the GPU begins with
+AHEAD = 3
+#: of the memory that is free, the most that a kernel's own may take
+SHARE = 0.25
+
+
+class Untimed(Exception):
+    """A kernel cannot be timed; its text says why."""
+
+
+class Hints:
+    """What symbolic sizes were, when the graph was traced."""
+
+    def __init__(self, known: Mapping[Any, int]) -> None:
+        self.known = known
+
+    def __call__(self, size: Size) -> int:
+        if type(size) is int:
+            return size
+        found = size.xreplace(self.known)
+        if not found.is_number:
+            raise Untimed(f"its size {size} depends on data")
+        return int(found)
+
+
+def span(v: Value, number: Callable[[Size], int]) -> int:
+    """Elements of memory from a Value's first one to its last."""
+    shape, strides = map(number, v.shape), map(number, v.strides)
+    steps = [(n, s) for n, s in zip(shape, strides, strict=True)]
+    if any(n == 0 for n, _ in steps):
+        raise Untimed("it has nothing to do")
+    return 1 + sum((n - 1) * s for n, s in steps)
+
+
+def places_read(source: Source, number: Callable[[Size], int]) -> dict[Value, int]:
+    """Operands that say where another one is read -> how many places that has; raises Untimed
+    where such places are computed, or written to: of zeros they would be no program's."""
+    group = source.body.group
+    found: dict[Value, int] = {}
+    for m in _computed(group.members):
+        if m.kind == "store" and len(m.args) > 1:
+            raise Untimed("it writes where its operands say")
+        if m.kind != "gather":
+            continue
+        for axis, index in zip(m.params[0], m.args[1:], strict=True):
+            index = _plain(index)
+            if index.computes:
+                raise Untimed("it computes where it reads")
+            most = number(m.args[0].shape[axis])
+            found[index] = min(most, found.get(index, most))
+    return found
+
+
+def _computed(members: Sequence[Value]) -> list[Value]:
+    """The members, and all that they are computed from."""
+    found = dict.fromkeys(members)
+    stack = list(members)
+    while stack:
+        for v in map(base_of, stack.pop().inputs):
+            if v.computes and v not in found:
+                found[v] = None
+                stack.append(v)
+    return list(found)
+
+
+def _plain(v: Value) -> Value:
+    """What is loaded for a Value, seen through views and casts."""
+    while v.kind in ("view", "cast"):
+        v = v.args[0]
+    return v
+
+
+class Trial:
+    """Times kernels on one device."""
+
+    def __init__(self, device: torch.device, number: Callable[[Size], int]) -> None:
+        self.device, self.number = device, number
+        self.stream = torch.cuda.current_stream(device)
+        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        self.cache = torch.zeros(max(size, 2**22) // 4, device=device)
+
+    def times(self, kernels: Sequence[tuple[Source, Launcher]]) -> list[float]:
+        """Microseconds of each; the first one is always measured to the end."""
+        with torch.cuda.device(self.device):
+            memory = self._memory(kernels[0][0])
+            calls = [self._call(source, launch, memory) for source, launch in kernels]
+            self._rounds(calls, 1)
+            quick = self._rounds(calls, FIRST)
+            best = min(quick)
+            kept = [k for k, us in enumerate(quick) if k == 0 or us <= FAR * best]
+            if len(kept) > 1:
+                exact = self._rounds([calls[k] for k in kept], SECOND)
+                quick = [*quick]
+                for k, us in zip(kept, exact, strict=True):
+                    quick[k] = us
+            return quick
+
+    def _memory(self, source: Source) -> dict[Value, torch.Tensor]:
+        """Memory for each operand and result."""
+        ranges = places_read(source, self.number)
+        sizes: dict[Value, int] = {}
+        for _, role, what in source.params:
+            if role in ("in", "out", NUMBER):
+                sizes[what] = span(what, self.number)
+        need = sum(n * getattr(torch, v.dtype).itemsize for v, n in sizes.items())
+        free, _ = torch.cuda.mem_get_info(self.device)
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        if need > SHARE * free:
+            raise Untimed(f"its operands are {need >> 20} MB")
+        try:
+            return {v: self._filled(v, n, ranges.get(v)) for v, n in sizes.items()}
+        except torch.OutOfMemoryError as e:
+            raise Untimed("the GPU's memory is full") from e
+
+    def _filled(self, v: Value, n: int, places: int | None) -> torch.Tensor:
+        """Zeros; places of another operand are all over it."""
+        dtype = getattr(torch, v.dtype)
+        if places is None or v.dtype in FLOATING or v.dtype == "bool":
+            return torch.zeros(n, dtype=dtype, device=self.device)
+        most = min(places, torch.iinfo(dtype).max)
+        spread = torch.arange(n, device=self.device) * 7919 % most
+        return spread.to(dtype)
+
+    def _call(
+        self, source: Source, launch: Launcher, memory: Mapping[Value, torch.Tensor]
+    ) -> Callable[[], None]:
+        args = [
+            memory[what].data_ptr()
+            if role in ("in", "out")
+            else 0
+            if role == NUMBER
+            else self.number(what)
+            for _, role, what in source.params
+        ]
+        grid, stream = self.number(source.grid), self.stream.cuda_stream
+
+        def call() -> None:
+            launch(grid, 1, 1, stream, *args)
+
+        return call
+
+    def _rounds(self, calls: Sequence[Callable[[], None]], rounds: int) -> list[float]:
+        """Medians, in microseconds."""
+        marks: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
+        for _ in range(AHEAD):
+            self._read()
+        order = list(range(len(calls)))
+        for _ in range(rounds):
+            for k in order:
+                self._read()
+                pair = (
+                    torch.cuda.Event(enable_timing=True),
+                    torch.cuda.Event(enable_timing=True),
+                )
+                pair[0].record(self.stream)
+                calls[k]()
+                pair[1].record(self.stream)
+                marks[k].append(pair)
+            order.reverse()
+        self.stream.synchronize()
+        return [statistics.median(a.elapsed_time(b) for a, b in pairs) * 1e3 for pairs in marks]
+
+    def _read(self) -> None:
+        self.cache.sum()
