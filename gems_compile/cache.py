@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .config import cache_dir
+from .lowering.choices import TILE
 from .lowering.shelf import inside, kernels, remove
 from .tables import Table, show
 
@@ -33,7 +34,8 @@ def main(clear: bool, as_json: bool) -> int:
 
 
 def held() -> list[dict[str, Any]]:
-    """A line a target and version of the package's kernels, and one for whole graphs."""
+    """A line a target and version of the package's kernels, one for the tiles that were chosen by
+    measuring them, and one for whole graphs."""
     folder = cache_dir()
     lines: dict[tuple[str, str], list[Any]] = {}
     for kernel in kernels(folder) if folder is not None else []:
@@ -47,13 +49,25 @@ def held() -> list[dict[str, Any]]:
         )
         for (target, digest), these in lines.items()
     ]
+    for (target, digest), these in lines.items():
+        tiles = [f for kernel in these for f in kernel.files if f.endswith(TILE)]
+        if tiles:
+            where = os.path.join(str(folder), "kernels", target, digest)
+            found.append(_line(f"tiles, {target}", where, *_facts(tiles)))
     graphs = list(_graphs())
     if graphs:
         where = os.path.dirname(os.path.dirname(graphs[0].path))
-        facts = [entry.stat() for entry in graphs]
-        sizes, used = [f.st_size for f in facts], max(f.st_mtime for f in facts)
-        found.append(_line("whole graphs", where, sizes, used))
+        found.append(_line("whole graphs", where, *_facts(graphs)))
     return found
+
+
+def _facts(files: Sequence[str | os.DirEntry[str]]) -> tuple[list[int], float]:
+    """Their sizes, and when one was last used."""
+    facts = []
+    for file in files:
+        with contextlib.suppress(OSError):  # it went meanwhile
+            facts.append(os.stat(file))
+    return [f.st_size for f in facts], max((f.st_mtime for f in facts), default=0.0)
 
 
 def _line(what: str, where: str, sizes: list[int], used: float) -> dict[str, Any]:

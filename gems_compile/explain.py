@@ -198,6 +198,7 @@ class Explanation:
             *_layouts(self.graphs),
             *_unfused(self.graphs),
             *_captures(self.graphs),
+            *_tuned(self.graphs),
             *_failures(self.graphs),
             *_not_kept(self.graphs),
             *_breaks(self.breaks),
@@ -299,6 +300,13 @@ def _captures(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
         yield Table("CUDA graphs", ("graph", "", "times"), rows)
 
 
+def _tuned(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
+    """The tiles of kernels that were measured."""
+    rows: list[Sequence[Any]] = [(f"{g.graph} {g.kind}", text) for g in graphs for text in g.tuned]
+    if rows:
+        yield Table("Tiles of kernels, measured", ("graph", "kernel: tile, time"), rows)
+
+
 def _not_kept(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
     """The graphs that no later process finds in the cache, and why."""
     rows: list[Sequence[Any]] = [
@@ -361,7 +369,7 @@ def _facts(explanation: Explanation) -> Iterator[str]:
             yield f"{head}: convolutions: {graph.layout}"
         for text in graph.failures:
             yield f"{head}: failed to compile: {text}"
-        for text in graph.captures:
+        for text in (*graph.captures, *graph.tuned):
             yield f"{head}: {text}"
         if graph.cache:
             yield f"{head}: cache: {graph.cache}"

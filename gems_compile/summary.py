@@ -135,6 +135,7 @@ class GraphSummary:
     layout: str = ""  # which one convolutions have, and why; empty where there are none
     cache: str = ""  # of whole graphs: whether it came from there, went there, or why neither
     captures: tuple[str, ...] = ()  # what CUDA graphs hold, what they do not, and why
+    tuned: tuple[str, ...] = ()  # the tiles of kernels that were measured
     kernels: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     counted: dict[str, int] = field(default_factory=dict)  # of a graph whose nodes are not known
@@ -184,6 +185,7 @@ def summarize(report: Report) -> GraphSummary:
         "layout": report.layout.reason,
         "cache": report.cache,
         "captures": () if report.captures is None else tuple(report.captures.told()),
+        "tuned": tuple(map(str, report.tuned)),
         "seconds": dict(report.seconds),
         **_rewrites(report),
     }

@@ -22,6 +22,8 @@ from .worker import write_atomically
 
 log = logging.getLogger("gems_compile.lowering.tune")
 
+#: how the names of these files end
+TILE = ".tile"
 #: by path: what this process has read, and written
 _known: dict[str, Choice] = {}
 
@@ -47,7 +49,7 @@ class Choices:
         many programs it runs, and the sizes that it is given."""
         told = json.dumps([self.device, extent])
         where = hashlib.sha256(told.encode()).hexdigest()[:12]
-        return f"{kernel}.{where}.tile"
+        return f"{kernel}.{where}{TILE}"
 
     def recall(self, path: str, tried: Collection[Tile]) -> Choice | None:
         """What was chosen among ``tried``, if that is known."""
@@ -62,6 +64,7 @@ class Choices:
         self.known[path] = choice
         text = json.dumps(asdict(choice))
         try:
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             write_atomically(path, text.encode())
         except OSError as e:
             log.info("a choice of tiles is not kept: %s", e)

@@ -40,10 +40,8 @@ class Hints:
         self.known = known
 
     def __call__(self, size: Size) -> int:
-        if type(size) is int:
-            return size
-        found = size.xreplace(self.known)
-        if not found.is_number:
+        found = size if type(size) is int else size.xreplace(self.known)
+        if type(found) is not int and not found.is_number:
             raise Untimed(f"its size {size} depends on data")
         return int(found)
 

@@ -44,6 +44,8 @@ def test_defaults() -> None:
         "dump": None,
         "threads": None,
         "cache": True,
+        "tune": False,
+        "tune_seconds": 10.0,
     }
     assert {field.name for field in fields(Config)} == set(PARSERS)
 
@@ -85,17 +87,18 @@ def test_options_come_back_from_a_config() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_of_torch_is_accepted_and_said_once(
-    mode: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_every_mode_of_torch_is_accepted(mode: str) -> None:
     captures = mode in ("reduce-overhead", "max-autotune")
-    with caplog.at_level(logging.INFO, logger="gems_compile"):
-        assert Config.from_call(mode=mode) == Config.from_call(mode=mode)
-        assert Config.from_call(mode=mode) == Config(cudagraphs=captures)
-    said = [record.getMessage() for record in caplog.records]
-    equal = "reduce-overhead" if captures else "default"
-    expected = f"mode {mode!r} measures nothing yet: it equals {equal!r}"
-    assert said == ([expected] if mode.startswith("max-autotune") else [])
+    tunes = mode.startswith("max-autotune")
+    assert Config.from_call(mode=mode) == Config(cudagraphs=captures, tune=tunes)
+
+
+def test_a_mode_takes_its_seconds_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEMS_TUNE_SECONDS", "3")
+    assert Config.from_call(mode="max-autotune").tune_seconds == 3
+    assert Config.from_call(options={"max_autotune": True, "tune_seconds": 0.5}) == Config(
+        tune=True, tune_seconds=0.5
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,8 @@ def test_every_mode_of_torch_is_accepted_and_said_once(
         (
             {"options": {"numeric": "fast"}},
             "option 'numeric' is unknown; valid: numerics, rewrites, rng, layout, "
-            "keep_weights, cudagraphs, strict, dump, threads, cache; close to it: numerics",
+            "keep_weights, cudagraphs, strict, dump, threads, cache, tune, tune_seconds; "
+            "close to it: numerics",
         ),
         (
             {"options": {"numerics": "fats"}},
@@ -124,6 +128,10 @@ def test_every_mode_of_torch_is_accepted_and_said_once(
         (
             {"options": {"threads": True}},
             "option 'threads' is True; valid: a whole number from 0 to 256, None",
+        ),
+        (
+            {"options": {"tune_seconds": -1}},
+            "option 'tune_seconds' is -1; valid: a number from 0 to 3600",
         ),
         ({"options": {"dump": 3}}, "option 'dump' is 3; valid: a folder's path, None"),
         ({"options": ["strict"]}, "options is a list; valid: a dict, None"),

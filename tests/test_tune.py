@@ -11,10 +11,19 @@ from helpers import check, gems_only, ints, rand
 from torch import Tensor
 from torch.nn import functional as F
 
-from gems_compile.backend import Gems
+from gems_compile.backend import Gems, lowering_options
+from gems_compile.cache import cleared, held
+from gems_compile.config import Config
+from gems_compile.explain import Explanation
+from gems_compile.kernels.target import INTERPRETER
 from gems_compile.lowering import choices, tune
+from gems_compile.lowering.choices import Choice, Choices
+from gems_compile.lowering.load import CompileError, Loading
 from gems_compile.lowering.schedule import Tile
 from gems_compile.lowering.tiling import kind_of
+from gems_compile.lowering.trial import Hints, Untimed, places_read
+from gems_compile.lowering.tune import best_of
+from gems_compile.warm import tag
 
 pytestmark = gems_only
 
@@ -23,10 +32,10 @@ class Fake:
     """Times kernels without running them: the one at ``place`` among a kernel's is the fastest."""
 
     def __init__(self, place: int) -> None:
-        self.place, self.asked = place, list[list[Tile]]()
+        self.place, self.asked = place, list[str]()
 
     def __call__(self, kernels: Sequence[tuple[Any, Any]]) -> list[float]:
-        self.asked.append([s.body and s.tiling.tile for s, _ in kernels])
+        self.asked.append(kernels[0][0].name)
         best = self.place % len(kernels)
         return [10.0 if k == best else 20.0 + k for k in range(len(kernels))]
 
@@ -39,6 +48,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[[int], Fake
     monkeypatch.setenv("GEMS_CACHE_DIR", str(tmp_path))
 
     def use(place: int) -> Fake:
+        """Another process, too: it knows what is on disk."""
         times = Fake(place)
         monkeypatch.setattr(choices, "_known", {})
         monkeypatch.setattr(tune, "timer", lambda device, number: times)
@@ -47,11 +57,12 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[[int], Fake
     return use
 
 
-def compiled(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> list[Any]:
+def compiled(fn: Callable[..., Any], *inputs: Any, seconds: float = 10, **kwargs: Any) -> list[Any]:
     """The reports of a compile that measures."""
     backend = Gems()
     torch._dynamo.reset()
-    run = torch.compile(fn, backend=backend, options={"tune": True}, **kwargs)
+    options = {"tune": True, "tune_seconds": seconds}
+    run = torch.compile(fn, backend=backend, options=options, **kwargs)
     outputs = run(*inputs)
     leaves = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
     if leaves:
@@ -147,3 +158,238 @@ def test_each_kind_has_tiles_to_try(name: str, fake: Any) -> None:
     kind = next(k for k in ("column loop", *name.split(" ")) if name.startswith(k))
     assert kind in kinds
     assert any(3 <= len(t.times) <= 8 for r in reports for t in r.tuned)
+
+
+def only(reports: Sequence[Any]) -> Any:
+    """What is told of the one kernel."""
+    (fact,) = (t for r in reports for t in r.tuned)
+    return fact
+
+
+def test_sizes_that_are_symbolic(fake: Any) -> None:
+    """The sizes of the first call are measured, and one choice serves all."""
+    times = fake(2)
+    check(softmax, rand(37, 300), rand(37, 300), options={"tune": True}, dynamic=True)
+    assert times.asked
+    fact = only(compiled(softmax, rand(37, 300), rand(37, 300), dynamic=True))
+    assert fact.changed and fact.remembered
+
+
+def test_equal_kernels_are_measured_once_and_all_changed(fake: Any) -> None:
+    def layers(x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = torch.softmax(x, -1) @ x.new_ones(40, 40)
+        return x
+
+    times = fake(1)
+    check(layers, rand(30, 40), options={"tune": True}, grad=False)
+    assert len(times.asked) == 1
+    fake(1)
+    (report,) = compiled(layers, rand(30, 40))
+    assert only([report]).launches == 3 and report.kernels == 1
+
+
+# what is chosen ----------------------------------------------------------------------------------
+
+
+def test_another_tile_must_gain_much() -> None:
+    a, b, c = Tile(1024), Tile(512), Tile(256)
+    assert best_of([(a, 10.0), (b, 9.8), (c, 11.0)]) == a
+    assert best_of([(a, 10.0), (b, 9.7), (c, 9.6)]) == c
+    assert best_of([(a, 10.0)]) == a
+
+
+def test_a_tile_that_fails_is_left_out(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(1)
+    result, seen = Loading.result, []
+
+    def fails(self: Loading) -> Any:
+        seen.append(self.key)
+        if len(seen) == 2:
+            raise CompileError(self.source, "out of resources")
+        return result(self)
+
+    monkeypatch.setattr(Loading, "result", fails)
+    fact = only(compiled(gelu, rand(130, 257), rand(130, 257)))
+    assert fact.changed and [us for _, us in fact.times].count(None) == 1
+    assert "failed" in str(fact)
+
+
+def test_a_kernel_that_cannot_be_timed_stays(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def untimed(kernels: Any) -> list[float]:
+        raise Untimed("the GPU's memory is full")
+
+    fake(1)
+    monkeypatch.setattr(tune, "timer", lambda device, number: untimed)
+    fact = only(compiled(gelu, rand(130, 257), rand(130, 257)))
+    assert fact.why_not == "the GPU's memory is full" and not fact.changed
+
+
+def test_the_seconds_are_kept(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel that moves most comes first; the rest stay as they are."""
+
+    def two(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.softmax(x, -1), y.cumsum(-1) * 2
+
+    times, inputs = fake(1), (rand(40, 300), rand(90, 700))
+    now = iter(range(1000))
+    monkeypatch.setattr(tune.time, "monotonic", lambda: float(next(now)))
+    (report,) = compiled(two, *inputs, seconds=12)
+    done, left = report.tuned
+    assert times.asked == [done.kernel] and "cumsum" in done.kernel
+    assert left.why_not == "12 seconds were over"
+    (report,) = compiled(two, *inputs, seconds=0)
+    assert all(t.remembered == (t.kernel == done.kernel) for t in report.tuned)
+
+
+def test_what_takes_no_time_is_not_measured(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = fake(1)
+    monkeypatch.setattr(tune, "LEAST_US", 3.0)
+    (report,) = compiled(gelu, rand(130, 257), rand(130, 257))
+    assert not times.asked and not report.tuned
+
+
+def test_without_a_gpu_nothing_is_measured(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    monkeypatch.setattr(tune, "_told", set())
+    with caplog.at_level("INFO", logger="gems_compile"):
+        reports = [compiled(gelu, rand(130, 257), rand(130, 257))[0] for _ in range(2)]
+    said = [r.getMessage() for r in caplog.records if "measured" in r.getMessage()]
+    assert said == ["tiles are not measured: there is no GPU"]
+    assert not any(r.tuned for r in reports)
+
+
+# contents of memory ------------------------------------------------------------------------------
+
+
+def test_places_are_in_range(fake: Any) -> None:
+    """Numbers that say where a kernel reads are numbers of places that there are."""
+    fake(0)
+    (report,) = compiled(looked_up, rand(50, 96), ints(70, high=50))
+    (source,) = (s for s in report.sources if s.tiling is not None)
+    ((index, places),) = places_read(source, Hints({})).items()
+    assert index.dtype == "int64" and places == 50
+
+
+def test_computed_places_are_not_tried(fake: Any) -> None:
+    """Nobody knows which contents would make them places that there are."""
+    fake(0)
+    (report,) = compiled(lambda t, i: t[i * 2 - 1] + 1, rand(50, 96), ints(70, high=20, low=1))
+    (source,) = (s for s in report.sources if s.tiling is not None)
+    with pytest.raises(Untimed, match="computes where it reads"):
+        places_read(source, Hints({}))
+
+
+# what is remembered ------------------------------------------------------------------------------
+
+
+def test_a_choice_is_remembered(fake: Any) -> None:
+    inputs = rand(130, 257), rand(130, 257)
+    fake(3)
+    first = only(compiled(gelu, *inputs))
+    times = fake(1)
+    again = only(compiled(gelu, *inputs))
+    assert first.changed and not first.remembered
+    assert again.remembered and not times.asked
+    assert (again.chosen, again.times) == (first.chosen, first.times)
+    compiled(gelu, *(x[:120] for x in inputs))
+    assert times.asked == ["fused_gelu_mul"]  # there is less to do
+
+
+def test_a_choice_survives_the_disk(tmp_path: Any) -> None:
+    told = Choice(
+        Tile(64, 128, 8, 2, 4, True), ((Tile(32), 1.5), (Tile(64, 128, 8, 2, 4, True), None))
+    )
+    store = Choices("H200", {})
+    path = store.path(str(tmp_path / "k"), (3,))
+    store.keep(path, told)
+    assert Choices("H200", {}).recall(path, [told.tile]) == told
+    assert Choices("H200", {}).recall(path, [Tile(32)]) is None  # nobody would try it
+    others = {
+        Choices("H100", {}).path(str(tmp_path / "k"), (3,)),
+        store.path(str(tmp_path / "k"), (4,)),
+    }
+    assert path not in others and len(others) == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"tile": {"x": 64}}', '{"tile": {"x": "64"}, "times": []}', "{}", "\0"]
+)
+def test_a_damaged_choice_is_a_miss(text: str, tmp_path: Any, caplog: Any) -> None:
+    store = Choices("H200", {})
+    path = store.path(str(tmp_path / "k"), (3,))
+    with open(path, "w") as f:
+        f.write(text)
+    with caplog.at_level("INFO", logger="gems_compile"):
+        assert store.recall(path, [Tile(64)]) is None
+    assert "a choice of tiles is not read" in caplog.text
+
+
+def test_a_choice_that_cannot_be_written_serves_this_process(tmp_path: Any, caplog: Any) -> None:
+    store = Choices("H200", {})
+    (tmp_path / "no").write_text("a file")
+    path = store.path(str(tmp_path / "no" / "k"), (3,))
+    with caplog.at_level("INFO", logger="gems_compile"):
+        store.keep(path, Choice(Tile(64)))
+    assert store.recall(path, [Tile(64)]) == Choice(Tile(64))
+    assert "a choice of tiles is not kept" in caplog.text
+
+
+def test_the_command_shows_and_removes_choices(fake: Any) -> None:
+    fake(1)
+    compiled(gelu, rand(130, 257), rand(130, 257))
+    assert [f["count"] for f in held() if f["what"].startswith("tiles")] == [1]
+    cleared()
+    assert not [f for f in held() if f["what"] != "whole graphs"]
+
+
+def test_whole_graphs_of_other_modes_are_others() -> None:
+    tags = set()
+    for mode in ("default", "max-autotune-no-cudagraphs", "reduce-overhead", "max-autotune"):
+        config = Config.from_call(mode)
+        tags.add(tag(config, lowering_options(config, INTERPRETER), []))
+    assert len(tags) == 4
+
+
+def test_what_was_measured_is_told(fake: Any) -> None:
+    fake(1)
+    backend = Gems()
+    torch.compile(gelu, backend=backend, options={"tune": True})(rand(130, 257), rand(130, 257))
+    text = str(Explanation.of(backend, "gelu"))
+    assert "Tiles of kernels, measured" in text and "fused_gelu_mul: " in text
+
+
+# on a GPU ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_measured_kernels_are_right(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(tune, "LEAST_US", 0.0)
+    monkeypatch.setattr(tune, "LEAST_SHARE", 0.0)
+    monkeypatch.setattr(choices, "_known", {})
+    monkeypatch.setenv("GEMS_CACHE_DIR", str(tmp_path))
+    fn, make = CASES[name]
+    check(fn, *make(), mode="max-autotune-no-cudagraphs", rtol=1e-4, atol=1e-4)
+    facts = [t for r in compiled(fn, *make()) for t in r.tuned]
+    assert facts and all(t.remembered and not t.why_not for t in facts)
+    assert all(us is None or 0 < us < 1e4 for t in facts for _, us in t.times)
+
+
+@pytest.mark.gpu
+def test_measuring_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """Neither in memory nor in the state of torch's generators."""
+    monkeypatch.setattr(tune, "LEAST_US", 0.0)
+    monkeypatch.setattr(choices, "_known", {})
+    monkeypatch.setenv("GEMS_CACHE_DIR", str(tmp_path))
+    inputs = rand(4096, 1024), rand(4096, 1024)
+    state = torch.cuda.get_rng_state()
+    before = torch.cuda.memory_allocated()
+    compiled(gelu, *inputs)
+    assert torch.cuda.memory_allocated() <= before + 2**16
+    assert torch.equal(state, torch.cuda.get_rng_state())
