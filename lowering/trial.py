@@ -40,7 +40,7 @@ class Hints:
         self.known = known
 
     def __call__(self, size: Size) -> int:
-        found = size if type(size) is int else size.xreplace(self.known)
+        found: Any = size if type(size) is int else size.xreplace(self.known)
         if type(found) is not int and not found.is_number:
             raise Untimed(f"its size {size} depends on data")
         return int(found)
