@@ -70,7 +70,9 @@ def in_the_tile_of(other: Source, source: Source) -> Source:
     """The kernel ``source``, as ``other``: a kernel alike, in another tile."""
     own = {name: what for name, _, what in source.params}
     params = [(name, role, own.get(name, what)) for name, role, what in other.params]
-    body = replace(other.body, group=source.body.group, params=params)
+    body = other.body
+    if body is not None:
+        body = replace(body, group=source.body.group, params=params)
     return replace(other, params=params, body=body, like=other, own=source.own)
 
 

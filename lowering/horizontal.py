@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -25,8 +26,9 @@ from .indexing import Index, is_static, product
 from .ir import BITS, Value
 from .order import needs_of, schedule
 from .render import HEADER, Renderer
-from .schedule import pointwise_tile
+from .schedule import Tile, pointwise_tile
 from .source import Lines, Source
+from .tiling import TilingOfMany
 from .translate import Program
 from .transposed import Transposed, transposed_of
 
@@ -265,6 +267,10 @@ def _arguments(sources: Sequence[Source]) -> list[tuple[str, str, Any]]:
 def combined_source(parts: Sequence[Part], multiprocessors: int) -> Source:
     """One kernel for all parts."""
     tile = pointwise_tile(sum(p.numel for p in parts), multiprocessors)
+    return TilingOfMany(tile, partial(_in_tiles, parts)).write()
+
+
+def _in_tiles(parts: Sequence[Part], tile: Tile) -> Source:
     programs = [-(-p.numel // tile.x) for p in parts]
     masked = any(p.numel % tile.x for p in parts)
     params = _arguments([p.source for p in parts])

@@ -7,8 +7,8 @@ on the tile, so its last bits may.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from .aligned import LANES
@@ -24,6 +24,9 @@ FEWEST, MOST = 2, 64
 MOST_WARPS = 16
 #: the same, of a kernel that has a long row to each program
 MOST_WARPS_LOOPED = 32
+
+#: places of a program, where a launch is of many kernels
+MOST_TOGETHER = 2**12
 
 #: by kind: steps away from a tile, as powers of two of (x, r, warps), and loads in flight; those
 #: that gain most often come first
@@ -94,21 +97,60 @@ STEPS: dict[str, tuple[Step, ...]] = {
 }
 
 
-@dataclass(eq=False)
-class Tiling:
-    """``whole``: the renderer of the kernel in the tile that ``schedule`` chose."""
+class Tiles:
+    """The tiles that a kernel may run in. ``tile``: the scheduled one; ``kind`` says which of its
+    numbers say something, ``most`` how large x and r are of a tile not larger than what there is,
+    ``each`` how many places one of the tile's has."""
 
-    whole: Renderer
-    inlined: set[Value]
-    exact: bool
-    more: dict[str, Any]  # of the source's meta
-
-    @property
-    def tile(self) -> Tile:
-        return self.whole.tile
+    kind: str
+    tile: Tile
+    most: tuple[int, int]
+    each = 1
 
     def write(self, tile: Tile | None = None) -> Source:
         """The kernel, in ``tile`` if that is given."""
+        raise NotImplementedError
+
+    def neighbours(self, warp: int = 32) -> list[Tile]:
+        """Other tiles that are worth trying; ``warp``: threads that step together."""
+        found = dict.fromkeys(self._steps(warp))
+        found.pop(self.tile, None)
+        return list(found)
+
+    def _steps(self, warp: int) -> Iterator[Tile]:
+        kind, tile, (most_x, most_r) = self.kind, self.tile, self.most
+        most_warps = max(tile.warps, MOST_WARPS_LOOPED if kind == "loop" else MOST_WARPS)
+        for dx, dr, dw, stages in STEPS[kind]:
+            x, r, warps = (_scaled(n, d) for n, d in ((tile.x, dx), (tile.r, dr), (tile.warps, dw)))
+            if min(x, r, warps, tile.stages + stages) < 1 or warps > most_warps:
+                continue
+            if (dx > 0 and x > most_x) or (dr > 0 and r > most_r):
+                continue
+            if FEWEST <= self.each * x * r // (warp * warps) <= MOST:
+                each = max(1, r // (256 * warps)) if kind == "loop" else 1
+                yield Tile(x, r, warps, tile.stages + stages, each, tile.cached)
+
+
+class Tiling(Tiles):
+    """Those of a group's kernel. ``whole``: its renderer, in the scheduled tile."""
+
+    def __init__(
+        self, whole: Renderer, inlined: set[Value], exact: bool, more: dict[str, Any]
+    ) -> None:
+        """``more``: what is known of the source's meta."""
+        self.whole, self.inlined, self.exact, self.more = whole, inlined, exact, more
+        self.tile = whole.tile
+        self.each = LANES if whole.carried is not None else 1
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return kind_of(self.whole)
+
+    @property
+    def most(self) -> tuple[int, int]:  # type: ignore[override]
+        return _limits(self.whole)
+
+    def write(self, tile: Tile | None = None) -> Source:
         renderer = self.whole if tile is None else _like(self.whole, tile)
         source = piecewise(renderer, self.inlined, self.exact) or renderer.run()
         source.meta |= self.more
@@ -123,30 +165,19 @@ class Tiling:
         source.meta |= self.more
         return source
 
-    def neighbours(self, warp: int = 32) -> list[Tile]:
-        """Other tiles that the kernel may run in; ``warp``: threads that step together."""
-        found = dict.fromkeys(self._steps(warp))
-        found.pop(self.tile, None)
-        return list(found)
 
-    def _steps(self, warp: int) -> Iterator[Tile]:
-        kind, tile = kind_of(self.whole), self.tile
-        most_x, most_r = _limits(self.whole)
-        most_warps = MOST_WARPS_LOOPED if kind == "loop" else MOST_WARPS
-        for dx, dr, dw, stages in STEPS[kind]:
-            x, r, warps = (_scaled(n, d) for n, d in ((tile.x, dx), (tile.r, dr), (tile.warps, dw)))
-            each = max(1, r // (256 * warps)) if kind == "loop" else 1
-            other = Tile(x, r, warps, tile.stages + stages, each, tile.cached)
-            places = x * r * (LANES if self.whole.carried is not None else 1)
-            elements = places // (warp * warps) if warps else 0
-            if (
-                min(x, r, warps, other.stages) >= 1
-                and (dx <= 0 or x <= most_x)
-                and (dr <= 0 or r <= most_r)
-                and warps <= max(most_warps, tile.warps)
-                and FEWEST <= elements <= MOST
-            ):
-                yield other
+class TilingOfMany(Tiles):
+    """Those of pointwise kernels alike that are one launch, which ``make`` writes."""
+
+    kind = "flat"
+
+    def __init__(self, tile: Tile, make: Callable[[Tile], Source]) -> None:
+        self.tile, self.make, self.most = tile, make, (MOST_TOGETHER, 1)
+
+    def write(self, tile: Tile | None = None) -> Source:
+        source = self.make(tile or self.tile)
+        source.tiling = self
+        return source
 
 
 def _scaled(n: int, power: int) -> int:

@@ -55,12 +55,11 @@ def span(v: Value, number: Callable[[Size], int]) -> int:
     return 1 + sum((n - 1) * s for n, s in steps)
 
 
-def places_read(source: Source, number: Callable[[Size], int]) -> dict[Value, int]:
+def places_read(members: Sequence[Value], number: Callable[[Size], int]) -> dict[Value, int]:
     """Operands that say where another one is read -> how many places that has; raises Untimed
     where such places are computed, or written to: of zeros they would be no program's."""
-    group = source.body.group
     found: dict[Value, int] = {}
-    for m in _computed(group.members):
+    for m in _computed(members):
         if m.kind == "store" and len(m.args) > 1:
             raise Untimed("it writes where its operands say")
         if m.kind != "gather":
@@ -102,10 +101,13 @@ class Trial:
         size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
         self.cache = torch.zeros(max(size, 2**22) // 4, device=device)
 
-    def times(self, kernels: Sequence[tuple[Source, Launcher]]) -> list[float]:
-        """Microseconds of each; the first one is always measured to the end."""
+    def times(
+        self, kernels: Sequence[tuple[Source, Launcher]], members: Sequence[Value]
+    ) -> list[float]:
+        """Microseconds of each; the first one is always measured to the end. ``members``: what
+        all of them compute."""
         with torch.cuda.device(self.device):
-            memory = self._memory(kernels[0][0])
+            memory = self._memory(kernels[0][0], places_read(members, self.number))
             calls = [self._call(source, launch, memory) for source, launch in kernels]
             self._rounds(calls, 1)
             quick = self._rounds(calls, FIRST)
@@ -118,9 +120,8 @@ class Trial:
                     quick[k] = us
             return quick
 
-    def _memory(self, source: Source) -> dict[Value, torch.Tensor]:
-        """Memory for each operand and result."""
-        ranges = places_read(source, self.number)
+    def _memory(self, source: Source, ranges: Mapping[Value, int]) -> dict[Value, torch.Tensor]:
+        """Memory for each operand and result; ``ranges``: see ``places_read``."""
         sizes: dict[Value, int] = {}
         for _, role, what in source.params:
             if role in ("in", "out", NUMBER):

@@ -23,7 +23,7 @@ from .choices import Choice, Choices, spelled
 from .graph import value_of
 from .group import Group
 from .indexing import Size, is_static, size_of
-from .ir import BITS
+from .ir import BITS, Value
 from .load import CompileError, Loading, kernel_folder
 from .options import Options
 from .progress import Progress
@@ -40,7 +40,8 @@ LEAST_US, LEAST_SHARE = 3.0, 0.01
 #: bytes a second, of a GPU that does not say
 BANDWIDTH = 2e12
 
-Times = Callable[[Sequence[tuple[Source, Any]]], list[float]]
+#: see ``Trial.times``
+Times = Callable[[Sequence[tuple[Source, Any]], Sequence[Value]], list[float]]
 _told: set[str] = set()
 
 
@@ -242,7 +243,8 @@ class Tuner:
             self.tuned.append(self._unmeasured(kernel, "it failed to compile"))
             return {}
         try:
-            found = times([kernel for _, kernel in ready])
+            (group, *_) = kernel.groups
+            found = times([kernel for _, kernel in ready], group.members)
         except Untimed as e:
             self.tuned.append(self._unmeasured(kernel, str(e)))
             return {}
@@ -285,10 +287,10 @@ def timer(device: torch.device, number: Hints) -> Times | None:
         return None
     trial: list[Trial] = []
 
-    def times(kernels: Sequence[tuple[Source, Any]]) -> list[float]:
+    def times(kernels: Sequence[tuple[Source, Any]], members: Sequence[Value]) -> list[float]:
         if not trial:  # it takes memory
             trial.append(Trial(device, number))
-        return trial[0].times(kernels)
+        return trial[0].times(kernels, members)
 
     return times
 

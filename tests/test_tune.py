@@ -20,7 +20,6 @@ from gems_compile.lowering import choices, tune
 from gems_compile.lowering.choices import Choice, Choices
 from gems_compile.lowering.load import CompileError, Loading
 from gems_compile.lowering.schedule import Tile
-from gems_compile.lowering.tiling import kind_of
 from gems_compile.lowering.trial import Hints, Untimed, places_read
 from gems_compile.lowering.tune import best_of
 from gems_compile.warm import tag
@@ -34,7 +33,7 @@ class Fake:
     def __init__(self, place: int) -> None:
         self.place, self.asked = place, list[str]()
 
-    def __call__(self, kernels: Sequence[tuple[Any, Any]]) -> list[float]:
+    def __call__(self, kernels: Sequence[tuple[Any, Any]], members: Any) -> list[float]:
         self.asked.append(kernels[0][0].name)
         best = self.place % len(kernels)
         return [10.0 if k == best else 20.0 + k for k in range(len(kernels))]
@@ -119,6 +118,14 @@ def norm_gradient(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], w, b)
 
 
+def updates(x: list[Tensor], y: list[Tensor]) -> list[Tensor]:
+    return [a * 0.9 + b.sqrt() for a, b in zip(x, y, strict=True)]
+
+
+def _lists() -> list[Tensor]:
+    return [rand(n).abs() for n in (5000, 3001, 70000)]
+
+
 CASES: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = {
     "flat": (gelu, lambda: (rand(130, 257), rand(130, 257))),
     "flat by rows": (rows_of_numbers, lambda: (rand(24, 1030), rand(24))),
@@ -133,6 +140,7 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]] = {
     "loop": (long_norm, lambda: (rand(3, 17000), rand(3, 17000))),
     "column": (columns, lambda: (rand(60, 100), rand(60, 100))),
     "column loop": (columns, lambda: (rand(1100, 600), rand(1100, 600))),
+    "flat together": (updates, lambda: (_lists(), _lists())),
     "sweep": (
         norm_gradient,
         lambda: (rand(700, 96, grad=True), rand(96, grad=True), rand(96, grad=True)),
@@ -154,7 +162,7 @@ def test_each_kind_has_tiles_to_try(name: str, fake: Any) -> None:
     fn, make = CASES[name]
     fake(0)
     reports = compiled(fn, *make())
-    kinds = {kind_of(s.tiling.whole) for r in reports for s in r.sources if s.tiling}
+    kinds = {s.tiling.kind for r in reports for s in r.sources if s.tiling}
     kind = next(k for k in ("column loop", *name.split(" ")) if name.startswith(k))
     assert kind in kinds
     assert any(3 <= len(t.times) <= 8 for r in reports for t in r.tuned)
@@ -216,7 +224,7 @@ def test_a_tile_that_fails_is_left_out(fake: Any, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_kernel_that_cannot_be_timed_stays(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def untimed(kernels: Any) -> list[float]:
+    def untimed(kernels: Any, members: Any) -> list[float]:
         raise Untimed("the GPU's memory is full")
 
     fake(1)
@@ -270,7 +278,7 @@ def test_places_are_in_range(fake: Any) -> None:
     fake(0)
     (report,) = compiled(looked_up, rand(50, 96), ints(70, high=50))
     (source,) = (s for s in report.sources if s.tiling is not None)
-    ((index, places),) = places_read(source, Hints({})).items()
+    ((index, places),) = places_read(source.body.group.members, Hints({})).items()
     assert index.dtype == "int64" and places == 50
 
 
@@ -280,7 +288,7 @@ def test_computed_places_are_not_tried(fake: Any) -> None:
     (report,) = compiled(lambda t, i: t[i * 2 - 1] + 1, rand(50, 96), ints(70, high=20, low=1))
     (source,) = (s for s in report.sources if s.tiling is not None)
     with pytest.raises(Untimed, match="computes where it reads"):
-        places_read(source, Hints({}))
+        places_read(source.body.group.members, Hints({}))
 
 
 # what is remembered ------------------------------------------------------------------------------
