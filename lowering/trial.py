@@ -8,6 +8,7 @@ turns.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -92,6 +93,15 @@ def _plain(v: Value) -> Value:
     return v
 
 
+def _runs(call: Callable[[], None]) -> bool:
+    """Whether the GPU takes a kernel; the first call is slower than others, too."""
+    try:
+        call()
+    except RuntimeError:  # more threads or registers than it has
+        return False
+    return True
+
+
 class Trial:
     """Times kernels on one device."""
 
@@ -104,21 +114,21 @@ class Trial:
     def times(
         self, kernels: Sequence[tuple[Source, Launcher]], members: Sequence[Value]
     ) -> list[float]:
-        """Microseconds of each; the first one is always measured to the end. ``members``: what
-        all of them compute."""
+        """Microseconds of each, infinite of one that cannot be launched; the first one is always
+        measured to the end. ``members``: what all of them compute."""
         with torch.cuda.device(self.device):
             memory = self._memory(kernels[0][0], places_read(members, self.number))
             calls = [self._call(source, launch, memory) for source, launch in kernels]
-            self._rounds(calls, 1)
-            quick = self._rounds(calls, FIRST)
-            best = min(quick)
-            kept = [k for k, us in enumerate(quick) if k == 0 or us <= FAR * best]
-            if len(kept) > 1:
-                exact = self._rounds([calls[k] for k in kept], SECOND)
-                quick = [*quick]
-                for k, us in zip(kept, exact, strict=True):
-                    quick[k] = us
-            return quick
+            found = dict.fromkeys(range(len(calls)), math.inf)
+            runs = [k for k, call in enumerate(calls) if _runs(call)]
+            if 0 not in runs:
+                raise Untimed("it cannot be launched")
+            found.update(self._rounds({k: calls[k] for k in runs}, FIRST))
+            best = min(found.values())
+            near = [k for k in runs if k == 0 or found[k] <= FAR * best]
+            if len(near) > 1:
+                found.update(self._rounds({k: calls[k] for k in near}, SECOND))
+            return list(found.values())
 
     def _memory(self, source: Source, ranges: Mapping[Value, int]) -> dict[Value, torch.Tensor]:
         """Memory for each operand and result; ``ranges``: see ``places_read``."""
@@ -131,10 +141,7 @@ class Trial:
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         if need > SHARE * free:
             raise Untimed(f"its operands are {need >> 20} MB")
-        try:
-            return {v: self._filled(v, n, ranges.get(v)) for v, n in sizes.items()}
-        except torch.OutOfMemoryError as e:
-            raise Untimed("the GPU's memory is full") from e
+        return {v: self._filled(v, n, ranges.get(v)) for v, n in sizes.items()}
 
     def _filled(self, v: Value, n: int, places: int | None) -> torch.Tensor:
         """Zeros; places of another operand are all over it."""
@@ -163,26 +170,26 @@ class Trial:
 
         return call
 
-    def _rounds(self, calls: Sequence[Callable[[], None]], rounds: int) -> list[float]:
+    def _rounds(self, calls: Mapping[int, Callable[[], None]], rounds: int) -> dict[int, float]:
         """Medians, in microseconds."""
-        marks: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = [[] for _ in calls]
+        marks: dict[int, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {k: [] for k in calls}
         for _ in range(AHEAD):
             self._read()
-        order = list(range(len(calls)))
+        order = list(calls)
         for _ in range(rounds):
             for k in order:
                 self._read()
-                pair = (
-                    torch.cuda.Event(enable_timing=True),
-                    torch.cuda.Event(enable_timing=True),
-                )
-                pair[0].record(self.stream)
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record(self.stream)
                 calls[k]()
-                pair[1].record(self.stream)
-                marks[k].append(pair)
+                end.record(self.stream)
+                marks[k].append((begin, end))
             order.reverse()
         self.stream.synchronize()
-        return [statistics.median(a.elapsed_time(b) for a, b in pairs) * 1e3 for pairs in marks]
+        return {
+            k: statistics.median(a.elapsed_time(b) for a, b in pairs) * 1e3
+            for k, pairs in marks.items()
+        }
 
     def _read(self) -> None:
         self.cache.sum()

@@ -9,6 +9,7 @@ process, and no other graph with the same kernel, measures it again.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -69,11 +70,12 @@ class Tuned:
         first, us = self.times[0]
         others = "; ".join(
             f"{spelled(tile)}: {'failed' if us is None else f'{us:.1f} us'}"
-            for tile, us in self.times[1:]
+            for tile, us in self.times
+            if tile not in (self.chosen, first)
         )
         taken = f"{spelled(self.chosen)} {known[self.chosen]:.1f} us"
         was = f", scheduled {spelled(first)} {us:.1f} us" if self.changed else " as scheduled"
-        return f"{self.kernel}: {taken}{was}; {others}"
+        return f"{self.kernel}: {taken}{was}; {others}".removesuffix("; ")
 
 
 @dataclass(eq=False)
@@ -249,7 +251,8 @@ class Tuner:
             self.tuned.append(self._unmeasured(kernel, str(e)))
             return {}
         measured = [(tile, us) for (tile, _), us in zip(ready, found, strict=True)]
-        choice = Choice(best_of(measured), (*measured, *((tile, None) for tile in failed)))
+        told = ((tile, us if us < math.inf else None) for tile, us in measured)
+        choice = Choice(best_of(measured), (*told, *((tile, None) for tile in failed)))
         if len(ready) + len(failed) == len(kernel.loading):
             self.choices.keep(kernel.path, choice)
         return self._take(kernel, choice, remembered=False)
@@ -288,9 +291,12 @@ def timer(device: torch.device, number: Hints) -> Times | None:
     trial: list[Trial] = []
 
     def times(kernels: Sequence[tuple[Source, Any]], members: Sequence[Value]) -> list[float]:
-        if not trial:  # it takes memory
-            trial.append(Trial(device, number))
-        return trial[0].times(kernels, members)
+        try:
+            if not trial:  # it takes memory
+                trial.append(Trial(device, number))
+            return trial[0].times(kernels, members)
+        except torch.OutOfMemoryError as e:
+            raise Untimed("the GPU's memory is full") from e
 
     return times
 
