@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,39 +56,43 @@ def span(v: Value, number: Callable[[Size], int]) -> int:
     return 1 + sum((n - 1) * s for n, s in steps)
 
 
-def places_read(members: Sequence[Value], number: Callable[[Size], int]) -> dict[Value, int]:
+def places_read(
+    source: Source, members: Sequence[Value], number: Callable[[Size], int]
+) -> dict[Value, int]:
     """Operands that say where another one is read -> how many places that has; raises Untimed
-    where such places are computed, or written to: of zeros they would be no program's."""
+    where the kernel, which computes ``members``, computes such places: nobody knows which contents
+    make them places that there are. Or where it writes to such places: of zeros, all to one."""
+    loaded = {what for _, role, what in source.params if role == "in"}
     found: dict[Value, int] = {}
-    for m in _computed(members):
+    for m in _computed(members, loaded):
         if m.kind == "store" and len(m.args) > 1:
             raise Untimed("it writes where its operands say")
         if m.kind != "gather":
             continue
         for axis, index in zip(m.params[0], m.args[1:], strict=True):
-            index = _plain(index)
-            if index.computes:
+            index = _plain(index, loaded)
+            if index not in loaded:
                 raise Untimed("it computes where it reads")
             most = number(m.args[0].shape[axis])
             found[index] = min(most, found.get(index, most))
     return found
 
 
-def _computed(members: Sequence[Value]) -> list[Value]:
-    """The members, and all that they are computed from."""
+def _computed(members: Sequence[Value], loaded: Collection[Value]) -> list[Value]:
+    """The members, and all that the kernel computes for them beside."""
     found = dict.fromkeys(members)
     stack = list(members)
     while stack:
         for v in map(base_of, stack.pop().inputs):
-            if v.computes and v not in found:
+            if v not in loaded and v not in found:
                 found[v] = None
                 stack.append(v)
     return list(found)
 
 
-def _plain(v: Value) -> Value:
+def _plain(v: Value, loaded: Collection[Value]) -> Value:
     """What is loaded for a Value, seen through views and casts."""
-    while v.kind in ("view", "cast"):
+    while v not in loaded and v.kind in ("view", "cast"):
         v = v.args[0]
     return v
 
@@ -112,12 +116,12 @@ class Trial:
         self.cache = torch.zeros(max(size, 2**22) // 4, device=device)
 
     def times(
-        self, kernels: Sequence[tuple[Source, Launcher]], members: Sequence[Value]
+        self, kernels: Sequence[tuple[Source, Launcher]], places: Mapping[Value, int]
     ) -> list[float]:
         """Microseconds of each, infinite of one that cannot be launched; the first one is always
-        measured to the end. ``members``: what all of them compute."""
+        measured to the end. ``places``: see ``places_read``."""
         with torch.cuda.device(self.device):
-            memory = self._memory(kernels[0][0], places_read(members, self.number))
+            memory = self._memory(kernels[0][0], places)
             calls = [self._call(source, launch, memory) for source, launch in kernels]
             found = dict.fromkeys(range(len(calls)), math.inf)
             runs = [k for k, call in enumerate(calls) if _runs(call)]
@@ -130,8 +134,8 @@ class Trial:
                 found.update(self._rounds({k: calls[k] for k in near}, SECOND))
             return list(found.values())
 
-    def _memory(self, source: Source, ranges: Mapping[Value, int]) -> dict[Value, torch.Tensor]:
-        """Memory for each operand and result; ``ranges``: see ``places_read``."""
+    def _memory(self, source: Source, places: Mapping[Value, int]) -> dict[Value, torch.Tensor]:
+        """Memory for each operand and result."""
         sizes: dict[Value, int] = {}
         for _, role, what in source.params:
             if role in ("in", "out", NUMBER):
@@ -141,7 +145,7 @@ class Trial:
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         if need > SHARE * free:
             raise Untimed(f"its operands are {need >> 20} MB")
-        return {v: self._filled(v, n, ranges.get(v)) for v, n in sizes.items()}
+        return {v: self._filled(v, n, places.get(v)) for v, n in sizes.items()}
 
     def _filled(self, v: Value, n: int, places: int | None) -> torch.Tensor:
         """Zeros; places of another operand are all over it."""

@@ -30,7 +30,7 @@ from .options import Options
 from .progress import Progress
 from .schedule import Tile, power_of_two
 from .source import Source
-from .trial import Hints, Trial, Untimed, span
+from .trial import Hints, Trial, Untimed, places_read, span
 
 log = logging.getLogger("gems_compile.lowering.tune")
 
@@ -42,7 +42,7 @@ LEAST_US, LEAST_SHARE = 3.0, 0.01
 BANDWIDTH = 2e12
 
 #: see ``Trial.times``
-Times = Callable[[Sequence[tuple[Source, Any]], Sequence[Value]], list[float]]
+Times = Callable[[Sequence[tuple[Source, Any]], Mapping[Value, int]], list[float]]
 _told: set[str] = set()
 
 
@@ -87,6 +87,7 @@ class _Kernel:
     us: float = 0.0  # of all its launches, by the bytes that it moves
     path: str = ""
     tiles: list[Tile] = field(default_factory=list)  # the scheduled one first
+    places: dict[Value, int] = field(default_factory=dict)  # see ``places_read``
     loading: dict[Tile, tuple[Source, Loading]] = field(default_factory=dict)
 
 
@@ -115,14 +116,24 @@ class Tuner:
         left = []
         for kernel in kernels:
             choice = self.choices.recall(kernel.path, kernel.tiles)
-            if choice is None:
-                left.append(kernel)
-            else:
+            if choice is not None:
                 chosen.update(self._take(kernel, choice, remembered=True))
+            elif self._may_run(kernel):
+                left.append(kernel)
         if left:
             with _disable_current_modes(), torch.no_grad():  # a compile runs under a FakeTensorMode
                 chosen.update(self._measured(left, times, begin))
         return chosen
+
+    def _may_run(self, kernel: _Kernel) -> bool:
+        """Whether the kernel can run on memory that is made for it."""
+        group = next(iter(kernel.groups))
+        try:
+            kernel.places = places_read(kernel.source, group.members, self.number)
+        except Untimed as e:
+            self.tuned.append(self._unmeasured(kernel, str(e)))
+            return False
+        return True
 
     # which kernels -----------------------------------------------------------------------------
 
@@ -245,8 +256,7 @@ class Tuner:
             self.tuned.append(self._unmeasured(kernel, "it failed to compile"))
             return {}
         try:
-            (group, *_) = kernel.groups
-            found = times([kernel for _, kernel in ready], group.members)
+            found = times([kernel for _, kernel in ready], kernel.places)
         except Untimed as e:
             self.tuned.append(self._unmeasured(kernel, str(e)))
             return {}
@@ -290,11 +300,11 @@ def timer(device: torch.device, number: Hints) -> Times | None:
         return None
     trial: list[Trial] = []
 
-    def times(kernels: Sequence[tuple[Source, Any]], members: Sequence[Value]) -> list[float]:
+    def times(kernels: Sequence[tuple[Source, Any]], places: Mapping[Value, int]) -> list[float]:
         try:
             if not trial:  # it takes memory
                 trial.append(Trial(device, number))
-            return trial[0].times(kernels, members)
+            return trial[0].times(kernels, places)
         except torch.OutOfMemoryError as e:
             raise Untimed("the GPU's memory is full") from e
 

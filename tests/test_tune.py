@@ -33,7 +33,7 @@ class Fake:
     def __init__(self, place: int) -> None:
         self.place, self.asked = place, list[str]()
 
-    def __call__(self, kernels: Sequence[tuple[Any, Any]], members: Any) -> list[float]:
+    def __call__(self, kernels: Sequence[tuple[Any, Any]], places: Any) -> list[float]:
         self.asked.append(kernels[0][0].name)
         best = self.place % len(kernels)
         return [10.0 if k == best else 20.0 + k for k in range(len(kernels))]
@@ -224,7 +224,7 @@ def test_a_tile_that_fails_is_left_out(fake: Any, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_kernel_that_cannot_be_timed_stays(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def untimed(kernels: Any, members: Any) -> list[float]:
+    def untimed(kernels: Any, places: Any) -> list[float]:
         raise Untimed("the GPU's memory is full")
 
     fake(1)
@@ -278,17 +278,40 @@ def test_places_are_in_range(fake: Any) -> None:
     fake(0)
     (report,) = compiled(looked_up, rand(50, 96), ints(70, high=50))
     (source,) = (s for s in report.sources if s.tiling is not None)
-    ((index, places),) = places_read(source.body.group.members, Hints({})).items()
+    ((index, places),) = places_read(source, source.body.group.members, Hints({})).items()
     assert index.dtype == "int64" and places == 50
 
 
 def test_computed_places_are_not_tried(fake: Any) -> None:
     """Nobody knows which contents would make them places that there are."""
+    times = fake(0)
+    fact = only(compiled(lambda t, i: t[i * 2 - 1] + 1, rand(50, 96), ints(70, high=20, low=1)))
+    assert fact.why_not == "it computes where it reads" and not times.asked
+
+
+def test_written_places_are_not_tried(fake: Any) -> None:
+    """Of zeros, all would be one place."""
+
+    def fn(t: Tensor, i: Tensor, x: Tensor) -> None:
+        t.index_add_(0, i, x * 2)
+
+    times = fake(0)
+    torch.use_deterministic_algorithms(False)  # else it is ATen's
+    with torch.no_grad():
+        (report,) = compiled(fn, rand(50, 96), ints(70, high=50), rand(70, 96))
+    assert only([report]).why_not == "it writes where its operands say" and not times.asked
+
+
+def test_places_that_another_kernel_knows_do_not_matter(fake: Any) -> None:
+    """What was read at computed places lies in memory."""
+
+    def fn(t: Tensor, i: Tensor, w: Tensor) -> Tensor:
+        return torch.softmax((t[i * 2 - 1] + 1) @ w, -1) * 2
+
     fake(0)
-    (report,) = compiled(lambda t, i: t[i * 2 - 1] + 1, rand(50, 96), ints(70, high=20, low=1))
-    (source,) = (s for s in report.sources if s.tiling is not None)
-    with pytest.raises(Untimed, match="computes where it reads"):
-        places_read(source.body.group.members, Hints({}))
+    inputs = rand(50, 96), ints(70, high=20, low=1), rand(96, 96)
+    (report,) = compiled(fn, *inputs)
+    assert [bool(t.why_not) for t in report.tuned].count(False) == 1
 
 
 # what is remembered ------------------------------------------------------------------------------
