@@ -1,9 +1,9 @@
 """How long kernels take on this GPU: each is launched with memory of its own, of zeros.
 
 Before each launch, twice the second-level cache is read, as in ``benchmarks.group_timing``: so a
-kernel finds its operands in memory, and pays for what it leaves to be written back. That reading
-also keeps the GPU busy until the CPU has asked for what comes next. Kernels that are compared take
-turns.
+kernel finds its operands in memory. What it leaves in the cache to be written back is not counted,
+and is the same in all tiles. That reading also keeps the GPU busy until the CPU has asked for what
+comes next. Kernels that are compared take turns.
 """
 
 from __future__ import annotations

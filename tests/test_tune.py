@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from gems_compile.cache import cleared, held
 from gems_compile.config import Config
 from gems_compile.explain import Explanation
 from gems_compile.kernels.target import INTERPRETER
-from gems_compile.lowering import choices, tune
+from gems_compile.lowering import choices, progress, tune
 from gems_compile.lowering.choices import Choice, Choices
 from gems_compile.lowering.load import CompileError, Loading
 from gems_compile.lowering.schedule import Tile
@@ -391,6 +392,36 @@ def test_what_was_measured_is_told(fake: Any) -> None:
     torch.compile(gelu, backend=backend, options={"tune": True})(rand(130, 257), rand(130, 257))
     text = str(Explanation.of(backend, "gelu"))
     assert "Tiles of kernels, measured" in text and "fused_gelu_mul: " in text
+
+
+def test_one_line_of_the_log_says_what_was_done(
+    fake: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake(1)
+    with caplog.at_level("INFO", logger="gems_compile"):
+        compiled(gelu, rand(130, 257), rand(130, 257))
+    (line,) = (r.getMessage() for r in caplog.records if r.name.endswith("tune"))
+    assert "measured the tiles of 1 of 1 kernels in " in line and line.endswith("; 1 changed")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_bar_is_for_terminals(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setattr(progress, "PATIENCE", -1.0)
+    monkeypatch.setattr(progress.sys, "stderr", Terminal(terminal))
+    with progress.Progress(2) as bar:
+        bar.step("fused_softmax")
+        assert (bar.bar is not None) is terminal
+    assert bool(progress.sys.stderr.getvalue()) is terminal
+
+
+class Terminal(io.StringIO):
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
 
 
 # on a GPU ----------------------------------------------------------------------------------------
