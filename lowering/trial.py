@@ -20,8 +20,9 @@ from .ir import FLOATING, Value, base_of
 from .load import Launcher
 from .source import NUMBER, Source
 
-#: calls of each kernel; the second, of those that were near the best one in the first
-FIRST, SECOND = 5, 15
+#: calls of each kernel; the second, of those that were near the best one in the first; the third,
+#: of one that would be taken, beside the scheduled one: the least of several times is too low
+FIRST, SECOND, THIRD = 5, 15, 40
 #: times as long as the fastest one, from which on a kernel is not measured twice
 FAR = 1.1
 #: readings of the cache that the GPU begins with
@@ -118,8 +119,8 @@ class Trial:
     def times(
         self, kernels: Sequence[tuple[Source, Launcher]], places: Mapping[Value, int]
     ) -> list[float]:
-        """Microseconds of each, infinite of one that cannot be launched; the first one is always
-        measured to the end. ``places``: see ``places_read``."""
+        """Microseconds of each, infinite of one that cannot be launched; the first one is the
+        scheduled one. ``places``: see ``places_read``."""
         with torch.cuda.device(self.device):
             memory = self._memory(kernels[0][0], places)
             calls = [self._call(source, launch, memory) for source, launch in kernels]
@@ -128,10 +129,14 @@ class Trial:
             if 0 not in runs:
                 raise Untimed("it cannot be launched")
             found.update(self._rounds({k: calls[k] for k in runs}, FIRST))
-            best = min(found.values())
-            near = [k for k in runs if k == 0 or found[k] <= FAR * best]
+            far = FAR * min(found.values())
+            near = [k for k in runs if k == 0 or found[k] <= far]
             if len(near) > 1:
                 found.update(self._rounds({k: calls[k] for k in near}, SECOND))
+            sure = {0}
+            while (best := min(found, key=found.__getitem__)) not in sure:
+                sure.add(best)
+                found.update(self._rounds({0: calls[0], best: calls[best]}, THIRD))
             return list(found.values())
 
     def _memory(self, source: Source, places: Mapping[Value, int]) -> dict[Value, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from gems_compile.lowering import choices, progress, tune
 from gems_compile.lowering.choices import Choice, Choices
 from gems_compile.lowering.load import CompileError, Loading
 from gems_compile.lowering.schedule import Tile
-from gems_compile.lowering.trial import Hints, Untimed, places_read
+from gems_compile.lowering.trial import Hints, Trial, Untimed, places_read
 from gems_compile.lowering.tune import best_of
 from gems_compile.warm import tag
 
@@ -204,7 +205,9 @@ def test_equal_kernels_are_measured_once_and_all_changed(fake: Any) -> None:
 def test_another_tile_must_gain_much() -> None:
     a, b, c = Tile(1024), Tile(512), Tile(256)
     assert best_of([(a, 10.0), (b, 9.8), (c, 11.0)]) == a
-    assert best_of([(a, 10.0), (b, 9.7), (c, 9.6)]) == c
+    assert best_of([(a, 10.0), (b, 9.6), (c, 9.5)]) == c
+    assert best_of([(a, 7.0), (b, 6.6)]) == a  # a clock's noise
+    assert best_of([(a, 100.0), (b, 98.0)]) == a
     assert best_of([(a, 10.0)]) == a
 
 
@@ -269,6 +272,45 @@ def test_without_a_gpu_nothing_is_measured(
     said = [r.getMessage() for r in caplog.records if "measured" in r.getMessage()]
     assert said == ["tiles are not measured: there is no GPU"]
     assert not any(r.tuned for r in reports)
+
+
+class Clock(Trial):
+    """A GPU whose kernels take ``us``; ``seen``: how often each was called."""
+
+    def __init__(self, *us: float) -> None:
+        self.us, self.seen = us, [0] * len(us)
+        self.device, self.number = torch.device("cpu"), Hints({})
+
+    def _memory(self, source: Any, places: Any) -> Any:
+        return {}
+
+    def _call(self, source: Any, launch: Any, memory: Any) -> Any:
+        return launch
+
+    def _rounds(self, calls: Any, rounds: int) -> dict[int, float]:
+        for k in calls:
+            self.seen[k] += rounds
+        return {k: self.us[k] for k in calls}
+
+
+def test_those_that_are_near_are_measured_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that would be taken, and the scheduled one, the longest."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    clock = Clock(10.0, 9.0, 9.5, 20.0)
+    kernels = [(None, lambda: None)] * 4
+    assert clock.times(kernels, {}) == [10.0, 9.0, 9.5, 20.0]
+    assert clock.seen == [60, 60, 20, 5]
+
+
+def test_what_the_gpu_does_not_take_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_many() -> None:
+        raise RuntimeError("too many resources requested for launch")
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    clock = Clock(10.0, 9.0)
+    assert clock.times([(None, lambda: None), (None, too_many)], {}) == [10.0, float("inf")]
+    with pytest.raises(Untimed, match="cannot be launched"):
+        clock.times([(None, too_many), (None, lambda: None)], {})
 
 
 # contents of memory ------------------------------------------------------------------------------
