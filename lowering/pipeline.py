@@ -268,7 +268,12 @@ class Compilation:
         """Put the kernels in the tiles that are fastest here, and start to compile them."""
         self.clock.lap(self.report, "emit")
         tuner = Tuner(self.options, self.device, self.report.label, hints_of(self.gm.graph))
-        sources.update(tuner.run({group: sources[group] for group in groups}))
+        try:
+            sources.update(tuner.run({group: sources[group] for group in groups}))
+        except Exception as e:
+            if self.options.strict:
+                raise
+            log.warning("graph %s keeps its tiles: %s: %s", self.report.label, type(e).__name__, e)
         self.report.tuned = tuner.tuned
         for group in groups:
             self._start(group, sources[group])

@@ -35,7 +35,7 @@ from .trial import Hints, Trial, Untimed, places_read, span
 log = logging.getLogger("gems_compile.lowering.tune")
 
 #: how much faster than the scheduled tile another one must be: a share, and microseconds, for a
-#: clock's noise (a step of a Llama that gained 0.3 us of 7 by it took 1.34 ms, not 1.33, on an H100)
+#: clock's noise (a step of a Llama that gained 0.3 us of 7 by it took 1.34 ms, not 1.33; H100)
 GAIN, GAIN_US = 0.03, 0.5
 #: microseconds a call, and share of all kernels', below which a kernel's are not worth measuring
 LEAST_US, LEAST_SHARE = 3.0, 0.01

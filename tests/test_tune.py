@@ -237,6 +237,21 @@ def test_a_kernel_that_cannot_be_timed_stays(fake: Any, monkeypatch: pytest.Monk
     assert fact.why_not == "the GPU's memory is full" and not fact.changed
 
 
+def test_measuring_that_fails_leaves_the_tiles(
+    fake: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(kernels: Any, places: Any) -> list[float]:
+        raise RuntimeError("the device is busy")
+
+    fake(1)
+    monkeypatch.setattr(tune, "timer", lambda device, number: fails)
+    inputs = rand(130, 257), rand(130, 257)
+    check(gelu, *inputs, options={"tune": True, "strict": False})
+    assert "keeps its tiles: RuntimeError: the device is busy" in caplog.text
+    with pytest.raises(Exception, match="the device is busy"):
+        compiled(gelu, *inputs)
+
+
 def test_the_seconds_are_kept(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel that moves most comes first; the rest stay as they are."""
 
