@@ -407,9 +407,7 @@ def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
         return False
     if any(_is_worth_it(base_of(a), fuser) for a in member.inputs) or _is_faster(member):
         return False
-    if member.kind in ("pointwise", "cast") and (
-        changes_layout(member) or leaves_gaps_out(member)
-    ):
+    if member.kind in ("pointwise", "cast") and (changes_layout(member) or leaves_gaps_out(member)):
         return False
     if member.kind in ("cast", "store") and base_of(member.args[0]).kind == "full":
         return False  # ATen would make what it copies
