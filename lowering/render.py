@@ -140,8 +140,9 @@ class Renderer(Accumulators, Loops):
         if self.group.column:
             reduced = self.group.reduced_length
             return column_tile(rows, reduced, self.shares, self.body.looped, self._loaded_bytes())
+        draws = "random" in self.body.modules
         if self.sweeps:
-            return sweep_tile(reduced, self._loaded_bytes(), self.shared)
+            return sweep_tile(reduced, self._loaded_bytes(), self.shared, draws)
         if self.body.looped:
             online = any(i.kind == "online_step" for i in self.instrs)
             few = is_static(rows) and rows <= 2 * self.multiprocessors
@@ -154,7 +155,7 @@ class Renderer(Accumulators, Loops):
             for a in i.indices[0].atoms
         )
         loads = len({i.text for i in whole})
-        return row_tile(rows, reduced, loads, self.multiprocessors, gathers)
+        return row_tile(rows, reduced, loads, self.multiprocessors, gathers, draws)
 
     def _is_whole(self, instr: Instr) -> bool:
         """Whether an operand has an element for each of the tile's."""

@@ -98,12 +98,18 @@ def looped_row_tile(reduced: Size, loaded: int, again: int, online: bool, few: b
 
 
 def row_tile(
-    rows: Size, reduced: int, loads: int, multiprocessors: int, gathers: bool = False
+    rows: Size,
+    reduced: int,
+    loads: int,
+    multiprocessors: int,
+    gathers: bool = False,
+    draws: bool = False,
 ) -> Tile:
     """``loads``: how many operands of the tile's size there are; ``gathers``: whether some are read
     where another one says, so that more has to be on its way at once. Short rows are then a warp's
     own, and no warp waits for the other half of a sum (BERT's embedding and its norm, rows of 768,
-    H200: 31.1 us, 34.3 with two warps to two rows)."""
+    H200: 31.1 us, 34.3 with two warps to two rows). Not where a kernel ``draws`` random numbers,
+    which take registers: with dropout 37.4 us, 21.1 with two warps (H100)."""
     length = power_of_two(reduced)
     together = max(1, 2048 // length)
     if is_static(rows):
@@ -116,7 +122,7 @@ def row_tile(
         # softmax with a bias and a mask: 64.7, 69.2
         per_thread = 32
     if gathers and not (is_static(rows) and rows < 4 * multiprocessors * together):
-        per_thread *= 4 if length in WARPS_OWN else 2
+        per_thread *= 4 if length in WARPS_OWN and not draws else 2
     warps = max(1, min(16, together * length // (32 * per_thread)))
     return Tile(together, length, warps)
 
@@ -126,15 +132,17 @@ def sweeps_together(length: int) -> int:
     return 2 if length <= SWEPT_BY_TWO else 1
 
 
-def sweep_tile(reduced: int, loaded: int, shared: int) -> Tile:
+def sweep_tile(reduced: int, loaded: int, shared: int, draws: bool) -> Tile:
     """``reduced``: the length of a row; ``loaded``: bytes a step loads for one element;
-    ``shared``: bytes of shared memory.
+    ``shared``: bytes of shared memory; ``draws``: whether a kernel draws random numbers. It then
+    takes fewer rows at once, for the registers of two programs (BERT's norm backward with dropout,
+    rows of 768, H100: 55.1 and 51.1 us with four rows, 32.5 and 28.4 with two).
 
     The loads of two steps are in flight while a third is computed with: 8192 rows of 8192, H200:
     112 us; 156 with those of one step.
     """
     length = power_of_two(reduced)
-    together = max(1, 4096 // length)
+    together = max(1, (2048 if draws else 4096) // length)
     warps = max(1, min(16, together * length // (32 * 16)))
     room = shared // sweeps_together(reduced) - SCRATCH
     stages = 1 + room // max(1, together * length * loaded)
