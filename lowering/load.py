@@ -126,8 +126,10 @@ def _worker_environment() -> dict[str, str]:
 
 @functools.cache
 def pool(threads: int | None) -> Pool | None:
-    """The process-wide pool; None where one core would gain nothing from it."""
-    size = threads if threads is not None else min(16, os.cpu_count() or 1)
+    """The process-wide pool; None where one core would gain nothing from it. A core is left to the
+    Python that fuses meanwhile."""
+    cores = os.cpu_count() or 1
+    size = threads if threads is not None else min(16, cores - (cores > 2))
     if size < 2:
         return None
     made = Pool(size)
