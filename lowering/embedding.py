@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..kernels.fused import register_torch_ops
 from .graph import is_tensor, value_of
 from .indexing import is_static, product, size_of
 from .scatter import OWN
@@ -74,7 +73,6 @@ class _Calls:
     """Adds nodes in the place of the gradient of a table."""
 
     def __init__(self, graph: fx.Graph, node: fx.Node) -> None:
-        register_torch_ops()
         self.graph, self.node = graph, node
         args: Any = node.args
         self.table = value_of(node)

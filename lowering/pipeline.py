@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..kernels import load_ops
+from ..kernels.fused import register_torch_ops
 from .alike import Alike
 from .beside import find_beside, may_stand_beside
 from .binding import bind
@@ -124,6 +125,7 @@ class Compilation:
         observe: Observer = lambda stage, thing: None,
     ) -> None:
         load_ops()
+        register_torch_ops()
         self.gm, self.options, self.report, self.observe = gm, options, report, observe
         self.clock = _Clock()
         self.deny: dict[Node, str] = {}  # left to ATen, and why
