@@ -54,13 +54,16 @@ class Attention(nn.Module):
 
 
 class Images(nn.Module):
+    """With SiLU: a ReLU's gradient jumps, and where the last bit of what it is given decides, all
+    of a turn's gradients differ (eager mode's own in float32 from float64: 1 turn of 600)."""
+
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
         self.head = nn.Linear(16, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.relu(self.norm(self.stem(x))).mean((2, 3)))
+        return self.head(F.silu(self.norm(self.stem(x))).mean((2, 3)))
 
 
 class Cache(nn.Module):
