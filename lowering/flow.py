@@ -45,8 +45,8 @@ def find_readers(program: Program) -> dict[Value, list[tuple[Value, bool]]]:
 
 
 def drop_unread(program: Program, escapes: set[Value]) -> None:
-    """Drop computed values that nobody reads and that ``escapes`` lacks."""
-    read = set(escapes)
+    """Drop computed values that nobody reads and that ``escapes`` lacks, and views of them."""
+    read, dropped = set(escapes), set[Value]()
     kept = []
     for v in reversed(program.values):
         if v.kind == "view":
@@ -54,7 +54,11 @@ def drop_unread(program: Program, escapes: set[Value]) -> None:
         elif not v.computes or v in read or v.kind == "store":
             kept.append(v)
             read.update(v.bases)
-    program.values[:] = kept[::-1]
+        else:
+            dropped.add(v)
+    program.values[:] = [
+        v for v in reversed(kept) if v.kind != "view" or dropped.isdisjoint(v.bases)
+    ]
 
 
 def find_escapes(program: Program, graph: Any) -> set[Value]:

@@ -110,6 +110,8 @@ class Replays:
                 if None in bases:
                     return None
                 described.append((v.op, v.kind, v.shape, *bases))
+            elif any(place.get(b, -1) < start and b not in given for b in v.bases):
+                return None  # it stands for one of the stretch's that is not among its values
             own = [v.strides, v.node is None, v in inlined, v in escapes, v in feeds]
             for reader, _ in fuser.readers.get(v, ()):
                 inside = place[reader] < end

@@ -55,6 +55,7 @@ BETWEEN: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "reduced": every_second(lambda y, x: (y.relu(), y.sum((0, 2, 3)))),
     "read by rows": every_second(lambda y, x: (y.relu(), y.sum(-1))),
     "copied": every_second(lambda y, x: (y.relu(), y.transpose(2, 3).contiguous())),
+    "unread": lambda y, x: ((x * 2).relu(),),
     "statistics": every_second(lambda y, x: (F.gelu(y), (x * x).mean((0, 2, 3)))),
 }
 
