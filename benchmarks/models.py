@@ -167,7 +167,8 @@ def measured(tasks: list[dict[str, Any]], jobs: int, timeout: float) -> Iterator
 
 
 def report(rows: list[dict[str, Any]], backends: list[str], options: argparse.Namespace) -> int:
-    """Print the table and what it amounts to; 1 if a model failed or is not accurate enough."""
+    """Print the table and what it amounts to; 1 if a model failed, in part too, or is not accurate
+    enough."""
     lines = [table.cells(row, table.index(rows), backends) for row in rows]
     table.show(table.header(backends), lines)
     base = "float64" if options.dtype == "float32" else "float32"
@@ -188,7 +189,19 @@ def report(rows: list[dict[str, Any]], backends: list[str], options: argparse.Na
     missed = table.misses(rows, options.backend, options.dtype)
     for line in missed:
         print("not accurate enough: " + line)
-    return 1 if failed or missed else 0
+    left = fallbacks(rows)
+    for line in left:
+        print(line)
+    return 1 if failed or missed or left else 0
+
+
+def fallbacks(rows: list[dict[str, Any]]) -> list[str]:
+    """Models that ran, but parts of which the backend failed to compile: their times are ATen's."""
+    return [
+        f"{row['model']} through {row['backend']}: ran as ATen: {text}"
+        for row in rows
+        for text in row.get("failures", ())
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:

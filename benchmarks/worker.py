@@ -51,18 +51,20 @@ def import_backend(backend: str) -> None:
             importlib.import_module("torch._inductor.compile_fx")
 
 
-def reports() -> dict[str, int]:
-    """Kernels, launches and ATen calls over the graphs that gems compiled; {} where unknown."""
+def reports() -> dict[str, Any]:
+    """Kernels, launches and ATen calls over the graphs that gems compiled, and what failed in them;
+    {} where unknown."""
     try:
         import gems_compile
 
         graphs = gems_compile.reports()
     except (ImportError, AttributeError):
         return {}
-    return {
+    counts = {
         name: sum(getattr(graph, name) for graph in graphs)
         for name in ("kernels", "launches", "aten_calls")
     }
+    return {**counts, "failures": [text for graph in graphs for text in graph.failures]}
 
 
 def graphs() -> dict[str, int]:

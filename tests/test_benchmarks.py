@@ -10,6 +10,7 @@ import torch
 
 table = pytest.importorskip("benchmarks.table", reason="the benchmarks are not installed")
 host = pytest.importorskip("benchmarks.host")
+models = pytest.importorskip("benchmarks.models")
 
 
 def rows(**gems: Any) -> list[dict[str, Any]]:
@@ -45,6 +46,12 @@ def test_a_failed_row_is_no_miss() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="launches are timed on a GPU")
+def test_a_model_that_ran_as_aten_is_told() -> None:
+    row = {"model": "m", "backend": "gems", "failures": ["KeyError: v1"]}
+    other = {"model": "m", "backend": "inductor"}
+    assert models.fallbacks([row, other]) == ["m through gems: ran as ATen: KeyError: v1"]
+
+
 def test_what_a_launch_costs() -> None:
     costs = host.launch_costs()
     assert {name.split(",")[0] for name in costs} == {"native", "python", "driver"}
