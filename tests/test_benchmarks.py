@@ -19,6 +19,12 @@ def rows(**gems: Any) -> list[dict[str, Any]]:
     return [{**shared, **eager}, {**shared, "backend": "gems", **gems}]
 
 
+def test_a_model_that_ran_as_aten_is_told() -> None:
+    row = {"model": "m", "backend": "gems", "failures": ["KeyError: v1"]}
+    other = {"model": "m", "backend": "inductor"}
+    assert models.fallbacks([row, other]) == ["m through gems: ran as ATen: KeyError: v1"]
+
+
 @pytest.mark.parametrize(
     ("dtype", "gems", "missed"),
     [
@@ -46,12 +52,6 @@ def test_a_failed_row_is_no_miss() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="launches are timed on a GPU")
-def test_a_model_that_ran_as_aten_is_told() -> None:
-    row = {"model": "m", "backend": "gems", "failures": ["KeyError: v1"]}
-    other = {"model": "m", "backend": "inductor"}
-    assert models.fallbacks([row, other]) == ["m through gems: ran as ATen: KeyError: v1"]
-
-
 def test_what_a_launch_costs() -> None:
     costs = host.launch_costs()
     assert {name.split(",")[0] for name in costs} == {"native", "python", "driver"}
