@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from .flow import base_of, is_widening
@@ -88,7 +89,6 @@ class Inliner:
         element.
         """
         inlined: set[Value] = set()
-        ends = _ends_of_reductions(self.program)
         torn = self._read_by_rows_and_columns()
         worth = self._read_elsewhere()
         uses: dict[Value, float] = {}
@@ -111,12 +111,7 @@ class Inliner:
                 whole = [a for a in v.bases if not (a.reduces or _is_small(a, v))]
                 if (
                     cost[v] * uses[v] <= INLINE_BUDGET
-                    and all(
-                        a in inlined
-                        or (a in ends and not self._takes_each(v, a))
-                        or self._lies_in_memory(a, v, worth)
-                        for a in whole
-                    )
+                    and all(a in inlined or self._lies_in_memory(a, v, worth) for a in whole)
                     and (len(whole) == len(v.bases) or any(_as_large(a, v) for a in whole))
                 ):
                     inlined.add(v)
@@ -137,18 +132,30 @@ class Inliner:
                 inputs[r] = (a for a in r.inputs if base_of(a) is v)
             yield r, same, next(inputs[r])
 
-    def _takes_each(self, v: Value, a: Value) -> bool:
-        return any(same for r, same in self.readers[a] if r is v)
-
     def _lies_in_memory(self, a: Value, v: Value, worth: set[Value]) -> bool:
         """Whether v's operand is stored in any case, or is better stored than copies of it."""
         if a.kind == "buffer":
             return True
-        if v.kind != "patch":
-            return False
-        readers = dict.fromkeys(r for r, _ in self.readers[a])
-        copies = len(readers) > 1 and all(r in worth and r.kind == "patch" for r in readers)
-        return copies or a in self.escapes
+        readers = self.readers[a]
+        if v.kind == "patch":
+            others = {r for r, _ in readers}
+            copies = len(others) > 1 and all(r in worth and r.kind == "patch" for r in others)
+            if copies or a in self.escapes:
+                return True
+        return a in self._ends and not any(same for r, same in readers if r is v)
+
+    @functools.cached_property
+    def _ends(self) -> set[Value]:
+        """Results of reductions and what is made of those element for element: whoever reads them
+        at other places finds them in memory."""
+        found: set[Value] = set()
+        for v in self.program.values:
+            if v.reduces or (
+                v.kind in ("pointwise", "cast")
+                and any(a in found and _as_large(a, v) for a in v.bases)
+            ):
+                found.add(v)
+        return found
 
     def _read_by_rows_and_columns(self) -> set[Value]:
         """Cheap values that column reductions read, and other kernels too (a ReLU's gradient).
@@ -191,18 +198,6 @@ class Inliner:
                 if readers and self._may_move(v):
                     out.add(v)
         return out
-
-
-def _ends_of_reductions(program: Program) -> set[Value]:
-    """Results of reductions and what is made of those element for element: whoever reads them at
-    other places finds them in memory."""
-    found: set[Value] = set()
-    for v in program.values:
-        if v.reduces or (
-            v.kind in ("pointwise", "cast") and any(a in found and _as_large(a, v) for a in v.bases)
-        ):
-            found.add(v)
-    return found
 
 
 def _share(a: Value, reader: Value, v: Value) -> float:
