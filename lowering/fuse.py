@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .closure import Closure
@@ -134,7 +134,7 @@ class Fuser:
             siblings[twin] = None
         others = [g for g in siblings if g not in producers]
         # a reduction first: it takes in a pointwise group, not the other way round
-        return _sorted(producers, _reductions_first), _sorted(others, _latest_first)
+        return sorted(producers, key=_reductions_first), sorted(others, key=_latest_first)
 
     def is_near(self, group: Group, place: int) -> bool:
         """Whether a value there may share the group's kernel because it reads the same data."""
@@ -475,10 +475,6 @@ class Fuser:
             for s in outside
             if self.home.get(s) not in (start, end)
         )
-
-
-def _sorted(groups: Collection[Group], key: Callable[[Group], Any]) -> list[Group]:
-    return sorted(groups, key=key) if len(groups) > 1 else list(groups)
 
 
 def _latest_first(group: Group) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .duplicates import duplicate_key, is_pure
 from .fills import read_fills
 from .functionalized import inline_functionalized_ops
 from .graph import (
@@ -30,7 +31,6 @@ from .graph import (
     value_of,
 )
 from .looks import looks
-from .overload import facts_of
 
 aten = torch.ops.aten
 log = logging.getLogger("gems_compile")
@@ -187,7 +187,7 @@ def drop_duplicates(gm: fx.GraphModule) -> int:
                 version[root] = version.get(root, 0) + 1
         if is_symbolic(value := value_of(node)):
             symbols[node] = "symbol", str(value.node.expr)
-        key = _duplicate_key(node, storage, version, repeatable, symbols)
+        key = duplicate_key(node, storage, version, repeatable, symbols)
         if key is None:
             continue
         first = seen.setdefault(key, node)
@@ -209,54 +209,6 @@ def _may_merge(first: fx.Node, node: fx.Node, storage: Storage) -> bool:
     if a is b:
         return True
     return a not in storage.writes and b not in storage.writes and not {a, b} <= storage.escaping
-
-
-def _duplicate_key(
-    node: fx.Node,
-    storage: Storage,
-    version: dict[fx.Node, int],
-    repeatable: dict[Any, bool],
-    symbols: dict[fx.Node, Any],
-) -> Any:
-    """What two nodes that compute the same have in common; None of a node that stays.
-
-    ``version``: how often memory was written so far; ``repeatable``: targets looked at before;
-    ``symbols``: the nodes so far that hold a symbolic number, and which.
-    """
-    if node.op != "call_function" or "unbacked_bindings" in node.meta:
-        return None
-    if node in symbols:
-        return type(value_of(node)), symbols[node]
-    if node.target is operator.getitem:
-        return operator.getitem, node.args
-    facts = facts_of(node.target)
-    if facts is None:
-        return None
-    pure = repeatable.get(facts)
-    if pure is None:
-        pure = repeatable[facts] = _is_pure(node) and "empty" not in schema_of(node).name
-    if not pure:
-        return None
-    roots = map(storage.root.__getitem__, node.all_input_nodes) if version else ()
-    epochs = tuple((k, version[root]) for k, root in enumerate(roots) if root in version)
-    return facts, _literal(node.args, symbols), _literal(node.kwargs, symbols), epochs
-
-
-def _literal(value: Any, symbols: dict[fx.Node, Any]) -> Any:
-    """A hashable twin of an argument, in which 1, 1.0 and True differ, and 0.0 and -0.0."""
-    if isinstance(value, fx.Node):
-        return symbols.get(value, value)
-    if isinstance(value, (list, tuple)):
-        return tuple([_literal(item, symbols) for item in value])
-    if isinstance(value, dict):
-        return tuple([(name, _literal(item, symbols)) for name, item in sorted(value.items())])
-    kind = type(value)
-    return kind, repr(value) if kind in (float, complex) else value
-
-
-def _is_pure(node: fx.Node) -> bool:
-    facts = facts_of(node.target)
-    return facts is not None and facts.pure and not node.is_impure()
 
 
 def draws_random_numbers(node: fx.Node) -> bool:
@@ -290,7 +242,7 @@ def drop_dead_code(gm: fx.GraphModule) -> int:
         if "unbacked_bindings" in node.meta:
             continue
         harmless = node.op == "get_attr" or node.target is operator.getitem
-        if harmless or is_symbolic(value_of(node)) or _is_pure(node):
+        if harmless or is_symbolic(value_of(node)) or is_pure(node):
             gm.graph.erase_node(node)
             dropped += 1
     return dropped
