@@ -20,8 +20,9 @@ _SAME = (aten.detach.default, aten.alias.default)
 
 
 def take_batch_norms_apart(joint: GraphModule) -> int:
-    """Apply the statistics of each training batch norm by an op of its own; returns how many."""
-    count = 0
+    """Apply the statistics of each training batch norm by an op of its own, and let its gradient
+    read no more than it needs; returns what was changed."""
+    count = _forget_running_statistics(joint)
     for node in joint.graph.find_nodes(
         op="call_function", target=aten._native_batch_norm_legit_functional.default
     ):
@@ -31,6 +32,20 @@ def take_batch_norms_apart(joint: GraphModule) -> int:
             count += 1
     if count:
         joint.recompile()
+    return count
+
+
+def _forget_running_statistics(joint: GraphModule) -> int:
+    """In training the gradient reads the batch's own statistics: the running ones, which it is
+    handed as well, would be saved for it."""
+    count = 0
+    for node in joint.graph.find_nodes(
+        op="call_function", target=aten.native_batch_norm_backward.default
+    ):
+        grad, x, weight, _, _, mean, rstd, train, *rest = node.args
+        if train is True:
+            node.args = (grad, x, weight, None, None, mean, rstd, train, *rest)
+            count += 1
     return count
 
 

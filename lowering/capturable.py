@@ -18,6 +18,7 @@ from .graph import is_tensor, mutated_arguments, nodes_in, source_line, value_of
 from .group import Group
 from .indexing import is_static, product, size_of
 from .ir import Value, base_of
+from .packed import is_unpacked
 from .source import Source
 
 #: ops that wait for the device, though their schemas do not say so
@@ -139,7 +140,7 @@ def is_free(step: Any) -> bool:
     """Whether a step launches nothing: a constant, a part of a tuple, a size."""
     if not isinstance(step, Node):
         return False
-    return step.op == "get_attr" or _is_part(step) or _is_number(step)
+    return step.op == "get_attr" or _is_part(step) or _is_number(step) or is_unpacked(step)
 
 
 def _is_number(node: Node) -> bool:

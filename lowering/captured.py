@@ -84,10 +84,22 @@ def _in_use(node: Any) -> bool:
     model = getattr(node.wrapped_function.model, "__self__", None)
     refs = node.outputs_weakrefs
     held = getattr(model, "held", None)
-    found = refs if held is None else [refs[k] for k in held if k < len(refs)]
-    return any(ref is not None and ref() is not None for ref in found)
+    if held is None:
+        return any(ref is not None and ref() is not None for ref in refs)
+    return any(map(_has_aliases, [refs[k] for k in held if k < len(refs)]))
 
 
+def _has_aliases(ref: Any) -> bool:
+    """Whether another tensor than the trees' own has a result's memory: who holds results of ours
+    holds such a one (``copies.alias``), and this takes a tenth of the trees' own look."""
+    if ref is None:
+        return False
+    own = 0 if ref.extra_ref_check is None else OWN_REFERENCES
+    return bool(torch._C._storage_Use_Count(ref.ref.cdata) > own)
+
+
+#: to a storage of which the trees keep the tensor: that, and Python's object for the storage
+OWN_REFERENCES = 2
 #: where the trees of each thread are; ours share those of the first, one call at a time
 _THREAD_LOCALS: dict[str, Callable[[], Any]] = {
     "tree_manager_containers": dict,

@@ -23,6 +23,7 @@ from .ir import SizeArg, Value, base_of, first_place
 from .kept import KEPT
 from .ledger import Ledger
 from .order import batches, together
+from .packed import Packs, is_packed, is_unpacked
 from .pointwise_convolutions import is_product, product_call
 from .runs import ADDRESS, GRID, NUMBERS, TENSOR, Launch, Operand, Runs
 from .scratch import plan_scratch
@@ -67,7 +68,9 @@ class Writer:
         self.kernels: list[tuple[str, Group]] = []
         escapes = plan.escapes | cut.crossing if cut is not None else plan.escapes
         self.scratch, self.scratch_bytes = plan_scratch(plan.steps, sources, escapes)
-        self.in_place = plan_in_place(gm, program, plan, sources, self.scratch)
+        self.packs = Packs(self)
+        apart = {*self.scratch, *self.packs.made, *self.packs.read}
+        self.in_place = plan_in_place(gm, program, plan, sources, apart)
         if cut is not None:
             self.in_place = cut.within_parts(self.in_place)
         self.ledger = Ledger()
@@ -182,6 +185,7 @@ class Writer:
         return self._assemble()
 
     def _write_steps(self, steps: Sequence[Any]) -> None:
+        self.packs.begins(steps)
         for batch in batches(steps):
             if len(batch) > 1:
                 self._call_together(batch)
@@ -228,7 +232,7 @@ class Writer:
             value = self.program.of.get(node)
             if not isinstance(value, Value) or value.op == "opaque" or value in self.plan.written:
                 continue
-            if self._read_by_kernel(value):
+            if self.read_by_kernel(value) or value in self.packs.sources:
                 name = self.names[node]
                 self.aligned[value] = f"x{name[1:]}"
                 names[self.aligned[value]] = self.use(name)
@@ -251,7 +255,7 @@ class Writer:
                         self.add(f"{symbol} = {self.use(name)}.shape[{k}]")
                         self.symbols[str(expr)] = symbol
 
-    def _read_by_kernel(self, value: Value) -> bool:
+    def read_by_kernel(self, value: Value) -> bool:
         if not hasattr(self, "_inputs"):
             self._inputs = {
                 what for s in self.sources.values() for _, role, what in s.params if role == "in"
@@ -261,7 +265,7 @@ class Writer:
     def _launch(self, group: Group) -> None:
         source = self.sources[group]
         for out in group.outputs:
-            if out not in self.scratch:
+            if out not in self.scratch and out not in self.packs.made:
                 self._allocate(out)
         for copy, memory in group.stores.items():
             self.names[copy], self.aligned[copy] = self.names[memory], self.aligned[memory]
@@ -314,6 +318,8 @@ class Writer:
         if value in self.scratch:
             self.use("scratch")
             return Operand(ADDRESS, "s0", self.scratch[value])
+        if value in self.packs:
+            return self.packs.operand(value)
         return Operand(TENSOR, self.use(self.aligned.get(value) or self.names[value]))
 
     def _call(self, node: Node) -> None:
@@ -323,6 +329,9 @@ class Writer:
             return
         if KEPT in node.meta:
             self._kept_weights(node)
+            return
+        if is_packed(node) or is_unpacked(node):
+            self.packs.call(node)
             return
         name = f"a{len(self.names)}"
         value = self.program.of.get(node)
@@ -429,7 +438,7 @@ class Writer:
         if getattr(target, "_opname", None) in TRUSTED:
             return
         leaves = any(user.op == "output" for user in node.users)
-        if (leaves and target in CHOOSING) or self._read_by_kernel(value) or value in self.viewed:
+        if (leaves and target in CHOOSING) or self.read_by_kernel(value) or value in self.viewed:
             strides = [size_of(s) for s in val.stride()]
             self.add(f"{name} = settle({name}, {self.sizes(strides)})")
 

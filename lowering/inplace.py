@@ -46,9 +46,9 @@ def plan_in_place(
     program: Program,
     plan: Plan,
     sources: dict[Group, Source],
-    scratch: Collection[Value],
+    apart: Collection[Value],
 ) -> dict[Value, Value]:
-    """result -> the operand whose memory it takes."""
+    """result -> the operand whose memory it takes. ``apart``: values in no tensor of their own."""
     last = _last_reads(gm, program, plan, sources)
     ends: dict[int, list[Value]] = defaultdict(list)
     for read, end in last.items():
@@ -60,10 +60,12 @@ def plan_in_place(
     for k, step in enumerate(plan.steps):
         if isinstance(step, Node):
             value = program.of.get(step)
-            if isinstance(value, Value) and value.node is step and _is_fresh(step):
+            if not isinstance(value, Value) or value.node is not step or value in apart:
+                continue
+            if _is_fresh(step):
                 fresh[value] = next(made)
             continue
-        own = [v for v in step.outputs if v not in scratch]
+        own = [v for v in step.outputs if v not in apart]
         dying = sorted((v for v in ends[k] if v in fresh), key=fresh.__getitem__)
         for operand in dying:
             result = next((v for v in own if v not in taken and _same_room(v, operand)), None)

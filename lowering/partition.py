@@ -18,6 +18,7 @@ from .conv_bias import take_biases_apart
 from .graph import calls_of
 from .options import Options
 from .overload import name_of
+from .packed import pack_saved
 from .pooling import take_poolings
 from .products import align_products
 
@@ -51,7 +52,10 @@ def partition(
             node.meta.setdefault("ac_graph_id", 0)
     how.setdefault("compiler", "inductor")
     with private.known_to_partitioner(*_declared()):
-        return min_cut_rematerialization_partition(joint, inputs, **how)
+        forward, backward = min_cut_rematerialization_partition(joint, inputs, **how)
+    if inputs:  # else both are subgraphs of others
+        pack_saved(forward, backward, how["num_fwd_outputs"])
+    return forward, backward
 
 
 @functools.cache

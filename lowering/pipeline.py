@@ -39,6 +39,7 @@ from .layout import changes_layout, leaves_gaps_out
 from .load import CompileError, Loading
 from .options import Options
 from .order import needs_of
+from .packed import is_unpacked
 from .partition import share_seeds
 from .passes import PASSES as ATEN_PASSES
 from .pooling import take_poolings
@@ -154,7 +155,7 @@ class Compilation:
         if take_updates_apart(gm, self.device, options.target):
             observe("take_updates_apart", gm)
         gm.graph.lint()
-        report.nodes = sum(n.op == "call_function" for n in gm.graph.nodes)
+        report.nodes = sum(n.op == "call_function" and not is_unpacked(n) for n in gm.graph.nodes)
         self.clock.lap(report, "passes")
         self._plan()
 

@@ -36,7 +36,7 @@ class Operand(NamedTuple):
         if not self.text:
             return str(self.plus)
         if self.kind == TENSOR:
-            return f"{text}.data_ptr()"
+            text = f"{text}.data_ptr()"
         return f"{text} + {self.plus}" if self.plus else text
 
 
