@@ -33,6 +33,7 @@ from .flow import flatten
 from .graph import Storage, output_node, value_of
 from .group import Group, Plan
 from .ir import Value, base_of
+from .packed import is_packed, is_unpacked
 from .source import Source
 from .translate import Program
 
@@ -375,6 +376,7 @@ class _Assembler:
             isinstance(s, Node)
             and s.op == "call_function"
             and getattr(s.target, "_schema", None) is not None
+            and not (is_packed(s) or is_unpacked(s))
             for s in steps
         )
         return f"{kernels} kernels, {calls} ATen calls"

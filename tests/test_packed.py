@@ -154,7 +154,9 @@ def test_few_are_left_alone():
 
 def test_large_ones_are_left_alone(monkeypatch):
     monkeypatch.setattr(packed, "MOST_BYTES", 16)
-    forward, _ = wrappers(check(nn.Sequential(*(Gate(24) for _ in range(6))), rand(5, 24)))
+    forward, _ = wrappers(
+        check(nn.Sequential(*(Gate(24) for _ in range(6))).to(DEVICE), rand(5, 24))
+    )
     assert not re.search(r"^ *p\d+ = ", forward, re.M)
 
 
@@ -250,7 +252,7 @@ def test_replays(trees, between):
         for a, b in zip(grads(model, x, run), grads(model, x), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     forward, _ = wrappers(backend)
-    parts = forward.split("def part")[1:]
-    assert len(parts) == (2 if between else 1)
     assert len(re.findall(r"^ *p\d+ = empty", forward, re.M)) == 1
-    assert forward.count(".view(") == (2 * 15 if between else 0)
+    if not (between and fake_graphs.ON_GPU):  # where a graph must be worth a replay
+        assert len(forward.split("def part")) == (3 if between else 2)
+        assert forward.count(".view(") == (2 * 15 if between else 0)
