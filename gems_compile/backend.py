@@ -19,7 +19,7 @@ from .kernels.target import current_target
 from .late import Boxed, Late, no_collection
 from .lowering.channels_last import Decision
 from .lowering.constants import Unsaveable
-from .lowering.decompose import decompositions
+from .lowering.decompose import Decompositions
 from .lowering.options import Options
 from .lowering.partition import partition
 from .lowering.passes import draws_random_numbers
@@ -171,7 +171,7 @@ class _Front:
                 fw_compiler=compiler(partial(self._compile, "forward")),
                 bw_compiler=compiler(partial(self._compile, "backward")),
                 inference_compiler=compiler(partial(self._compile, "inference")),
-                decompositions=partial(decompositions, self.options.own_rng),
+                decompositions=Decompositions(self.options.own_rng),
                 partition_fn=partial(partition, options=self.options, decided=self.layouts.append),
                 keep_inference_input_mutations=True,
             )(gm, inputs)

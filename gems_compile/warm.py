@@ -21,7 +21,7 @@ from .kernels.target import current_target
 from .late import Boxed, Late
 from .lowering import native, whole_graphs
 from .lowering.binaries import Binaries
-from .lowering.decompose import decompositions
+from .lowering.decompose import added_rules
 from .lowering.load import binaries, library_digest
 from .lowering.options import Options
 from .lowering.pipeline import Report
@@ -88,7 +88,7 @@ def tag(config: Config, options: Options, inputs: Sequence[Any]) -> str:
     facts = {
         "sources": sources_digest(),
         "kernels": library_digest(),
-        "decompositions": _decomposed(options.own_rng),
+        "decompositions": added_rules(),
         "versions": [sys.version_info[:2], torch.__version__, torch.version.git_version],
         "options": repr(replace(options, cache_dir=None, cache_bytes=0, threads=None)),
         "rewrites": config.rewrites,
@@ -115,9 +115,3 @@ def sources_digest() -> str:
                     digest.update(file.read())
     return digest.hexdigest()
 
-
-@functools.cache
-def _decomposed(own_rng: bool) -> str:
-    """A digest of which ops AOTAutograd takes apart: a program may have added to torch's table."""
-    names = sorted(map(str, decompositions(own_rng)))
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()

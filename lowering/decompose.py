@@ -7,7 +7,8 @@ as ATen at worst. What we declare stays whole too.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..kernels import load_ops
@@ -16,6 +17,8 @@ from ..kernels.fused import register_torch_ops
 from ..kernels.op import OPS
 from ..kernels.softmax import decompose_log_softmax
 
+#: modules of the rules in torch's tables as torch fills them
+OWNER = "torch."
 #: packets that run best whole, as ATen
 KEEP = {
     "mm",
@@ -115,17 +118,38 @@ KEEP = {
 }
 
 
-@functools.cache
-def decompositions(own_rng: bool = True) -> dict[Any, Callable[..., Any]]:
-    """torch's table of decompositions, less what stays whole.
+class Decompositions(Mapping[Any, Callable[..., Any]]):
+    """torch's table of decompositions, less what stays whole; made when it is first asked.
 
-    ``own_rng``: dropout's mask is drawn again in backward, from a seed (``kernels.dropout``).
+    A graph that the cache has is not decomposed, and torch's table takes a fifth of a second to
+    load. ``own_rng``: dropout's mask is drawn again in backward, from a seed
+    (``kernels.dropout``).
     """
+
+    def __init__(self, own_rng: bool = True) -> None:
+        self.own_rng = own_rng
+        register_torch_ops()
+
+    @functools.cached_property
+    def table(self) -> dict[Any, Callable[..., Any]]:
+        return _table(self.own_rng)
+
+    def __getitem__(self, op: Any) -> Callable[..., Any]:
+        return self.table[op]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+
+@functools.cache
+def _table(own_rng: bool) -> dict[Any, Callable[..., Any]]:
     import torch
     from torch._inductor.decomposition import select_decomp_table
 
     load_ops()
-    register_torch_ops()
     own: dict[Any, Callable[..., Any]] = {
         torch.ops.aten._log_softmax.default: decompose_log_softmax
     }
@@ -136,3 +160,19 @@ def decompositions(own_rng: bool = True) -> dict[Any, Callable[..., Any]]:
         for op, rule in select_decomp_table().items()
         if str(op) not in OPS and getattr(op, "_opname", "") not in KEEP
     }
+
+
+def added_rules() -> list[str]:
+    """The ops for which a program has put rules of its own into torch's tables."""
+    from torch._decomp import global_decomposition_table
+
+    inductor = sys.modules.get("torch._inductor.decomposition")  # else nobody has added to it
+    tables = [global_decomposition_table["post_autograd"]]
+    tables += [inductor.decompositions] if inductor is not None else []
+    return sorted({str(op) for table in tables for op, rule in table.items() if _is_added(rule)})
+
+
+def _is_added(rule: Any) -> bool:
+    while isinstance(rule, functools.partial):
+        rule = rule.func
+    return not (getattr(rule, "__module__", None) or "").startswith(OWNER)

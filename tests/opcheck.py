@@ -27,7 +27,7 @@ from gems_compile.kernels.fused import register_torch_ops
 from gems_compile.kernels.op import OPS, Call, T
 from gems_compile.kernels.target import current_target
 from gems_compile.lowering import private
-from gems_compile.lowering.decompose import decompositions
+from gems_compile.lowering.decompose import Decompositions
 from gems_compile.lowering.options import Options
 from gems_compile.lowering.pipeline import Report, compile_graph
 
@@ -454,7 +454,7 @@ def trace(fn: Callable[..., Any], *inputs: Any, dynamic: bool = False) -> fx.Gra
     """fn as AOTAutograd would hand it over: ATen, decomposed, without mutation."""
     mode = "symbolic" if dynamic else "fake"
     pure = torch.func.functionalize(lambda *a: tree_leaves(fn(*a)), remove="mutations")
-    return make_fx(pure, decompositions(), tracing_mode=mode)(*inputs)
+    return make_fx(pure, Decompositions(), tracing_mode=mode)(*inputs)
 
 
 def lower(

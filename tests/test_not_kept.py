@@ -57,6 +57,16 @@ def test_options_that_differ_are_other_entries(caches, monkeypatch):
         torch.set_float32_matmul_precision(precision)
 
 
+def test_a_rule_of_the_programs_own_is_another_entry(monkeypatch):
+    """Which ops AOTAutograd takes apart is asked of torch's tables without loading them."""
+    tables = torch._decomp.global_decomposition_table
+    assert once() == {KEPT}
+    with monkeypatch.context() as patch:
+        patch.setitem(tables["post_autograd"], torch.ops.aten.exp.default, double_exp)
+        assert once() == {KEPT}
+    assert once() == {FROM_CACHE}
+
+
 def test_what_turns_it_off(caches, tmp_path):
     assert once(options={"cache": False}) == {"off: the option cache is off"}
     (why,) = once(options={"dump": str(tmp_path / "dump")})

@@ -79,6 +79,7 @@ def main(kind: str, load: str = "", save: str = "") -> None:
         "stages": sorted({stage for report in reports for stage in report.seconds}),
         "torch": sorted(name for name in compilation_time_metrics if "aot" in name),
         "counters": dict(counters["aot_autograd"]),
+        "rules": "torch._inductor.decomposition" in sys.modules,
     }
     print(json.dumps(told))
 
