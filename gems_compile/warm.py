@@ -114,4 +114,3 @@ def sources_digest() -> str:
                 with open(os.path.join(folder, name), "rb") as file:
                     digest.update(file.read())
     return digest.hexdigest()
-
