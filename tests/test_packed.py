@@ -237,7 +237,8 @@ class Apart(nn.Module):
         self.matrix = nn.Parameter(torch.eye(width) + 0.1 * torch.rand(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.before(x) @ torch.linalg.inv(self.matrix))
+        x = self.before(x)
+        return self.after(x @ torch.linalg.inv(self.matrix * (1 + x.square().mean())))
 
 
 @pytest.mark.parametrize("between", [False, True], ids=["one graph", "several"])
@@ -255,4 +256,5 @@ def test_replays(trees, between):
     assert len(re.findall(r"^ *p\d+ = empty", forward, re.M)) == 1
     if not (between and fake_graphs.ON_GPU):  # where a graph must be worth a replay
         assert len(forward.split("def part")) == (3 if between else 2)
-        assert forward.count(".view(") == (2 * 15 if between else 0)
+        copied = forward.count(".view(") // 2
+        assert copied >= 15 if between else not copied
