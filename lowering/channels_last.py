@@ -317,7 +317,6 @@ class Trial:
         for node, value in self.values.items():
             node.meta["val"] = value
         if self.reads:
-            gm.graph.lint()
             gm.recompile()
 
     def _insert(self, copy: Copy) -> None:

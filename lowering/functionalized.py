@@ -62,4 +62,3 @@ def _inline_with_torch(gm: fx.GraphModule, mode: Any) -> None:
         reinplace_inplaceable_ops(updater, gm.graph)
         post_grad.decompose_triton_kernel_wrapper_functional(gm.graph)
         post_grad.decompose_auto_functionalized(gm.graph)
-    gm.graph.lint()

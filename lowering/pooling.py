@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._prims_common import suggest_memory_format
 
 from ..kernels.pool import MOST_TAPS
 from .graph import is_tensor, value_of
-from .rewrite import call_on_fakes
 
 aten = torch.ops.aten
 FORWARD, BACKWARD = (
@@ -31,7 +31,6 @@ def take_poolings(gm: fx.GraphModule) -> int:
     found = gm.graph.find_nodes(op="call_function", target=FORWARD)
     count = sum(_take(gm.graph, node) for node in found)
     if count:
-        gm.graph.lint()
         gm.recompile()
     return count
 
@@ -45,12 +44,12 @@ def _take(graph: fx.Graph, node: fx.Node) -> bool:
     backwards = list(parts[1].users) if 1 in parts else []
     if len(parts) < len(node.users) or not all(_is_its_backward(b, node, how) for b in backwards):
         return False
-    before = node.meta["val"]
+    values = node.meta["val"][0]
+    if not values.is_contiguous(memory_format=suggest_memory_format(value_of(args[0]))):
+        return False  # another layout is promised to whoever reads it
+    with values.fake_mode:  # as ``gems::max_pool2d`` would, in a fraction of the time
+        node.meta["val"] = values, torch.empty_like(values, dtype=torch.int8)
     node.target, node.args = torch.ops.gems.max_pool2d.default, (args[0], *how)
-    node.meta["val"] = call_on_fakes(node)
-    if node.meta["val"][0].stride() != before[0].stride():  # promised to whoever reads it
-        node.target, node.args, node.meta["val"] = FORWARD, args, before
-        return False
     if 1 in parts:
         parts[1].meta["val"] = node.meta["val"][1]
     for backward in backwards:
