@@ -24,7 +24,8 @@ def define(library: Any) -> None:
 
     tags = (torch.Tag.pt2_compliant_tag,)
     library.define("packed(Tensor[] parts) -> Tensor", tags=tags)
-    library.define("unpacked(Tensor x, int offset, int[] size, ScalarType dtype) -> Tensor")
+    part = "unpacked(Tensor x, int offset, int[] size, ScalarType dtype) -> Tensor"
+    library.define(part, tags=tags)
     library.impl("packed", _packed, "CompositeExplicitAutograd")
     library.impl("unpacked", _unpacked, "CompositeExplicitAutograd")
     torch.library.register_fake("gems::packed", _room, lib=library)

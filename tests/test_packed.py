@@ -197,6 +197,17 @@ def test_hooks_see_the_pack():
     assert seen.count(torch.uint8) == 1
 
 
+def test_a_second_backward_reads_the_pack_again():
+    model = nn.Sequential(*(Gate(24) for _ in range(6))).to(DEVICE)
+    (run, _), x = compiled(model), rand(5, 24).requires_grad_()
+    loss = run(x).square().sum()
+    first = torch.autograd.grad(loss, [x, *model.parameters()], retain_graph=True)
+    second = torch.autograd.grad(loss, [x, *model.parameters()])
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    wanted = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    torch.testing.assert_close(first, wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_a_graph_that_runs_as_aten(monkeypatch):
     """The ops of the pack are torch's, too."""
     monkeypatch.setenv("GEMS_STRICT", "0")
