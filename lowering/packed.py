@@ -67,7 +67,8 @@ def pack_saved(forward: GraphModule, backward: GraphModule, visible: int) -> int
         and _kernels_alone_read(readers[n.name])
     ]
     parts = [n for n in parts if value_of(n).device == value_of(parts[0]).device]
-    if len(parts) < FEWEST or sum(n in parts for n in results) > len(parts):
+    taken = set(parts)
+    if len(parts) < FEWEST or sum(n in taken for n in results) > len(parts):
         return 0
     with forward.graph.inserting_before(end):
         packed = forward.graph.call_function(torch.ops.gems.packed.default, (parts,))
@@ -108,7 +109,8 @@ def _kernels_alone_read(node: Node) -> bool:
 def _replace_results(end: Node, results: list[Any], parts: Sequence[Node], packed: Node) -> None:
     """The first part's place is the packed tensor's; the others go."""
     first = results.index(parts[0])
-    kept = [k for k, n in enumerate(results) if k <= first or n not in parts]
+    taken = set(parts)
+    kept = [k for k, n in enumerate(results) if k <= first or n not in taken]
     descs = end.meta.get("desc")
     if isinstance(descs, (list, tuple)) and len(descs) == len(results):
         end.meta["desc"] = type(descs)([descs[k] for k in kept])
