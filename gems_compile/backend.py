@@ -14,7 +14,6 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 
 from .config import Config, cache_bytes, cache_dir, vendor
-from .kernels import load_ops
 from .kernels.target import current_target
 from .late import Boxed, Late, no_collection
 from .lowering.channels_last import Decision
@@ -74,7 +73,6 @@ class Gems:
             return aot_autograd(fw_compiler=run_as_aten, keep_inference_input_mutations=True)(
                 gm, inputs
             )
-        load_ops()
         with no_collection():
             return _Front(gm, inputs, config, target, self).compiled(gm, inputs)
 

@@ -28,6 +28,3 @@ def load_ops() -> None:
     """Import every op file, so that ``op.OPS`` is full."""
     for name in OP_FILES:
         importlib.import_module(f".{name}", __name__)
-    from . import interpreter
-
-    interpreter.repair()

@@ -373,6 +373,9 @@ class WhenNeeded:
 
 def interpreter_launcher(path: str, source: Source) -> Launcher:
     """Run the kernel's Python on the CPU through Triton's interpreter; tensors as addresses."""
+    from ..kernels import interpreter
+
+    interpreter.repair()
     function = getattr(load_module(path), source.meta["name"])
     constants = source.meta["constants"]
     dtypes = [None if d is None else getattr(torch, d) for d in source.pointer_dtypes]
