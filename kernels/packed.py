@@ -32,10 +32,11 @@ def define(library: Any) -> None:
     torch.library.register_fake("gems::unpacked", _part, lib=library)
 
 
-def offsets(sizes: Sequence[int]) -> list[int]:
-    """Where parts of so many bytes begin; last: the bytes of all."""
+def offsets(parts: Sequence[Any]) -> list[int]:
+    """Where the tensors begin; last: the bytes of all."""
     found = [0]
-    for size in sizes:
+    for part in parts:
+        size = part.numel() * part.element_size()  # nbytes is for fixed sizes alone
         found.append(found[-1] - -size // ALIGNMENT * ALIGNMENT)
     return found
 
@@ -43,13 +44,12 @@ def offsets(sizes: Sequence[int]) -> list[int]:
 def _room(parts: Sequence[Any]) -> Any:
     import torch
 
-    size = offsets([p.numel() * p.element_size() for p in parts])[-1]
-    return parts[0].new_empty((size,), dtype=torch.uint8)
+    return parts[0].new_empty((offsets(parts)[-1],), dtype=torch.uint8)
 
 
 def _packed(parts: Sequence[Any]) -> Any:
-    out, places = _room(parts), offsets([p.numel() * p.element_size() for p in parts])
-    for part, offset in zip(parts, places, strict=False):
+    out = _room(parts)
+    for part, offset in zip(parts, offsets(parts), strict=False):
         view(out, offset, part.shape, part.dtype).copy_(part)
     return out
 

@@ -91,7 +91,7 @@ def _in_use(node: Any) -> bool:
 
 def _has_aliases(ref: Any) -> bool:
     """Whether another tensor than the trees' own has a result's memory: who holds results of ours
-    holds such a one (``copies.alias``), and this takes a tenth of the trees' own look."""
+    holds such a one (``copies.alias``), and the trees' own look asks Python for more."""
     if ref is None:
         return False
     own = 0 if ref.extra_ref_check is None else OWN_REFERENCES
@@ -105,7 +105,11 @@ _THREAD_LOCALS: dict[str, Callable[[], Any]] = {
     "tree_manager_containers": dict,
     "tree_manager_locks": lambda: defaultdict(threading.Lock),
 }
-_USED = (("current_node", "can_start_new_generation"), ("_path_from_root",))
+_USED = {
+    "CUDAGraphTreeManager": ("current_node", "can_start_new_generation"),
+    "CUDAGraphNode": ("_path_from_root",),
+    "StorageWeakRefWrapper": ("ref", "extra_ref_check"),
+}
 
 
 def _of_this_thread(module: Any, name: str, new: Callable[[], Any]) -> Any:
@@ -122,11 +126,10 @@ def machinery(device: torch.device) -> tuple[Trees | None, str]:
     try:
         from torch._inductor import cudagraph_trees as trees
 
-        for cls, names in zip(
-            (trees.CUDAGraphTreeManager, trees.CUDAGraphNode), _USED, strict=True
-        ):
+        for cls, names in _USED.items():
             for name in names:
-                getattr(cls, name)
+                getattr(getattr(trees, cls), name)
+        torch._C._storage_Use_Count  # noqa: B018
         index = device.index if device.index is not None else torch.cuda.current_device()
         return Trees(index, trees), ""
     except (ImportError, AttributeError) as missing:

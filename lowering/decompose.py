@@ -130,7 +130,7 @@ class Decompositions(Mapping[Any, Callable[..., Any]]):
         self.own_rng = own_rng
         register_torch_ops()
 
-    @functools.cached_property
+    @property
     def table(self) -> dict[Any, Callable[..., Any]]:
         return _table(self.own_rng)
 

@@ -10,10 +10,9 @@ tensor's plus a number, so that equal layers still share their kernels.
 from __future__ import annotations
 
 import functools
-import math
 import operator
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -21,6 +20,7 @@ from torch.fx import GraphModule, Node
 from ..kernels.packed import offsets
 from .flow import flatten
 from .graph import is_tensor, is_view, output_node, value_of
+from .group import Group
 from .indexing import is_static
 from .ir import SUPPORTED, Value, base_of, dtype_name, first_place
 from .overload import name_of
@@ -92,7 +92,7 @@ def _is_small(node: Any) -> bool:
         is_static(*value.shape)
         and dtype_name(value.dtype) in SUPPORTED
         and value.is_contiguous()
-        and 0 < value.numel() * value.element_size() <= MOST_BYTES
+        and 0 < value.nbytes <= MOST_BYTES
         and not node.meta.get("saved_tensor_with_no_vc_check", False)
     )
 
@@ -104,6 +104,10 @@ def _kernels_alone_read(node: Node) -> bool:
         for user in node.users
         if user.op != "output"
     )
+
+
+def _with_offsets(parts: Sequence[Node]) -> Iterator[tuple[Node, int]]:
+    return zip(parts, offsets(list(map(value_of, parts))), strict=False)
 
 
 def _replace_results(end: Node, results: list[Any], parts: Sequence[Node], packed: Node) -> None:
@@ -121,12 +125,11 @@ def _replace_results(end: Node, results: list[Any], parts: Sequence[Node], packe
 
 def _unpack(backward: GraphModule, old: Sequence[Node], saved: Node) -> None:
     graph = backward.graph
-    sizes = [value_of(n).numel() * value_of(n).element_size() for n in old]
     with graph.inserting_before(old[0]):
         packed = graph.placeholder(saved.name)
     packed.meta = {**old[0].meta, "val": value_of(saved)}
     unpacked, last = torch.ops.gems.unpacked.default, graph.find_nodes(op="placeholder")[-1]
-    for node, offset in zip(old, offsets(sizes), strict=False):
+    for node, offset in _with_offsets(old):
         val = value_of(node)
         with graph.inserting_after(last):
             last = graph.call_function(unpacked, (packed, offset, list(val.shape), val.dtype))
@@ -166,7 +169,7 @@ class Packs:
         of = self.writer.program.of
         parts: Any = pack.args[0]
         home = self._part_of_pack(pack)
-        for node, offset in zip(parts, offsets(list(map(_bytes_of, parts))), strict=False):
+        for node, offset in _with_offsets(parts):
             value = of.get(node)
             base = _whole(value) if isinstance(value, Value) else None
             if base in home and base not in self._asked:
@@ -174,18 +177,16 @@ class Packs:
 
     def _part_of_pack(self, pack: Node) -> set[Value]:
         """What kernels write that run in the same CUDA graph as the pack."""
-        from .group import Group
-
         cut, steps = self.writer.cut, self.writer.plan.steps
         if cut is not None:
             steps = next(part.steps for part in cut.parts if pack in part.steps)
         return {out for s in steps if isinstance(s, Group) for out in s.outputs}
 
     def _place_part(self, node: Node) -> None:
-        of = self.writer.program.of
-        value, whole = of.get(node), of.get(node.args[0])  # type: ignore[arg-type]
+        of, args = self.writer.program.of, cast(tuple[Any, ...], node.args)
+        value, whole = of.get(node), of.get(args[0])
         if isinstance(value, Value) and isinstance(whole, Value) and value.op != "opaque":
-            self.read[value] = (whole, int(str(node.args[1])))
+            self.read[value] = (whole, args[1])
             if self.writer.read_by_kernel(value):
                 self.sources.add(whole)
 
@@ -219,8 +220,8 @@ class Packs:
             self._copy_others(node)
         elif (value := self.writer.program.of[node]) not in self.read or value in self._asked:
             name = f"a{len(self.writer.names)}"
-            packed, offset, *_ = node.args
-            text = self._view(self.writer.arg(packed), int(str(offset)), node)
+            packed, offset, *_ = cast(tuple[Any, ...], node.args)
+            text = self._view(self.writer.arg(packed), offset, node)
             self.writer.ledger.share(name, None)
             self.writer.add(f"{name} = {text}")
             self.writer.names[node] = self.writer.names[value] = name
@@ -230,7 +231,7 @@ class Packs:
         writer, of = self.writer, self.writer.program.of
         parts: Any = pack.args[0]
         places, sources = [], []
-        for node, offset in zip(parts, offsets(list(map(_bytes_of, parts))), strict=False):
+        for node, offset in _with_offsets(parts):
             value = of.get(node)
             in_place = isinstance(value, Value) and self.made.get(base_of(value)) == (pack, offset)
             if not in_place:
@@ -246,12 +247,7 @@ class Packs:
         value = value_of(node)
         dtype = self.writer.constant(value.dtype, "d")
         size = self.writer.sizes(list(value.shape))
-        return f"{packed}[{offset}:{offset + _bytes_of(node)}].view({dtype}).view({size})"
-
-
-def _bytes_of(node: Node) -> int:
-    value = value_of(node)
-    return math.prod(value.shape) * value.element_size()
+        return f"{packed}[{offset}:{offset + value.nbytes}].view({dtype}).view({size})"
 
 
 def _whole(value: Value) -> Value | None:

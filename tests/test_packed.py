@@ -9,7 +9,7 @@ import fake_graphs
 import pytest
 import torch
 from helpers import DEVICE, gems_only
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from gems_compile.backend import Gems
@@ -79,19 +79,25 @@ def results(text: str) -> list[str]:
     return re.findall(r"return \((.*)\)", text)[-1].rstrip(", ").split(", ")
 
 
+def packed_bytes(text: str) -> int:
+    (size,) = re.findall(r"^ *p\d+ = empty\(\((\d+),\)", text, re.M)
+    return int(size)
+
+
 def wrappers(backend: Gems) -> tuple[str, str]:
     forward, backward = (r.wrapper for r in backend.reports)
     return forward, backward
 
 
 def test_where_parts_lie():
-    assert offsets([4, ALIGNMENT, ALIGNMENT + 1]) == [0, 128, 256, 512]
+    parts = [torch.empty(n, dtype=torch.uint8) for n in (4, ALIGNMENT, ALIGNMENT + 1)]
+    assert offsets(parts) == [0, 128, 256, 512]
 
 
 def test_ops_of_the_pack():
     parts = [torch.randn(3, 5), torch.arange(7), torch.randn(2).bfloat16(), torch.tensor(True)]
     whole = torch.ops.gems.packed(parts)
-    places = offsets([p.numel() * p.element_size() for p in parts])
+    places = offsets(parts)
     assert whole.dtype == torch.uint8 and whole.shape == (places[-1],)
     for part, place in zip(parts, places, strict=False):
         args = whole, place, list(part.shape), part.dtype
@@ -184,9 +190,9 @@ def test_hooks_see_the_pack():
         return t.cpu().clone()
 
     def back(t: Tensor) -> Tensor:
-        room = torch.empty(t.numel() * t.element_size() + 3, dtype=torch.uint8, device=DEVICE)
         if t.dtype != torch.uint8:
             return t.to(DEVICE)
+        room = torch.empty(t.nbytes + 3, dtype=torch.uint8, device=DEVICE)
         return room[3:].copy_(t)  # off the 16-byte boundary
 
     x = rand(5, 24)
@@ -212,7 +218,16 @@ def test_a_graph_that_runs_as_aten(monkeypatch):
     """The ops of the pack are torch's, too."""
     monkeypatch.setenv("GEMS_STRICT", "0")
     monkeypatch.setattr("gems_compile.backend.Compilation", lambda *a, **k: 1 / 0)
+    seen: list[str] = []
+    interpreted = fx.Interpreter.call_function
+
+    def noted(self, target, *args):
+        seen.append(str(target))
+        return interpreted(self, target, *args)
+
+    monkeypatch.setattr(fx.Interpreter, "call_function", noted)
     check(nn.Sequential(*(Gate(24) for _ in range(6))).to(DEVICE), rand(5, 24))
+    assert {"gems.packed.default", "gems.unpacked.default"} <= set(seen)
 
 
 def test_checkpoints():
@@ -228,7 +243,9 @@ def test_checkpoints():
             x = torch.utils.checkpoint.checkpoint(self.first, x, use_reentrant=False)
             return self.second(x)
 
-    check(Twice().to(DEVICE), rand(5, 24))
+    forward, _ = wrappers(check(Twice().to(DEVICE), rand(5, 24)))
+    alone, _ = wrappers(check(nn.Sequential(*(Gate(24) for _ in range(5))).to(DEVICE), rand(5, 24)))
+    assert packed_bytes(forward) == packed_bytes(alone)
 
 
 def rand(*shape: int) -> Tensor:

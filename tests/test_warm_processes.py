@@ -16,11 +16,14 @@ pytestmark = gems_only
 PROGRAM = Path(__file__).parent / "warm_program.py"
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def environment(folder: Path) -> dict[str, str]:
     caches = {name: str(folder / name) for name in ("GEMS_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
-    env = {**os.environ, **caches, "GEMS_CACHE": "1"}
+    return {**os.environ, **caches, "GEMS_CACHE": "1"}
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(PROGRAM), *arguments]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment(folder), stdout=subprocess.PIPE, text=True)
 
 
 def told(process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -77,6 +80,4 @@ assert torch.equal(run(x), (x * 1.37).bfloat16())
 def test_the_interpreter_is_repaired_in_any_process(tmp_path: Path) -> None:
     """Triton's own rounds to bfloat16 by cutting bits off; tests repair theirs."""
     for _ in ("cold", "warm"):
-        env = {**os.environ, "GEMS_CACHE": "1", "GEMS_CACHE_DIR": str(tmp_path / "gems")}
-        env["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "torch")
-        subprocess.run([sys.executable, "-c", ROUNDS], env=env, check=True)
+        subprocess.run([sys.executable, "-c", ROUNDS], env=environment(tmp_path), check=True)
