@@ -19,7 +19,7 @@ from .kernels import load_ops
 from .kernels.fused import register_torch_ops
 from .kernels.target import current_target
 from .late import Boxed, Late
-from .lowering import native, whole_graphs
+from .lowering import cublas, native, whole_graphs
 from .lowering.binaries import Binaries
 from .lowering.decompose import added_rules
 from .lowering.load import binaries, library_digest
@@ -95,6 +95,7 @@ def tag(config: Config, options: Options, inputs: Sequence[Any]) -> str:
         "tf32": torch.backends.cudnn.allow_tf32,
         "precision": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cublas": cublas.why_not(torch.device("cuda")),
         "ranges": whole_graphs.symbol_ranges(inputs),
     }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

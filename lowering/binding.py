@@ -59,7 +59,8 @@ def bind(
     scope = dict(constants)
     called = [name for name in constants if name.startswith("f")]  # not what calls are given
     scope.update((name, private.quick_call(constants[name])) for name in called)
-    scope.update(bound_runs(device, runs, kernels))
+    bound = bound_runs(device, runs, kernels)
+    scope.update(bound)
     scope.update(
         empty=private.allocator(device),
         view=private.reinterpreter(),
@@ -68,6 +69,7 @@ def bind(
         kept=kept_in_channels_last,
         seed=drawer(device),
         settle=settle,
+        workspace=max((getattr(run, "workspace", 0) for run in bound.values()), default=0),
         math=math,
         Max=max,
         Min=min,

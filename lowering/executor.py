@@ -22,9 +22,9 @@ from .inplace import plan_in_place
 from .ir import SizeArg, Value, base_of, first_place
 from .kept import KEPT
 from .ledger import Ledger
+from .matrix_products import Products
 from .order import batches, together
 from .packed import Packs, is_packed, is_unpacked
-from .pointwise_convolutions import is_product, product_call
 from .runs import ADDRESS, GRID, NUMBERS, TENSOR, Launch, Operand, Runs
 from .scratch import plan_scratch
 from .seeds import Seeds
@@ -75,6 +75,7 @@ class Writer:
             self.in_place = cut.within_parts(self.in_place)
         self.ledger = Ledger()
         self.widths, self.runs, self.seeds = Widths(self), Runs(self), Seeds(self)
+        self.products = Products(self)
         self.launches = 0
         self.calls = 0
 
@@ -206,7 +207,7 @@ class Writer:
         if names:
             self.add(f"{', '.join(names)}{',' if len(names) == 1 else ''} = args")
         self.add("args.clear()")
-        if self.scratch_bytes:
+        if self.scratch_bytes or self.products.native:
             self.ledger.allocate("scratch", len(self.lines), self.scratch_bytes)
             if self.cut is None:  # else every part has its own
                 for line in self.scratch_lines:
@@ -217,8 +218,10 @@ class Writer:
 
     @property
     def scratch_lines(self) -> list[str]:
-        dtype = self.constant(torch.uint8, "d")
-        empty = f"scratch = empty(({self.scratch_bytes},), (1,), {dtype})"
+        dtype, size = self.constant(torch.uint8, "d"), str(self.scratch_bytes)
+        if self.products.native:
+            size = f"{self.products.workspace.plus} + workspace"
+        empty = f"scratch = empty(({size},), (1,), {dtype})"
         return [empty, f"s0 = {self.use('scratch')}.data_ptr()"]
 
     def _align(self) -> None:
@@ -299,10 +302,17 @@ class Writer:
                 f"{name} = view({whole}, {self.sizes(out.shape)}, {self.sizes(out.strides)}, 0)"
             )
             return
-        dtype = self.constant(getattr(torch, out.dtype), "d")
-        self.ledger.allocate(name, len(self.lines), out)
-        shape, strides = self.sizes(out.shape), self.sizes(out.strides)
-        self.runs.ahead(f"{name} = empty({shape}, {strides}, {dtype})")
+        dtype = getattr(torch, out.dtype)
+        self._empty(name, out, dtype, self.sizes(out.shape), self.sizes(out.strides))
+
+    def allocate(self, name: str, val: torch.Tensor) -> None:
+        """Let the variable hold a new tensor that lies as ``val`` does."""
+        shape, strides = ([size_of(n) for n in ns] for ns in (val.shape, val.stride()))
+        self._empty(name, val, val.dtype, self.sizes(shape), self.sizes(strides))
+
+    def _empty(self, name: str, what: Any, dtype: torch.dtype, shape: str, strides: str) -> None:
+        self.ledger.allocate(name, len(self.lines), what)
+        self.runs.ahead(f"{name} = empty({shape}, {strides}, {self.constant(dtype, 'd')})")
 
     def _argument(self, kind: str, role: str, what: Any) -> Operand:
         if role == "size":
@@ -341,32 +351,26 @@ class Writer:
         if isinstance(value, Value) and self.seeds.draws(value):
             self.seeds.draw(name, value, node)
             return
-        if is_product(node):
-            self._products(name, node)
+        if self.products.call(name, node) or node in self.names:
             return
         function = self.constant(node.target, "f")
         args = [self.arg(a) for a in node.args]
         args += [f"{k}={self.arg(v)}" for k, v in node.kwargs.items()]
-        self._enter(name, node)
+        self.enter(name, node)
         if node.target is operator.getitem:
             self.add(f"{name} = {args[0]}[{args[1]}]")
         else:
             self.calls += 1
             self.add(f"{name} = {function}({', '.join(args)})")
-        self.names[node] = name
-        self._alias(node)
+        self.named(node, name)
         self._settle(node, name)
         val = node.meta.get("val")
         if isinstance(val, torch.SymInt) and not is_static(size_of(val)):
             self.symbols.setdefault(str(size_of(val)), name)
             self.kept.add(name)
 
-    def _products(self, name: str, node: Node) -> None:
-        """A convolution that is called as matrix products, whose layouts are known."""
-        text = product_call(self, node)
-        self._enter(name, node)
-        self.calls += 1
-        self.add(f"{name} = {text}")
+    def named(self, node: Node, name: str) -> None:
+        """The variable holds the node's result, which lies as the graph says."""
         self.names[node] = name
         self._alias(node)
 
@@ -381,7 +385,7 @@ class Writer:
             self._alias(node)
         self.add(f"{', '.join(self.names[n] for n in nodes)}, = kept({sources})")
 
-    def _enter(self, name: str, node: Node) -> None:
+    def enter(self, name: str, node: Node) -> None:
         """Note what memory the result of a call holds."""
         args: Any = node.args
         if node.target is operator.getitem:
@@ -438,7 +442,8 @@ class Writer:
         if getattr(target, "_opname", None) in TRUSTED:
             return
         leaves = any(user.op == "output" for user in node.users)
-        if (leaves and target in CHOOSING) or self.read_by_kernel(value) or value in self.viewed:
+        read = self.read_by_kernel(value) or value in self.viewed or value in self.products.read
+        if read or (leaves and target in CHOOSING):
             strides = [size_of(s) for s in val.stride()]
             self.add(f"{name} = settle({name}, {self.sizes(strides)})")
 
@@ -486,10 +491,9 @@ class Writer:
                 body.append(line)
             if k in dead:
                 body.append(f"del {', '.join(dead[k])}")
-        if self.kernels and self.device.type != "cpu":
-            body.insert(0, "stream = current_stream()")
-        elif self.kernels:
-            body.insert(0, "stream = None")
+        if self.runs.made:
+            on_gpu = self.device.type != "cpu"
+            body.insert(0, f"stream = {'current_stream()' if on_gpu else None}")
         body.insert(0, PROFILED)
         return "def call(args):\n" + "".join(f"    {line}\n" for line in body)
 

@@ -1,4 +1,5 @@
-/* Launches straight runs of kernels: one call from Python, one cuLaunchKernel a kernel.
+/* Launches straight runs of kernels: one call from Python, one cuLaunchKernel a kernel, one
+   cublasLtMatmul a matrix product (see cublas.h).
 
    A Run holds for each kernel its function, block, shared memory and arguments, packed as the driver
    reads them. A call brings the stream and the values that change from call to call; they are read
@@ -11,10 +12,14 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <structmember.h>
 #include <dlfcn.h>
 #include <stddef.h>
 #include <stdint.h>
 
+#include "cublas.h"
+
+#define BLAS "gems_native.blas"
 #define MOST_VALUES 4096 /* of a call; they lie on the stack */
 
 typedef int Result; /* CUresult; 0 is success */
@@ -39,6 +44,7 @@ typedef struct {
 } Patch;
 
 typedef struct {
+    Product *product; /* NULL: a kernel */
     void *function;
     uint64_t *grid;
     void **params;
@@ -56,7 +62,9 @@ typedef struct {
     PyCFunction address;      /* the C function behind it */
     Py_ssize_t n_values, n_launches, n_patches;
     char *kinds;
+    Py_ssize_t n_products, workspace; /* bytes that its products want */
     Launch *launches;
+    Product *products;
     Patch *patches;
     uint64_t *places;
     void **params;
@@ -104,9 +112,12 @@ static PyObject *failed(Run *run, Py_ssize_t place, Result result)
 {
     Launch *it = &run->launches[place];
     const char *name = NULL;
+    PyObject *kernel = PyTuple_GET_ITEM(PyTuple_GET_ITEM(run->launches_given, place), 0);
+    if (it->product)
+        return PyErr_Format(PyExc_RuntimeError, "%S failed: cublasLtMatmul returned %d, device %d",
+                            kernel, result, run->device);
     if (run->driver.error_name(result, &name) || !name)
         name = "an unknown error";
-    PyObject *kernel = PyTuple_GET_ITEM(PyTuple_GET_ITEM(run->launches_given, place), 0);
     PyErr_Format(PyExc_RuntimeError,
                  "launching %S failed: %s (%d); grid (%u, 1, 1), block (%u, 1, 1), "
                  "%u bytes of shared memory, device %d",
@@ -120,8 +131,9 @@ static PyObject *launch_all(Run *run, void *stream)
         Launch *it = &run->launches[k];
         if (!*it->grid)
             continue;
-        Result result = launch_one(run, it, stream);
-        if (result && give_context(run))
+        Result result = it->product ? multiply(it->product, it->params, run->workspace, stream)
+                                    : launch_one(run, it, stream);
+        if (result && !it->product && give_context(run))
             result = launch_one(run, it, stream);
         if (result)
             return failed(run, k, result);
@@ -240,16 +252,56 @@ static int place(Run *run, PyObject *given, uint64_t *to)
     return PyErr_Occurred() ? -1 : 0;
 }
 
-/* (name, function, grid, threads, shared bytes, arguments); how many arguments, or -1 */
+/* (name, function, grid, threads, shared bytes, arguments) of a kernel, or of a product (name,
+   library, problem, arguments); how many arguments, or -1 */
 static Py_ssize_t arguments_of(PyObject *given)
 {
-    if (!PyTuple_Check(given) || PyTuple_GET_SIZE(given) != 6 ||
-        !PyTuple_Check(PyTuple_GET_ITEM(given, 5))) {
+    Py_ssize_t many = PyTuple_Check(given) ? PyTuple_GET_SIZE(given) : 0;
+    if ((many != 6 && many != 4) || !PyTuple_Check(PyTuple_GET_ITEM(given, many - 1))) {
         PyErr_SetString(PyExc_TypeError,
-                        "a launch is (name, function, grid, threads, shared, arguments)");
+                        "a launch is (name, function, grid, threads, shared, arguments) "
+                        "or (name, library, problem, arguments)");
         return -1;
     }
-    return PyTuple_GET_SIZE(PyTuple_GET_ITEM(given, 5));
+    return PyTuple_GET_SIZE(PyTuple_GET_ITEM(given, many - 1));
+}
+
+static int fill_product(Run *run, Launch *it, PyObject *given)
+{
+    uint64_t sizes[3];
+    int64_t ld[2];
+    int type, turned[2];
+    PyObject *name, *library, *args;
+    if (!PyArg_ParseTuple(given, "UO(iKKKppLL)O", &name, &library, &type, &sizes[0], &sizes[1],
+                          &sizes[2], &turned[0], &turned[1], &ld[0], &ld[1], &args))
+        return -1;
+    if (PyTuple_GET_SIZE(args) != 4) {
+        PyErr_SetString(PyExc_TypeError, "a product takes two factors, a result and a workspace");
+        return -1;
+    }
+    const Blas *blas = PyCapsule_GetPointer(library, BLAS);
+    if (!blas)
+        return -1;
+    it->product = &run->products[run->n_products++];
+    Status status = make_product(it->product, blas, type, sizes, turned, ld);
+    if (status) {
+        PyErr_Format(PyExc_OSError, "cuBLAS has no algorithm for it (status %d)", status);
+        return -1;
+    }
+    Py_ssize_t wanted = (Py_ssize_t)it->product->choices[ALIGNMENTS - 1].workspace;
+    if (wanted > run->workspace)
+        run->workspace = wanted;
+    return 0;
+}
+
+static int fill_kernel(Run *run, Launch *it, PyObject *given)
+{
+    PyObject *name, *function, *grid, *args;
+    if (!PyArg_ParseTuple(given, "UOOIIO", &name, &function, &grid, &it->block, &it->shared,
+                          &args))
+        return -1;
+    it->function = PyLong_AsVoidPtr(function);
+    return PyErr_Occurred() ? -1 : place(run, grid, it->grid);
 }
 
 static int fill(Run *run, PyObject *launches)
@@ -262,10 +314,11 @@ static int fill(Run *run, PyObject *launches)
         total += many + 1; /* and the grid */
     }
     run->launches = PyMem_Calloc(run->n_launches + 1, sizeof(Launch));
+    run->products = PyMem_Calloc(run->n_launches + 1, sizeof(Product));
     run->patches = PyMem_Calloc(total + 1, sizeof(Patch));
     run->places = PyMem_Calloc(total + 1, sizeof(uint64_t));
     run->params = PyMem_Calloc(total + 1, sizeof(void *));
-    if (!run->launches || !run->patches || !run->places || !run->params) {
+    if (!run->launches || !run->products || !run->patches || !run->places || !run->params) {
         PyErr_NoMemory();
         return -1;
     }
@@ -273,16 +326,13 @@ static int fill(Run *run, PyObject *launches)
     void **param = run->params;
     for (Py_ssize_t k = 0; k < run->n_launches; k++) {
         Launch *it = &run->launches[k];
-        PyObject *name, *function, *grid, *args;
-        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(launches, k), "UOOIIO", &name, &function, &grid,
-                              &it->block, &it->shared, &args))
-            return -1;
-        it->function = PyLong_AsVoidPtr(function);
-        if (PyErr_Occurred())
-            return -1;
+        PyObject *given = PyTuple_GET_ITEM(launches, k);
+        PyObject *args = PyTuple_GET_ITEM(given, PyTuple_GET_SIZE(given) - 1);
         it->grid = next++;
+        *it->grid = 1;
         it->params = param;
-        if (place(run, grid, it->grid))
+        if (PyTuple_GET_SIZE(given) == 6 ? fill_kernel(run, it, given)
+                                         : fill_product(run, it, given))
             return -1;
         for (Py_ssize_t n = 0; n < PyTuple_GET_SIZE(args); n++, next++) {
             *param++ = next;
@@ -351,6 +401,9 @@ static void unmake(Run *run)
     Py_XDECREF(run->kept);
     Py_XDECREF(run->address_of);
     PyMem_Free(run->kinds);
+    for (Py_ssize_t k = 0; k < run->n_products; k++)
+        unmake_product(&run->products[k]);
+    PyMem_Free(run->products);
     PyMem_Free(run->launches);
     PyMem_Free(run->patches);
     PyMem_Free(run->places);
@@ -366,6 +419,11 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static PyMemberDef members[] = {
+    {"workspace", T_PYSSIZET, offsetof(Run, workspace), READONLY, "Bytes that its products want."},
+    {NULL, 0, 0, 0, NULL},
+};
+
 static PyTypeObject RunType = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "gems_native.Run",
     .tp_doc = "Run(driver, device, kinds, launches, kept, data_ptr): see native.py: made.",
@@ -376,6 +434,7 @@ static PyTypeObject RunType = {
     .tp_new = make,
     .tp_dealloc = (destructor)unmake,
     .tp_methods = methods,
+    .tp_members = members,
 };
 
 /* number_drawn(seed, offset): as in kernels/dropout.py, which takes 5 us for it. */
@@ -402,7 +461,29 @@ static PyObject *number_drawn(PyObject *self, PyObject *const *args, Py_ssize_t 
     return PyLong_FromLongLong((int64_t)(words % UINT64_MAX - ((uint64_t)1 << 63)));
 }
 
+/* open_blas(path, most): cuBLAS with a handle for the current device, and how many bytes it may use
+   as a workspace. Both stay to the process's end: when that comes, CUDA may be gone before they
+   could be given back. */
+static PyObject *blas_opened(PyObject *self, PyObject *args)
+{
+    const char *name;
+    Py_ssize_t most;
+    if (!PyArg_ParseTuple(args, "sn", &name, &most))
+        return NULL;
+    Blas *blas = PyMem_Calloc(1, sizeof(Blas));
+    if (!blas)
+        return PyErr_NoMemory();
+    blas->most = (size_t)most;
+    const char *missing = open_blas(blas, name);
+    if (missing) {
+        PyMem_Free(blas);
+        return PyErr_Format(PyExc_OSError, "%s has no %s", name, missing);
+    }
+    return PyCapsule_New(blas, BLAS, NULL);
+}
+
 static PyMethodDef functions[] = {
+    {"open_blas", blas_opened, METH_VARARGS, "open_blas(path, most): cuBLAS, on this device."},
     {"number_drawn", (PyCFunction)(void (*)(void))number_drawn, METH_FASTCALL,
      "number_drawn(seed, offset): what a GPU's generator draws."},
     {NULL, NULL, 0, NULL},

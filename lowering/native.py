@@ -22,20 +22,22 @@ import subprocess
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import cublas
 from .load import private_directory, usable
 from .private import Loaded, address_method, loaded_kernel
-from .runs import INT32, Operand, Run
+from .runs import INT32, Launch, Multiply, Operand, Run
 from .worker import write_atomically
 
 log = logging.getLogger("gems_compile.lowering.native")
 
 SOURCE = Path(__file__).with_name("native.c")
+HEADER = SOURCE.with_name("cublas.h")
 DRIVER = "libcuda.so.1"
 FLAGS = ("-O2", "-shared", "-fPIC")
 MODULE = "gems_native"
@@ -56,6 +58,7 @@ class Extension:
     def __init__(self, cache_dir: str | None) -> None:
         self.run: Callable[..., Any] | None = None
         self.number_drawn: Callable[[int, int], int] | None = None
+        self.open_blas: Callable[[str, int], Any] | None = None
         self.path, self.why = "", "it is not ready"
         self.where = cache_dir
         self.thread = threading.Thread(target=self._make, daemon=True, name="gems native launcher")
@@ -69,6 +72,7 @@ class Extension:
         try:
             module = self._kept_or_built()
             self.run, self.number_drawn = module.Run, module.number_drawn
+            self.open_blas = module.open_blas
             self.why = ""
         except Exception as e:  # whatever it is, kernels can be launched without
             self.why = str(e) if isinstance(e, Unavailable) else f"{type(e).__name__}: {e}"
@@ -142,7 +146,9 @@ def digest(compiler: list[str]) -> str:
     binary = os.stat(found)
     abi = (sysconfig.get_config_var("SOABI"), platform.machine(), FLAGS)
     told = (compiler, os.path.realpath(found), binary.st_size, binary.st_mtime_ns, abi)
-    return hashlib.sha256(SOURCE.read_bytes() + repr(told).encode()).hexdigest()[:24]
+    return hashlib.sha256(
+        SOURCE.read_bytes() + HEADER.read_bytes() + repr(told).encode()
+    ).hexdigest()[:24]
 
 
 def build(compiler: list[str]) -> bytes:
@@ -195,16 +201,30 @@ def launcher(
     extension = _current
     if extension is None or extension.run is None or device.type != "cuda":
         return None
-    own = [kernels[launch.kernel] for launch in run.launches]
+    own = [kernels[x.kernel] for x in run.launches if not isinstance(x, Multiply)]
     loaded = [loaded_kernel(launch) for launch in own]
     try:
         known = [kernel for kernel in loaded if kernel is not None]
         if len(known) < len(loaded):  # Triton's JIT launches one of them
             return None
-        return made(extension.run, run, known, device.index or 0, own)
+        blas = None
+        if len(own) < len(run.launches):
+            if (why := cublas.why_not(device)) is not None:
+                _tell_once(f"matrix products are called from Python: {why}")
+                return None
+            blas = _blas(device.index or 0, extension)
+        return made(extension.run, run, known, device.index or 0, own, blas=blas)
     except (OSError, TypeError, ValueError, OverflowError, struct.error) as e:
         _tell_once(f"{run.name} is launched from Python: {type(e).__name__}: {e}")
         return None
+
+
+@functools.cache
+def _blas(device: int, extension: Extension) -> Any:
+    """cuBLAS on a device."""
+    assert extension.open_blas is not None  # a run of its class is made
+    with torch.cuda.device(device):
+        return extension.open_blas(cublas.library(), cublas.most_workspace(device))
 
 
 def number_drawn() -> Callable[[int, int], int] | None:
@@ -215,12 +235,13 @@ def number_drawn() -> Callable[[int, int], int] | None:
 def made(
     make: Callable[..., Any],
     run: Run,
-    kernels: list[Loaded],
+    kernels: Sequence[Loaded],
     device: int,
     kept: Any,
     driver: str = DRIVER,
+    blas: Any = None,
 ) -> Callable[..., None]:
-    """``run`` as an object of the extension."""
+    """``run`` as an object of the extension. ``kernels``: of its launches that are no products."""
 
     def packed(operand: Operand) -> Any:
         if operand.text:
@@ -228,17 +249,16 @@ def made(
         struct.pack("<i" if operand.kind == INT32 else "<q", operand.plus)  # or it does not fit
         return operand.plus
 
-    launches = tuple(
-        (
-            launch.name,
-            kernel.function,
-            packed(launch.grid),
-            kernel.threads,
-            kernel.shared,
-            (*map(packed, launch.args), *(0,) * kernel.nulls),
-        )
-        for launch, kernel in zip(run.launches, kernels, strict=True)
-    )
+    def as_tuple(launch: Launch) -> tuple[Any, ...]:
+        args = map(packed, launch.args)
+        if isinstance(launch, Multiply) and launch.problem is not None:
+            return (launch.name, blas, launch.problem.asked(), tuple(args))
+        it = next(left)
+        grid = packed(launch.grid)
+        return (launch.name, it.function, grid, it.threads, it.shared, (*args, *(0,) * it.nulls))
+
+    left = iter(kernels)
+    launches = tuple(map(as_tuple, run.launches))
     kinds = "".join(kind for kind, _ in run.values)
     found: Callable[..., None] = make(driver, device, kinds, launches, kept, address_method())
     return found

@@ -6,7 +6,7 @@ and to launch it. Only the call is another: for the graph it stays a convolution
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -15,9 +15,6 @@ from .convolutions import BACKWARD, FORWARD
 from .graph import is_tensor, value_of
 from .indexing import Size, size_of
 from .strides import is_channels_last
-
-if TYPE_CHECKING:
-    from .executor import Writer
 
 #: float32 ones may use TF32 where products may not
 DTYPES = (torch.float16, torch.bfloat16)
@@ -58,46 +55,39 @@ def _is_rows(images: Any) -> bool:
     return is_tensor(images) and images.dtype in DTYPES and is_channels_last(images)
 
 
-def product_call(writer: Writer, node: Node) -> str:
-    """The text of the call: of one product, or of a tuple of those that are wanted."""
+class Factor(NamedTuple):
+    """A matrix that lies in a node's memory, from its first element on."""
+
+    node: Node
+    shape: tuple[Size, Size]
+    strides: tuple[Size, Size]
+
+    @property
+    def turned(self) -> Factor:
+        (rows, columns), (row, column) = self.shape, self.strides
+        return Factor(self.node, (columns, rows), (column, row))
+
+
+def factors(node: Node) -> tuple[tuple[Factor, Factor] | None, ...] | None:
+    """What is multiplied for each of the node's results but a bias's, None for one that is not
+    wanted; None where the node is no product."""
+    if not is_product(node):
+        return None
     args: Any = node.args
-    mm = writer.constant(torch.ops.aten.mm.default, "f")
     if node.target is FORWARD:
-        x, w = args[:2]
-        out = f"{mm}({_rows(writer, x)}, {_weight(writer, w, turned=True)})"
-        return _as(writer, out, value_of(node))
-    gradient, x, w = args[:3]
-    results: Any = node.meta["val"]
-    of_input = f"{mm}({_rows(writer, gradient)}, {_weight(writer, w)})"
-    of_weight = f"{mm}({_rows(writer, gradient, turned=True)}, {_rows(writer, x)})"
-    texts = [
-        _as(writer, text, value) if wanted else "None"
-        for text, value, wanted in zip((of_input, of_weight), results, args[-1], strict=False)
-    ]
-    return f"({', '.join(texts)}, None)"
+        return ((_rows(args[0]), _weight(args[1]).turned),)
+    gradient, x, weight = args[:3]
+    of_input = (_rows(gradient), _weight(weight))
+    of_weight = (_rows(gradient).turned, _rows(x))
+    wanted = args[-1]
+    return (of_input if wanted[0] else None, of_weight if wanted[1] else None)
 
 
-def _rows(writer: Writer, images: Node, turned: bool = False) -> str:
+def _rows(images: Node) -> Factor:
     batch, channels, height, width = (size_of(n) for n in value_of(images).shape)
-    return _matrix(writer, images, batch * height * width, channels, turned)
+    return Factor(images, (batch * height * width, channels), (channels, 1))
 
 
-def _weight(writer: Writer, weight: Node, turned: bool = False) -> str:
+def _weight(weight: Node) -> Factor:
     written, read = (size_of(n) for n in value_of(weight).shape[:2])
-    return _matrix(writer, weight, written, read, turned)
-
-
-def _matrix(writer: Writer, node: Node, rows: Size, columns: Size, turned: bool) -> str:
-    shape, strides = [rows, columns], [columns, 1]
-    if turned:
-        shape, strides = shape[::-1], strides[::-1]
-    return _view(writer, writer.arg(node), shape, strides)
-
-
-def _as(writer: Writer, text: str, value: torch.Tensor) -> str:
-    shape, strides = ([size_of(n) for n in ns] for ns in (value.shape, value.stride()))
-    return _view(writer, text, shape, strides)
-
-
-def _view(writer: Writer, text: str, shape: list[Size], strides: list[Size]) -> str:
-    return f"view({text}, {writer.sizes(shape)}, {writer.sizes(strides)}, 0)"
+    return Factor(weight, (written, read), (read, 1))

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .cublas import Problem, in_torch
+
 if TYPE_CHECKING:
     from .executor import Writer
 
@@ -52,6 +54,13 @@ class Launch:
 
 
 @dataclass
+class Multiply(Launch):
+    """A matrix product among them. ``args``: two factors, the result, a workspace."""
+
+    problem: Problem | None = None
+
+
+@dataclass
 class Run:
     """Launches in one call. ``values`` are what it passes: where they come among the arguments."""
 
@@ -84,6 +93,10 @@ class Run:
         values = "".join(f", v{k}" for k in range(len(self.values)))
         lines = [f"def {self.name}{'w' * wide}(stream{values}):"]
         for launch in self.launches:
+            if isinstance(launch, Multiply):
+                where = (f"v{self.place(o)}, {o.plus}" for o in launch.args[:3])
+                lines.append(f"    {launch.kernel}({', '.join(where)})  # {launch.name}")
+                continue
             grid, *args = (
                 operand.spelled(f"v{self.place(operand)}" if operand.text else "")
                 for operand in (launch.grid, *launch.args)
@@ -182,6 +195,8 @@ def in_python(
 ) -> dict[str, Callable[..., None]]:
     """The runs as Python functions; with their kernels' wide forms, if asked."""
     scope: dict[str, Any] = dict(kernels)
+    products = (x for run in runs for x in run.launches if isinstance(x, Multiply))
+    scope.update((x.kernel, in_torch(x.problem)) for x in products if x.problem is not None)
     text = "".join(run.as_python(wide) for run in runs)
     exec(compile(text, "<gems launches>", "exec"), scope)
     return {run.name: scope[f"{run.name}{'w' * wide}"] for run in runs}

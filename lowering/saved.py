@@ -19,11 +19,12 @@ from .binaries import Binaries
 from .binding import bind
 from .channels_last import Decision
 from .constants import Unsaveable, meant, spelled
+from .cublas import Problem
 from .cut import Captures, Piece
 from .load import CompileError, Loading, shelf
 from .options import Options
 from .pipeline import Compilation, Report
-from .runs import Launch, Operand, Run
+from .runs import Launch, Multiply, Operand, Run
 from .source import Source
 from .worker import compiled
 
@@ -171,17 +172,14 @@ class Saved:
 
 
 def _run(run: dict[str, Any]) -> Run:
-    launches = [
-        Launch(
-            launch["kernel"],
-            launch["name"],
-            Operand(*launch["grid"]),
-            [Operand(*operand) for operand in launch["args"]],
-            launch["flag"],
-        )
-        for launch in run["launches"]
-    ]
-    return Run(run["name"], launches)
+    return Run(run["name"], [_launch(launch) for launch in run["launches"]])
+
+
+def _launch(launch: dict[str, Any]) -> Launch:
+    operands = [Operand(*operand) for operand in launch["args"]]
+    args = launch["kernel"], launch["name"], Operand(*launch["grid"]), operands, launch["flag"]
+    problem = launch.get("problem")
+    return Launch(*args) if problem is None else Multiply(*args, Problem.of(problem))
 
 
 def _restored(source: dict[str, Any]) -> Source:

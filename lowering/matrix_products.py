@@ -1,0 +1,177 @@
+"""Nodes that are products of two matrices: which matrices, and how they are called.
+
+Where sizes are fixed, cuBLAS is called among the kernels of a run, and what it writes is allocated
+like what they write. Elsewhere it is ``aten::mm``, with views of what a product's factors are part
+of.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.fx import Node
+
+from . import cublas, pointwise_convolutions
+from .cublas import Problem, leading
+from .graph import value_of
+from .indexing import Size, is_static, size_of
+from .ir import Value, base_of, dtype_name, first_place
+from .pointwise_convolutions import Factor
+from .runs import ADDRESS, GRID, TENSOR, Multiply, Operand
+
+if TYPE_CHECKING:
+    from .executor import Writer
+
+aten = torch.ops.aten
+
+#: where a workspace begins
+ALIGNMENT = 256
+
+
+class Product(NamedTuple):
+    """``result``: what it becomes, laid out as the graph says."""
+
+    left: Factor
+    right: Factor
+    result: torch.Tensor
+
+
+def products_of(node: Node) -> tuple[Product | None, ...] | None:
+    """The products that a node is, one for each of its results, None for one that is not wanted;
+    or None where it is something else."""
+    if node.target is aten.mm.default:
+        left, right = (Factor(a, *_matrix(a)) for a in node.args[:2])  # type: ignore[arg-type]
+        return (Product(left, right, value_of(node)),)  # which is contiguous
+    found = pointwise_convolutions.factors(node)
+    if found is None:
+        return None
+    val = node.meta["val"]
+    results = val if isinstance(val, (tuple, list)) else (val,)
+    return tuple(
+        None if pair is None else Product(*pair, result)
+        for pair, result in zip(found, results, strict=False)
+    )
+
+
+def _matrix(node: Node) -> tuple[tuple[Size, Size], tuple[Size, Size]]:
+    val = value_of(node)
+    (rows, columns), (row, column) = (map(size_of, ns) for ns in (val.shape, val.stride()))
+    return (rows, columns), (row, column)
+
+
+class Products:
+    """The part of the Writer that calls them."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.writer = writer
+        self.why_not = (
+            cublas.why_not(writer.device)
+            if writer.cut is None
+            else "what a CUDA graph holds takes the host no time"
+        )
+        self.found = {
+            step: products
+            for step in writer.plan.steps
+            if isinstance(step, Node) and (products := products_of(step)) is not None
+        }
+        self.native: dict[Node, tuple[Product, ...]] = {
+            node: wanted
+            for node, products in self.found.items()
+            if self.why_not is None
+            and all(map(self._problem, wanted := tuple(p for p in products if p is not None)))
+        }
+        factors = (f for ps in self.native.values() for p in ps for f in (p.left, p.right))
+        #: what must lie in memory as the graph says
+        self.read = {place[0] for f in factors if (place := self._place(f)) is not None}
+
+    @property
+    def workspace(self) -> Operand:
+        """Where cuBLAS may write, behind the slab's own."""
+        return Operand(ADDRESS, "s0", -(-self.writer.scratch_bytes // ALIGNMENT) * ALIGNMENT)
+
+    def call(self, name: str, node: Node) -> bool:
+        """Write a node's lines, unless it is ATen's own call."""
+        products = self.found.get(node)
+        if products is None or (node not in self.native and node.target is aten.mm.default):
+            return False
+        if node in self.native:
+            self._launches(name, node, products)
+        else:
+            texts = ["None" if p is None else self._text(p) for p in products]
+            self.writer.enter(name, node)
+            several = isinstance(node.meta["val"], (tuple, list))
+            text = f"({', '.join(texts)}, None)" if several else texts[0]
+            self.writer.add(f"{name} = {text}")
+            self.writer.calls += 1
+            self.writer.named(node, name)
+        return True
+
+    # of cuBLAS
+
+    def _problem(self, product: Product) -> Problem | None:
+        """None where it is not static, or cuBLAS would want a copy."""
+        left, right, result = product
+        sizes = (*left.shape, *right.shape, *left.strides, *right.strides)
+        dtype = dtype_name(result.dtype)
+        if dtype not in cublas.TYPES or not is_static(*sizes) or not all(sizes):
+            return None
+        if not all(leading(*f.shape, f.strides) and self._place(f) for f in (left, right)):
+            return None
+        return Problem.of([dtype, *left.shape, right.shape[1], left.strides, right.strides])
+
+    def _place(self, factor: Factor) -> tuple[Value, int] | None:
+        """What a factor's memory is a part of, and how many bytes it begins behind that; None
+        where that is not known."""
+        of, node = self.writer.program.of, factor.node
+        value, dtype = of.get(node), value_of(node).dtype
+        if not isinstance(value, Value) or value.op == "opaque":
+            return None
+        base, first = base_of(value), first_place(value)
+        if not is_static(first) or dtype_name(dtype) != base.dtype:
+            return None
+        return base, first * dtype.itemsize
+
+    def _operand(self, factor: Factor) -> Operand:
+        place = self._place(factor)
+        assert place is not None  # or it is not native
+        names = self.writer.names
+        if factor.node in names:
+            return Operand(TENSOR, self.writer.use(names[factor.node]))
+        base, offset = place
+        return Operand(TENSOR, self.writer.use(names[base]), offset)
+
+    def _launches(self, name: str, node: Node, products: tuple[Product | None, ...]) -> None:
+        several = isinstance(node.meta["val"], (tuple, list))
+        for k, product in enumerate(products):
+            problem = product and self._problem(product)
+            getters = [u for u in node.users if u.target is operator.getitem and u.args[1] == k]
+            shown = getters if several else [node]
+            if product is None or problem is None or not shown:
+                continue
+            out = f"{name}_{k}" if several else name
+            self.writer.allocate(out, product.result)
+            args = [self._operand(product.left), self._operand(product.right)]
+            args += [Operand(TENSOR, self.writer.use(out)), self.workspace]
+            self.writer.use("scratch")
+            kernel = f"m{len(self.writer.lines)}"
+            grid = Operand(GRID, plus=1)
+            self.writer.runs.launch(Multiply(kernel, "mm", grid, args, problem=problem))
+            self.writer.calls += 1
+            for reader in shown:
+                self.writer.named(reader, out)
+        if several:
+            self.writer.names[node] = name  # of nothing: its results have names of their own
+
+    # of ATen
+
+    def _text(self, product: Product) -> str:
+        mm = self.writer.constant(aten.mm.default, "f")
+        left, right = (self._view(self.writer.arg(f.node), *f[1:]) for f in product[:2])
+        result = product.result
+        shape, strides = ([size_of(n) for n in ns] for ns in (result.shape, result.stride()))
+        return self._view(f"{mm}({left}, {right})", shape, strides)
+
+    def _view(self, text: str, shape: Any, strides: Any) -> str:
+        return f"view({text}, {self.writer.sizes(shape)}, {self.writer.sizes(strides)}, 0)"
