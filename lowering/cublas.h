@@ -8,7 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#define ALIGNMENTS 9               /* addresses that are multiples of 1, 2, 4 ... 256 bytes */
+#define CHOICES 4   /* of algorithms: one for each set of alignments that addresses come with */
+#define ALIGNED 256 /* bytes; more makes no difference */
 
 /* from cublasLt.h and library_types.h, whose numbers do not change */
 enum { COMPUTE_32F = 68, R_32F = 0 };
@@ -47,8 +48,9 @@ typedef struct {
 typedef struct {
     const Blas *blas;
     void *desc, *left, *right, *result;
-    Choice choices[ALIGNMENTS]; /* one for what all addresses are multiples of */
-    char chosen[ALIGNMENTS];
+    Choice choices[CHOICES];
+    uint32_t alignments[CHOICES][3]; /* of left, right, result; 0: nothing is chosen yet */
+    int next;
 } Product;
 
 /* 0, or what is missing of the library */
@@ -70,20 +72,23 @@ static const char *open_blas(Blas *blas, const char *path)
     return blas->create(&blas->handle) ? "a handle" : NULL;
 }
 
-/* The algorithm for addresses that are multiples of 2^place bytes, in at most ``most`` bytes. */
-static Status choose(Product *product, int place, size_t most)
+/* The algorithm for addresses that are multiples of so many bytes, with a workspace of at most
+   ``most`` bytes. It takes the place of the one that was chosen first, if there are many. */
+static Status choose(Product *product, const uint32_t alignments[3], size_t most, Choice **choice)
 {
     const Blas *blas = product->blas;
-    uint32_t bytes = 1u << place;
+    uint32_t left = alignments[0], right = alignments[1], result = alignments[2];
+    uint32_t given[] = {right, left, result, result}; /* A, B, C, D */
+    int place = product->next;
     void *preference = NULL;
     int found = 0;
     Status status = blas->new_preference(&preference);
     if (status)
         return status;
     status = blas->set_preference(preference, PREF_MAX_WORKSPACE_BYTES, &most, sizeof most);
-    for (int k = 0; k < 4 && !status; k++) /* A, B, C, D */
-        status = blas->set_preference(preference, PREF_MIN_ALIGNMENT_A_BYTES + k, &bytes,
-                                      sizeof bytes);
+    for (int k = 0; k < 4 && !status; k++)
+        status = blas->set_preference(preference, PREF_MIN_ALIGNMENT_A_BYTES + k, &given[k],
+                                      sizeof given[k]);
     if (!status)
         status = blas->choose(blas->handle, product->desc, product->right, product->left,
                               product->result, product->result, preference, 1,
@@ -91,8 +96,13 @@ static Status choose(Product *product, int place, size_t most)
     blas->drop_preference(preference);
     if (!status && !found)
         status = 15; /* CUBLAS_STATUS_NOT_SUPPORTED */
-    product->chosen[place] = !status;
-    return status;
+    memset(product->alignments[place], 0, sizeof product->alignments[place]);
+    if (status)
+        return status;
+    memcpy(product->alignments[place], alignments, sizeof product->alignments[place]);
+    product->next = (place + 1) % CHOICES;
+    *choice = &product->choices[place];
+    return 0;
 }
 
 static void unmake_product(Product *product)
@@ -125,25 +135,33 @@ static Status make_product(Product *product, const Blas *blas, int type, const u
                                   turned[1] ? columns : inner, ld[1]);
     if (!status)
         status = blas->new_layout(&product->result, type, columns, rows, (int64_t)columns);
-    return status ? status : choose(product, ALIGNMENTS - 1, blas->most);
+    const uint32_t aligned[] = {ALIGNED, ALIGNED, ALIGNED};
+    Choice *first;
+    return status ? status : choose(product, aligned, blas->most, &first);
 }
 
 /* ``params`` point to the addresses of left, right, result and ``most`` bytes of workspace. */
 static Status multiply(Product *product, void **params, size_t most, void *stream)
 {
     const float one = 1, zero = 0;
-    uint64_t left = *(uint64_t *)params[0], right = *(uint64_t *)params[1];
-    uint64_t result = *(uint64_t *)params[2];
-    int place = __builtin_ctzll(left | right | result | 1u << (ALIGNMENTS - 1));
-    if (!product->chosen[place]) {
-        Status status = choose(product, place, most);
+    uint64_t at[3];
+    uint32_t alignments[3];
+    for (int k = 0; k < 3; k++) {
+        at[k] = *(uint64_t *)params[k];
+        alignments[k] = 1u << __builtin_ctzll(at[k] | ALIGNED);
+    }
+    Choice *choice = NULL;
+    for (int k = 0; k < CHOICES && !choice; k++)
+        if (!memcmp(product->alignments[k], alignments, sizeof alignments))
+            choice = &product->choices[k];
+    if (!choice) {
+        Status status = choose(product, alignments, most, &choice);
         if (status)
             return status;
     }
-    Choice *choice = &product->choices[place];
-    return product->blas->multiply(product->blas->handle, product->desc, &one, (void *)right,
-                                   product->right, (void *)left, product->left, &zero,
-                                   (void *)result, product->result, (void *)result,
-                                   product->result, choice->algorithm,
+    void *left = (void *)at[0], *right = (void *)at[1], *result = (void *)at[2];
+    return product->blas->multiply(product->blas->handle, product->desc, &one, right,
+                                   product->right, left, product->left, &zero, result,
+                                   product->result, result, product->result, choice->algorithm,
                                    *(void **)params[3], choice->workspace, stream);
 }

@@ -49,12 +49,15 @@ class Problem(NamedTuple):
 
 
 def leading(rows: int, columns: int, strides: tuple[int, int]) -> tuple[int, int] | None:
-    """(whether columns lie together, how far the others are apart); None where neither do."""
+    """(whether columns lie together and not rows, how far one is from the next); None where neither
+    do. Where both do, it is as ATen sees it (``cublasCommonArgs``)."""
     row, column = strides
-    if column == 1 and (row >= columns or rows == 1):
-        return 0, max(row, columns)
-    if row == 1 and (column >= rows or columns == 1):
-        return 1, max(column, rows)
+    if (columns == 1 or column == 1) and (rows == 1 or row == columns):  # contiguous
+        return 0, columns
+    if row == 1 and column >= rows:
+        return 1, column
+    if column == 1 and row >= columns:
+        return 0, row
     return None
 
 

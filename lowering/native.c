@@ -288,7 +288,7 @@ static int fill_product(Run *run, Launch *it, PyObject *given)
         PyErr_Format(PyExc_OSError, "cuBLAS has no algorithm for it (status %d)", status);
         return -1;
     }
-    Py_ssize_t wanted = (Py_ssize_t)it->product->choices[ALIGNMENTS - 1].workspace;
+    Py_ssize_t wanted = (Py_ssize_t)it->product->choices[0].workspace;
     if (wanted > run->workspace)
         run->workspace = wanted;
     return 0;

@@ -12,7 +12,7 @@ typedef struct {
 } Desc;
 typedef struct {
     uint64_t most;
-    uint32_t alignment;
+    uint32_t alignments[4]; /* A, B, C, D */
 } Preference;
 typedef struct {
     uint64_t algorithm[8];
@@ -78,22 +78,23 @@ int cublasLtMatmulPreferenceSetAttribute(Preference *it, int attribute, const vo
     if (attribute == 1 && size == 8)
         it->most = *(uint64_t *)value;
     else if (attribute >= 5 && attribute <= 8 && size == 4)
-        it->alignment = *(uint32_t *)value;
+        it->alignments[attribute - 5] = *(uint32_t *)value;
     else
         return 7;
     return 0;
 }
 int cublasLtMatmulPreferenceDestroy(void *it) { return dropped(it); }
 
-/* An algorithm's number is what addresses are multiples of; each wants 1000 bytes a column. */
+/* An algorithm's number tells what addresses are multiples of; each wants 1000 bytes a column. */
 int cublasLtMatmulAlgoGetHeuristic(void *handle, Desc *desc, Layout *a, Layout *b, Layout *c,
                                    Layout *d, Preference *preference, int wanted, Choice *to,
                                    int *found)
 {
     choices++;
     size_t workspace = 1000 * (size_t)d->columns;
-    *found = handle == &many && wanted == 1 && workspace <= preference->most;
-    *to = (Choice){{preference->alignment}, workspace};
+    const uint32_t *to_be = preference->alignments;
+    *found = handle == &many && wanted == 1 && workspace <= preference->most && to_be[2] == to_be[3];
+    *to = (Choice){{(uint64_t)to_be[0] << 20 | to_be[1] << 10 | to_be[2]}, workspace};
     return 0;
 }
 int cublasLtMatmul(void *handle, Desc *desc, const float *alpha, const void *to_a, Layout *a,

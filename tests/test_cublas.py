@@ -39,7 +39,9 @@ needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="cuBLAS is on GPUs alone
         ((5, 1, (1, 1)), (0, 1)),
         ((1, 5, (2, 1)), (0, 5)),
         ((1, 5, (1, 7)), (1, 7)),
-        ((5, 1, (1, 2)), (1, 5)),
+        ((5, 1, (1, 2)), (0, 1)),
+        ((5, 1, (3, 1)), (0, 3)),
+        ((5, 1, (3, 3)), None),
         ((5, 3, (2, 1)), None),  # rows overlap
         ((5, 3, (0, 1)), None),
         ((5, 3, (6, 2)), None),
@@ -145,8 +147,23 @@ def test_algorithms_follow_what_addresses_are_multiples_of(driver: Driver, behin
     for at in (0, behind, 0, behind):
         run(0, aligned, aligned[at:], aligned, 0)
     found = [driver.library.product(k).contents.algorithm for k in range(4)]
-    assert found == [256, behind, 256, behind]
+    other = behind << 20 | 256 << 10 | 256  # cuBLAS's A is the right factor
+    every = 256 << 20 | 256 << 10 | 256
+    assert found == [every, other, every, other]
     assert driver.library.asked() == (1 if behind == 256 else 2)  # once for each
+
+
+@needs_compiler
+def test_many_alignments(driver: Driver) -> None:
+    """More than are kept: the one that was chosen first goes, and is chosen again."""
+    run = made(driver, multiply(Problem("float16", 2, 2, 2, (2, 1), (2, 1)), A, B, C))
+    start = torch.zeros(2048, dtype=torch.uint8)
+    aligned = start[-start.data_ptr() % 256 :]
+    places = [0, 2, 4, 8, 16, 0, 16]
+    for at in places:
+        run(0, aligned[at:], aligned, aligned, 0)
+    found = [driver.library.product(k).contents.algorithm >> 10 & 1023 for k in range(7)]
+    assert found == [at or 256 for at in places] and driver.library.asked() == 6
 
 
 @needs_compiler
@@ -291,7 +308,7 @@ def test_the_workspace_is_torchs(monkeypatch) -> None:
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    "sizes", [(1, 2048, 512), (2, 3, 5), (333, 77, 129), (4096, 768, 64), (64, 50176, 128)]
+    "sizes", [(17, 2048, 512), (2, 3, 5), (333, 77, 129), (4096, 768, 64), (64, 50176, 128)]
 )
 @pytest.mark.parametrize("at", [0, 1, 8])
 def test_the_bits_of_aten(sizes, dtype, at) -> None:
@@ -306,8 +323,8 @@ def test_the_bits_of_aten(sizes, dtype, at) -> None:
 
     compiled = torch.compile(fn, backend=backend, fullgraph=True)
     for _ in range(2):
-        for got, wanted in zip(compiled(x, y, g), fn(x, y, g), strict=True):
-            assert torch.equal(got, wanted)
+        pairs = zip(compiled(x, y, g), fn(x, y, g), strict=True)
+        assert [torch.equal(got, wanted) for got, wanted in pairs] == [True] * 3
     assert len(products(backend)) == 3
 
 
