@@ -261,6 +261,7 @@ def _wrapper_text(report: Report) -> str:
         "# What one call of the graph runs. Not a program: these names are put in by the executor.",
         "#   r0, r1 ...   launch the kernels that follow, in one call of the native launcher where",
         "#                that is there; kernel by kernel they stand above the function",
+        "#   m5, m9 ...   torch.mm of memory: (tensor, bytes ahead) of both factors, and result",
         "#   r0w ...      the same kernels with 64-bit places, for sizes above wide0, wide1 ...",
         "#   k0, k1 ...   launch a kernel: (grid x, y, z, stream, arguments)",
         "#   empty, view  allocate, and look at memory with another shape, without a dispatcher",

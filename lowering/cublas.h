@@ -8,6 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#define BLAS "gems_native.blas" /* a capsule's name */
 #define CHOICES 4   /* of algorithms: one for each set of alignments that addresses come with */
 #define ALIGNED 256 /* bytes; more makes no difference */
 

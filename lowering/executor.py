@@ -96,12 +96,13 @@ class Writer:
         text = str(size)
         if text in self.symbols:
             return self.symbols[text]
+        from sympy import Symbol
         from torch.utils._sympy.printers import PythonPrinter
 
         missing = [str(s) for s in size.free_symbols if str(s) not in self.symbols]
         if missing:
             raise KeyError(f"no input tells the value of {missing[0]}")
-        named = {s: _symbol(self.symbols[str(s)]) for s in size.free_symbols}
+        named = {s: Symbol(self.symbols[str(s)], integer=True) for s in size.free_symbols}
         return f"({PythonPrinter().doprint(size.xreplace(named))})"
 
     def sizes(self, sizes: Sequence[Size]) -> str:
@@ -496,9 +497,3 @@ class Writer:
             body.insert(0, f"stream = {'current_stream()' if on_gpu else None}")
         body.insert(0, PROFILED)
         return "def call(args):\n" + "".join(f"    {line}\n" for line in body)
-
-
-def _symbol(name: str) -> Any:
-    import sympy
-
-    return sympy.Symbol(name, integer=True)

@@ -38,6 +38,18 @@ class Product(NamedTuple):
     result: torch.Tensor
 
 
+#: what a factor's memory is a part of, and how many bytes it begins behind that
+Place = tuple[Value, int]
+
+
+class Call(NamedTuple):
+    """A product as cuBLAS is called for it; ``places``: of its factors."""
+
+    product: Product
+    problem: Problem
+    places: list[Place]
+
+
 def products_of(node: Node) -> tuple[Product | None, ...] | None:
     """The products that a node is, one for each of its results, None for one that is not wanted;
     or None where it is something else."""
@@ -76,15 +88,16 @@ class Products:
             for step in writer.plan.steps
             if isinstance(step, Node) and (products := products_of(step)) is not None
         }
-        self.native: dict[Node, tuple[Product, ...]] = {
-            node: wanted
-            for node, products in self.found.items()
-            if self.why_not is None
-            and all(map(self._problem, wanted := tuple(p for p in products if p is not None)))
-        }
-        factors = (f for ps in self.native.values() for p in ps for f in (p.left, p.right))
+        #: of a node that cuBLAS is called for: its results' numbers, and what makes each
+        self.native: dict[Node, list[tuple[int, Call]]] = {}
         #: what must lie in memory as the graph says
-        self.read = {place[0] for f in factors if (place := self._place(f)) is not None}
+        self.read: set[Value] = set()
+        for node, products in self.found.items() if self.why_not is None else ():
+            calls = [(k, self._call(p)) for k, p in enumerate(products) if p is not None]
+            known = [(k, call) for k, call in calls if call is not None]
+            if len(known) == len(calls):
+                self.native[node] = known
+                self.read.update(place[0] for _, call in known for place in call.places)
 
     @property
     def workspace(self) -> Operand:
@@ -97,7 +110,7 @@ class Products:
         if products is None or (node not in self.native and node.target is aten.mm.default):
             return False
         if node in self.native:
-            self._launches(name, node, products)
+            self._launches(name, node)
         else:
             texts = ["None" if p is None else self._text(p) for p in products]
             self.writer.enter(name, node)
@@ -110,18 +123,20 @@ class Products:
 
     # of cuBLAS
 
-    def _problem(self, product: Product) -> Problem | None:
+    def _call(self, product: Product) -> Call | None:
         """None where it is not static, or cuBLAS would want a copy."""
         left, right, result = product
         sizes = (*left.shape, *right.shape, *left.strides, *right.strides)
         dtype = dtype_name(result.dtype)
         if dtype not in cublas.TYPES or not is_static(*sizes) or not all(sizes):
             return None
-        if not all(leading(*f.shape, f.strides) and self._place(f) for f in (left, right)):
+        if any(leading(*f.shape, f.strides) is None for f in (left, right)):
             return None
-        return Problem.of([dtype, *left.shape, right.shape[1], left.strides, right.strides])
+        places = [place for f in (left, right) if (place := self._place(f)) is not None]
+        problem = Problem.of([dtype, *left.shape, right.shape[1], left.strides, right.strides])
+        return Call(product, problem, places) if len(places) == 2 else None
 
-    def _place(self, factor: Factor) -> tuple[Value, int] | None:
+    def _place(self, factor: Factor) -> Place | None:
         """What a factor's memory is a part of, and how many bytes it begins behind that; None
         where that is not known."""
         of, node = self.writer.program.of, factor.node
@@ -133,34 +148,30 @@ class Products:
             return None
         return base, first * dtype.itemsize
 
-    def _operand(self, factor: Factor) -> Operand:
-        place = self._place(factor)
-        assert place is not None  # or it is not native
+    def _operand(self, factor: Factor, place: Place) -> Operand:
         names = self.writer.names
         if factor.node in names:
             return Operand(TENSOR, self.writer.use(names[factor.node]))
         base, offset = place
         return Operand(TENSOR, self.writer.use(names[base]), offset)
 
-    def _launches(self, name: str, node: Node, products: tuple[Product | None, ...]) -> None:
-        several = isinstance(node.meta["val"], (tuple, list))
-        for k, product in enumerate(products):
-            problem = product and self._problem(product)
+    def _launches(self, name: str, node: Node) -> None:
+        writer, several = self.writer, isinstance(node.meta["val"], (tuple, list))
+        for k, (product, problem, places) in self.native[node]:
             getters = [u for u in node.users if u.target is operator.getitem and u.args[1] == k]
             shown = getters if several else [node]
-            if product is None or problem is None or not shown:
+            if not shown:
                 continue
             out = f"{name}_{k}" if several else name
-            self.writer.allocate(out, product.result)
-            args = [self._operand(product.left), self._operand(product.right)]
-            args += [Operand(TENSOR, self.writer.use(out)), self.workspace]
-            self.writer.use("scratch")
-            kernel = f"m{len(self.writer.lines)}"
-            grid = Operand(GRID, plus=1)
-            self.writer.runs.launch(Multiply(kernel, "mm", grid, args, problem=problem))
-            self.writer.calls += 1
+            writer.allocate(out, product.result)
+            args = list(map(self._operand, product[:2], places))
+            args += [Operand(TENSOR, writer.use(out)), self.workspace]
+            writer.use("scratch")
+            kernel, grid = f"m{len(writer.lines)}", Operand(GRID, plus=1)
+            writer.runs.launch(Multiply(kernel, "mm", grid, args, problem=problem))
+            writer.calls += 1
             for reader in shown:
-                self.writer.named(reader, out)
+                writer.named(reader, out)
         if several:
             self.writer.names[node] = name  # of nothing: its results have names of their own
 

@@ -19,7 +19,6 @@
 
 #include "cublas.h"
 
-#define BLAS "gems_native.blas"
 #define MOST_VALUES 4096 /* of a call; they lie on the stack */
 
 typedef int Result; /* CUresult; 0 is success */
@@ -461,9 +460,8 @@ static PyObject *number_drawn(PyObject *self, PyObject *const *args, Py_ssize_t 
     return PyLong_FromLongLong((int64_t)(words % UINT64_MAX - ((uint64_t)1 << 63)));
 }
 
-/* open_blas(path, most): cuBLAS with a handle for the current device, and how many bytes it may use
-   as a workspace. Both stay to the process's end: when that comes, CUDA may be gone before they
-   could be given back. */
+/* open_blas(path, most): cuBLAS with a handle for the current device, which may use ``most`` bytes to
+   work in. They are never given back: at the process's end CUDA may be gone before. */
 static PyObject *blas_opened(PyObject *self, PyObject *args)
 {
     const char *name;
