@@ -73,6 +73,14 @@ def _matrix(node: Node) -> tuple[tuple[Size, Size], tuple[Size, Size]]:
     return (rows, columns), (row, column)
 
 
+def _lies_as(value: Value, val: torch.Tensor) -> bool:
+    """Whether a value's memory is laid out as its node says."""
+    if value.shape != tuple(map(size_of, val.shape)):
+        return False
+    strides = zip(value.shape, value.strides, map(size_of, val.stride()), strict=True)
+    return all(size == 1 or one == other for size, one, other in strides)
+
+
 class Products:
     """The part of the Writer that calls them."""
 
@@ -139,19 +147,21 @@ class Products:
     def _place(self, factor: Factor) -> Place | None:
         """What a factor's memory is a part of, and how many bytes it begins behind that; None
         where that is not known."""
-        of, node = self.writer.program.of, factor.node
-        value, dtype = of.get(node), value_of(node).dtype
+        value, val = self.writer.program.of.get(factor.node), value_of(factor.node)
         if not isinstance(value, Value) or value.op == "opaque":
             return None
         base, first = base_of(value), first_place(value)
-        if not is_static(first) or dtype_name(dtype) != base.dtype:
+        if not is_static(first) or dtype_name(val.dtype) != base.dtype:
             return None
-        return base, first * dtype.itemsize
+        if base is value and not _lies_as(value, val):
+            return None
+        return base, first * val.dtype.itemsize
 
     def _operand(self, factor: Factor, place: Place) -> Operand:
         names = self.writer.names
-        if factor.node in names:
-            return Operand(TENSOR, self.writer.use(names[factor.node]))
+        for whole in (factor.node, self.writer.program.of[factor.node]):
+            if whole in names:
+                return Operand(TENSOR, self.writer.use(names[whole]))
         base, offset = place
         return Operand(TENSOR, self.writer.use(names[base]), offset)
 
