@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from . import captured, private
 from .copies import alias, own, own_together
 from .cut import Captures, Facts, Piece
-from .graph import output_node
+from .graph import output_node, saved_inputs
 from .lending import Lender
 
 log = logging.getLogger("gems_compile.lowering.cuda_graphs")
@@ -33,8 +33,7 @@ def facts_of(gm: GraphModule, kind: str, outside: Collection[str]) -> Facts:
     fixed = private.static_inputs()
     if kind == "backward":  # what it has of the forward's inputs keeps their names
         names = {f"primals_{k + 1}" for k in fixed}
-        others = ("primals_", "tangents_")
-        saved = {n for n in inputs if not n.name.startswith(others) and n.name not in outside}
+        saved = {n for n in saved_inputs(gm.graph) if n.name not in outside}
         return Facts(kind, {n for n in inputs if n.name in names}, saved, None, [])
     static: set[Node] = {inputs[k] for k in fixed if k < len(inputs)}
     results: Any = output_node(gm.graph).args[0]

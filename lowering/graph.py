@@ -52,6 +52,15 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
+def saved_inputs(graph: fx.Graph) -> list[fx.Node]:
+    """Of a backward graph what forward computed for it, and nobody else holds: AOTAutograd lets the
+    program's own tensors and the gradients keep their names."""
+    inputs = graph.find_nodes(op="placeholder")
+    if not any(node.name.startswith("tangents_") for node in inputs):
+        return []
+    return [node for node in inputs if not node.name.startswith(("primals_", "tangents_"))]
+
+
 def is_symbolic(value: Any) -> bool:
     return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 

@@ -20,6 +20,11 @@ class Block:
     size: int | None
     born: int  # the line that allocates it
 
+    @classmethod
+    def of(cls, what: Any, line: int = 0) -> Block:
+        """The memory of a number of bytes, a Value or a FakeTensor."""
+        return cls(_bytes_of(what), line)
+
 
 class Ledger:
     """Which variables hold which blocks. Inputs are the caller's memory, and no blocks."""
@@ -30,7 +35,7 @@ class Ledger:
     def allocate(self, name: str, line: int, what: Any) -> None:
         """``what``: a number of bytes, a Value, a FakeTensor, or a tuple of those."""
         parts = what if isinstance(what, (tuple, list)) else (what,)
-        self.held[name] = tuple(Block(_bytes_of(part), line) for part in parts)
+        self.held[name] = tuple(Block.of(part, line) for part in parts)
 
     def share(self, name: str, source: str | None, part: int | None = None) -> None:
         """The variable holds what ``source`` does, or one part of that."""

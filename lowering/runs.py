@@ -13,6 +13,9 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .cublas import Problem, in_torch
+from .graph import is_tensor, saved_inputs, value_of
+from .ir import Value
+from .ledger import Block
 
 if TYPE_CHECKING:
     from .executor import Writer
@@ -166,12 +169,13 @@ class Runs:
 
 
 class Memory:
-    """What the function holds line by line, and what a run would hold beyond that."""
+    """What the function holds line by line, what it was given to let go of among that, and what a
+    run would hold beyond that."""
 
     def __init__(self, writer: Writer) -> None:
         end = len(writer.lines)
         change, self.freed = [0] * (end + 2), [0] * (end + 1)
-        ends = writer.ledger.ends(writer.uses, end)
+        ends = {**writer.ledger.ends(writer.uses, end), **_given(writer)}
         for block, last in ends.items():
             size = block.size or 1  # where it is not known: that something dies
             change[block.born] += size
@@ -188,6 +192,17 @@ class Memory:
 
     def passes(self, line: int, within: bool) -> None:
         self.late = self.late + self.freed[line] if within else 0
+
+
+def _given(writer: Writer) -> dict[Block, int]:
+    """What forward saved for this graph, until its last use here."""
+    found = {}
+    for node in saved_inputs(writer.gm.graph):
+        value, val = writer.program.of.get(node), value_of(node)
+        if isinstance(value, Value) and is_tensor(val):
+            names = writer.names[node], writer.aligned.get(value, "")  # what kernels read
+            found[Block.of(val)] = max(writer.uses.get(name, 0) for name in names)
+    return found
 
 
 def in_python(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from helpers import DEVICE, gems_only
 from test_native import Driver, Noted, extension, launch, needs_compiler
-from torch import Tensor
+from torch import Tensor, nn
 
 from gems_compile.backend import Gems
 from gems_compile.lowering import cublas, matrix_products, native, private, saved
@@ -326,6 +326,36 @@ def test_the_bits_of_aten(sizes, dtype, at) -> None:
         pairs = zip(compiled(x, y, g), fn(x, y, g), strict=True)
         assert [torch.equal(got, wanted) for got, wanted in pairs] == [True] * 3
     assert len(products(backend)) == 3
+
+
+def peak_of_a_step(layers: int = 8) -> int:
+    """Bytes of a training step of linear layers; every backward holds much that forward saved."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(layers)))
+    model.to(DEVICE, torch.bfloat16)
+
+    def loss(x: Tensor) -> Tensor:
+        for linear in model:
+            x = F.silu(linear(x)) * x
+        return x.float().square().mean()
+
+    backend, x = Gems(), halves(16384, 512)
+    compiled = torch.compile(loss, backend=backend, fullgraph=True)
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        model.zero_grad()
+        compiled(x).backward()
+    assert len(products(backend)) in (0, 3 * layers - 1)
+    return torch.cuda.max_memory_allocated()
+
+
+@needs_gpu
+def test_memory_does_not_rise(monkeypatch) -> None:
+    """What dies in a run lives to its end, also what forward saved: runs are parted for it."""
+    native = peak_of_a_step()
+    torch._dynamo.reset()
+    monkeypatch.setattr(matrix_products.cublas, "why_not", lambda device: "a test asks for ATen")
+    assert native <= peak_of_a_step() + cublas.most_workspace(0)
 
 
 @needs_gpu
