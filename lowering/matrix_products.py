@@ -132,8 +132,10 @@ class Products:
     # of cuBLAS
 
     def _call(self, product: Product) -> Call | None:
-        """None where it is not static, or cuBLAS would want a copy."""
+        """None where it is not static, on another device, or cuBLAS would want a copy."""
         left, right, result = product
+        if result.device != self.writer.device:
+            return None
         sizes = (*left.shape, *right.shape, *left.strides, *right.strides)
         dtype = dtype_name(result.dtype)
         if dtype not in cublas.TYPES or not is_static(*sizes) or not all(sizes):

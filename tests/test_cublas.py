@@ -295,6 +295,17 @@ def test_settings_that_products_depend_on(monkeypatch, name, value) -> None:
     assert torch.equal(compiled(x), x @ x + 1) and not products(backend)
 
 
+@needs_gpu
+def test_a_product_on_the_cpu() -> None:
+    """In a graph of a GPU's."""
+    x, y = halves(64, 64), halves(64, 64).cpu()
+    backend = Gems()
+    compiled = torch.compile(lambda x, y: (x @ x + 1, y @ y), backend=backend, fullgraph=True)
+    for got, wanted in zip(compiled(x, y), (x @ x + 1, y @ y), strict=True):
+        assert got.device == wanted.device and torch.equal(got, wanted)
+    assert len(products(backend)) == 1
+
+
 def test_the_workspace_is_torchs(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
