@@ -71,9 +71,9 @@ class Extension:
     def _make(self) -> None:
         try:
             module = self._kept_or_built()
-            self.run, self.number_drawn = module.Run, module.number_drawn
-            self.open_blas = module.open_blas
+            self.number_drawn, self.open_blas = module.number_drawn, module.open_blas
             self.why = ""
+            self.run = module.Run  # last: who finds it may use the others
         except Exception as e:  # whatever it is, kernels can be launched without
             self.why = str(e) if isinstance(e, Unavailable) else f"{type(e).__name__}: {e}"
             log.info("kernels are launched from Python: %s", self.why)

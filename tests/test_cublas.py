@@ -295,6 +295,16 @@ def test_settings_that_products_depend_on(monkeypatch, name, value) -> None:
     assert torch.equal(compiled(x), x @ x + 1) and not products(backend)
 
 
+@pytest.mark.usefixtures("everywhere")
+def test_a_product_without_memory() -> None:
+    """On another device than the graph's kernels."""
+    x, m = halves(16, 16), torch.empty(16, 16, device="meta", dtype=torch.bfloat16)
+    backend = Gems()
+    got, other = torch.compile(lambda x, m: (x @ x + 1, m @ m), backend=backend)(x, m)
+    torch.testing.assert_close(got, x @ x + 1, rtol=0.02, atol=0.02)
+    assert other.device.type == "meta" and len(products(backend)) == 1
+
+
 @needs_gpu
 def test_a_product_on_the_cpu() -> None:
     """In a graph of a GPU's."""
