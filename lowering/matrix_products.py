@@ -86,11 +86,6 @@ class Products:
 
     def __init__(self, writer: Writer) -> None:
         self.writer = writer
-        self.why_not = (
-            cublas.why_not(writer.device)
-            if writer.cut is None
-            else "what a CUDA graph holds takes the host no time"
-        )
         self.found = {
             step: products
             for step in writer.plan.steps
@@ -100,7 +95,9 @@ class Products:
         self.native: dict[Node, list[tuple[int, Call]]] = {}
         #: what must lie in memory as the graph says
         self.read: set[Value] = set()
-        for node, products in self.found.items() if self.why_not is None else ():
+        # what a CUDA graph holds takes the host no time
+        natively = writer.cut is None and cublas.why_not(writer.device) is None
+        for node, products in self.found.items() if natively else ():
             calls = [(k, self._call(p)) for k, p in enumerate(products) if p is not None]
             known = [(k, call) for k, call in calls if call is not None]
             if len(known) == len(calls):
@@ -184,8 +181,6 @@ class Products:
             writer.calls += 1
             for reader in shown:
                 writer.named(reader, out)
-        if several:
-            self.writer.names[node] = name  # of nothing: its results have names of their own
 
     # of ATen
 

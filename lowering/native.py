@@ -251,7 +251,7 @@ def made(
 
     def as_tuple(launch: Launch) -> tuple[Any, ...]:
         args = map(packed, launch.args)
-        if isinstance(launch, Multiply) and launch.problem is not None:
+        if isinstance(launch, Multiply):
             return (launch.name, blas, launch.problem.asked(), tuple(args))
         it = next(left)
         grid = packed(launch.grid)

@@ -60,7 +60,7 @@ class Launch:
 class Multiply(Launch):
     """A matrix product among them. ``args``: two factors, the result, a workspace."""
 
-    problem: Problem | None = None
+    problem: Problem = field(kw_only=True)
 
 
 @dataclass
@@ -211,7 +211,7 @@ def in_python(
     """The runs as Python functions; with their kernels' wide forms, if asked."""
     scope: dict[str, Any] = dict(kernels)
     products = (x for run in runs for x in run.launches if isinstance(x, Multiply))
-    scope.update((x.kernel, in_torch(x.problem)) for x in products if x.problem is not None)
+    scope.update((x.kernel, in_torch(x.problem)) for x in products)
     text = "".join(run.as_python(wide) for run in runs)
     exec(compile(text, "<gems launches>", "exec"), scope)
     return {run.name: scope[f"{run.name}{'w' * wide}"] for run in runs}
