@@ -28,6 +28,22 @@ def warm(backend: str, seconds: float, dynamo: float, cache: Any = None) -> Any:
     return {**found, "seconds": {"Dynamo": dynamo}}
 
 
+def test_the_warm_compile_in_the_middle_counts() -> None:
+    rows = [row("m", "gems", seconds, "warm") for seconds in (3.0, 9.0, 4.0)]
+    assert bench.median(rows) == {**rows[2], "all_s": [3.0, 9.0, 4.0]}
+    failed = {**rows[1], "status": "failed: no"}
+    assert bench.median([rows[0], failed, rows[2]]) is failed
+
+
+def test_warm_compiles_take_turns() -> None:
+    options = bench.arguments(
+        ["--small", "--models", "gpt2-train", "--layers", "", "--against", "b", "--warm", "2"]
+    )
+    found = [(task["start"], task["backend"]) for task in bench.tasks(options, Path("c"))]
+    turn = ["gems", "b"]
+    assert found == [(start, b) for start in ("cold", "warm", "warm") for b in turn]
+
+
 @pytest.mark.slow
 def test_a_row_of_gems_and_a_backend_that_fails(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
