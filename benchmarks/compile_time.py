@@ -2,7 +2,7 @@
 
 Each (model, backend) is compiled in a fresh process with empty caches (cold), then in a second one
 that finds the caches of the first (warm), one at a time. Warm ones take turns, ``--warm`` of each,
-and the median counts: Dynamo's own seconds differ by 0.5 from one to the next. aot_eager, torch's
+and the median counts: Dynamo's own seconds differ by 0.5 s from one to the next. aot_eager, torch's
 own backend that decomposes and generates nothing, is the floor: Dynamo and AOTAutograd. Besides the
 models of ``benchmarks.models``, Llama-3.2-1B with 2, 16 and 64 layers shows how seconds grow with
 the graph.
