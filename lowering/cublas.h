@@ -49,8 +49,8 @@ typedef struct {
 typedef struct {
     const Blas *blas;
     void *desc, *left, *right, *result;
-    Choice choices[CHOICES];
-    uint32_t alignments[CHOICES][3]; /* of left, right, result; 0: nothing is chosen yet */
+    Choice choices[CHOICES], *chosen; /* ``chosen``: the one for this call's addresses */
+    uint32_t alignments[CHOICES][3];  /* of left, right, result; 0: nothing is chosen yet */
     int next;
 } Product;
 
@@ -73,9 +73,9 @@ static const char *open_blas(Blas *blas, const char *path)
     return blas->create(&blas->handle) ? "a handle" : NULL;
 }
 
-/* The algorithm for addresses that are multiples of so many bytes, with a workspace of at most
-   ``most`` bytes. It takes the place of the one that was chosen first, if there are many. */
-static Status choose(Product *product, const uint32_t alignments[3], size_t most, Choice **choice)
+/* The algorithm for addresses that are multiples of so many bytes. It takes the place of the one
+   that was chosen first, if there are many. */
+static Status choose(Product *product, const uint32_t alignments[3])
 {
     const Blas *blas = product->blas;
     uint32_t left = alignments[0], right = alignments[1], result = alignments[2];
@@ -86,7 +86,8 @@ static Status choose(Product *product, const uint32_t alignments[3], size_t most
     Status status = blas->new_preference(&preference);
     if (status)
         return status;
-    status = blas->set_preference(preference, PREF_MAX_WORKSPACE_BYTES, &most, sizeof most);
+    status = blas->set_preference(preference, PREF_MAX_WORKSPACE_BYTES, &blas->most,
+                                  sizeof blas->most);
     for (int k = 0; k < 4 && !status; k++)
         status = blas->set_preference(preference, PREF_MIN_ALIGNMENT_A_BYTES + k, &given[k],
                                       sizeof given[k]);
@@ -102,7 +103,7 @@ static Status choose(Product *product, const uint32_t alignments[3], size_t most
         return status;
     memcpy(product->alignments[place], alignments, sizeof product->alignments[place]);
     product->next = (place + 1) % CHOICES;
-    *choice = &product->choices[place];
+    product->chosen = &product->choices[place];
     return 0;
 }
 
@@ -137,32 +138,31 @@ static Status make_product(Product *product, const Blas *blas, int type, const u
     if (!status)
         status = blas->new_layout(&product->result, type, columns, rows, (int64_t)columns);
     const uint32_t aligned[] = {ALIGNED, ALIGNED, ALIGNED};
-    Choice *first;
-    return status ? status : choose(product, aligned, blas->most, &first);
+    return status ? status : choose(product, aligned);
 }
 
-/* ``params`` point to the addresses of left, right, result and ``most`` bytes of workspace. */
-static Status multiply(Product *product, void **params, size_t most, void *stream)
+/* Finds the algorithm for what ``params`` point to: the addresses of left, right and result. */
+static Status choose_for(Product *product, void **params)
+{
+    uint32_t alignments[3];
+    for (int k = 0; k < 3; k++)
+        alignments[k] = 1u << __builtin_ctzll(*(uint64_t *)params[k] | ALIGNED);
+    for (int k = 0; k < CHOICES; k++)
+        if (!memcmp(product->alignments[k], alignments, sizeof alignments)) {
+            product->chosen = &product->choices[k];
+            return 0;
+        }
+    return choose(product, alignments);
+}
+
+/* By the algorithm that was found, with as much workspace as that wants. */
+static Status multiply(Product *product, void **params, void *workspace, void *stream)
 {
     const float one = 1, zero = 0;
-    uint64_t at[3];
-    uint32_t alignments[3];
-    for (int k = 0; k < 3; k++) {
-        at[k] = *(uint64_t *)params[k];
-        alignments[k] = 1u << __builtin_ctzll(at[k] | ALIGNED);
-    }
-    Choice *choice = NULL;
-    for (int k = 0; k < CHOICES && !choice; k++)
-        if (!memcmp(product->alignments[k], alignments, sizeof alignments))
-            choice = &product->choices[k];
-    if (!choice) {
-        Status status = choose(product, alignments, most, &choice);
-        if (status)
-            return status;
-    }
-    void *left = (void *)at[0], *right = (void *)at[1], *result = (void *)at[2];
+    void *left = *(void **)params[0], *right = *(void **)params[1], *result = *(void **)params[2];
     return product->blas->multiply(product->blas->handle, product->desc, &one, right,
                                    product->right, left, product->left, &zero, result,
-                                   product->result, result, product->result, choice->algorithm,
-                                   *(void **)params[3], choice->workspace, stream);
+                                   product->result, result, product->result,
+                                   product->chosen->algorithm, workspace,
+                                   product->chosen->workspace, stream);
 }

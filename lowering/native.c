@@ -4,34 +4,23 @@
    A Run holds for each kernel its function, block, shared memory and arguments, packed as the driver
    reads them. A call brings the stream and the values that change from call to call; they are read
    and checked first, then written over their places among the arguments, then all is launched. From
-   the first write to the last launch no Python code runs and the GIL is held, so that threads may
+   the last write to the last launch no Python code runs and the GIL is held, so that threads may
    share a Run. It is not released either: a launch takes 2 us, about what releasing it may cost.
 
    Every place has 64 bits; a parameter of 32 reads the low half (both ends of what CUDA runs on are
-   little-endian). The driver is opened by name: nothing of CUDA is needed to compile this. */
+   little-endian). Nothing of CUDA is needed to compile this. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <structmember.h>
-#include <dlfcn.h>
 #include <stddef.h>
 #include <stdint.h>
 
 #include "cublas.h"
+#include "driver.h"
+#include "philox.h"
 
 #define MOST_VALUES 4096 /* of a call; they lie on the stack */
-
-typedef int Result; /* CUresult; 0 is success */
-typedef struct {
-    void *library;
-    Result (*launch)(void *function, unsigned x, unsigned y, unsigned z, unsigned block_x,
-                     unsigned block_y, unsigned block_z, unsigned shared, void *stream,
-                     void **params, void **extra);
-    Result (*error_name)(Result, const char **);
-    Result (*current_context)(void **);
-    Result (*set_context)(void *);
-    Result (*primary_context)(void **, int device);
-} Driver;
 
 /* What a value is: see runs.py. */
 enum { TENSOR = 'T', ADDRESS = 'P', INT64 = 'q', INT32 = 'i', GRID = 'g' };
@@ -59,6 +48,7 @@ typedef struct {
     PyObject *kept;           /* what must live as long: the owners of the functions */
     PyObject *address_of;     /* torch.Tensor.data_ptr as the class has it */
     PyCFunction address;      /* the C function behind it */
+    PyObject *empty;          /* a tensor of so many bytes */
     Py_ssize_t n_values, n_launches, n_patches;
     char *kinds;
     Py_ssize_t n_products, workspace; /* bytes that its products want */
@@ -70,26 +60,6 @@ typedef struct {
 } Run;
 
 /* the driver -------------------------------------------------------------------------------- */
-
-static int open_driver(Driver *driver, const char *path)
-{
-    driver->library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (!driver->library) {
-        PyErr_Format(PyExc_OSError, "%s", dlerror());
-        return -1;
-    }
-    *(void **)&driver->launch = dlsym(driver->library, "cuLaunchKernel");
-    *(void **)&driver->error_name = dlsym(driver->library, "cuGetErrorName");
-    *(void **)&driver->current_context = dlsym(driver->library, "cuCtxGetCurrent");
-    *(void **)&driver->set_context = dlsym(driver->library, "cuCtxSetCurrent");
-    *(void **)&driver->primary_context = dlsym(driver->library, "cuDevicePrimaryCtxRetain");
-    if (!driver->launch || !driver->error_name || !driver->current_context ||
-        !driver->set_context || !driver->primary_context) {
-        PyErr_Format(PyExc_OSError, "%s is no CUDA driver", path);
-        return -1;
-    }
-    return 0;
-}
 
 /* A thread that made no call of CUDA's runtime has no context yet; it gets the device's. */
 static int give_context(Run *run)
@@ -124,20 +94,47 @@ static PyObject *failed(Run *run, Py_ssize_t place, Result result)
     return NULL;
 }
 
-static PyObject *launch_all(Run *run, void *stream)
+/* ``more``: for products that want a larger workspace than the run's. */
+static PyObject *launch_all(Run *run, void *stream, uint64_t more)
 {
     for (Py_ssize_t k = 0; k < run->n_launches; k++) {
         Launch *it = &run->launches[k];
+        Product *product = it->product;
         if (!*it->grid)
             continue;
-        Result result = it->product ? multiply(it->product, it->params, run->workspace, stream)
-                                    : launch_one(run, it, stream);
-        if (result && !it->product && give_context(run))
+        Result result;
+        if (product) {
+            int fits = product->chosen->workspace <= (size_t)run->workspace;
+            void *workspace = fits ? *(void **)it->params[3] : (void *)(uintptr_t)more;
+            result = multiply(product, it->params, workspace, stream);
+        } else {
             result = launch_one(run, it, stream);
+            if (result && give_context(run))
+                result = launch_one(run, it, stream);
+        }
         if (result)
             return failed(run, k, result);
     }
     Py_RETURN_NONE;
+}
+
+/* How much workspace the products want, by the addresses they have now; -1: cuBLAS has none. */
+static Py_ssize_t choose_all(Run *run)
+{
+    size_t most = 0;
+    for (Py_ssize_t k = 0; run->n_products && k < run->n_launches; k++) {
+        Launch *it = &run->launches[k];
+        if (!it->product)
+            continue;
+        Status status = choose_for(it->product, it->params);
+        if (status) {
+            failed(run, k, status);
+            return -1;
+        }
+        if (it->product->chosen->workspace > most)
+            most = it->product->chosen->workspace;
+    }
+    return (Py_ssize_t)most;
 }
 
 /* a call -------------------------------------------------------------------------------------- */
@@ -185,6 +182,14 @@ static int read_value(Run *run, char kind, PyObject *given, uint64_t *value)
     return 0;
 }
 
+/* Write a call's values to their places; how much workspace is wanted then, or -1. */
+static Py_ssize_t write_all(Run *run, const uint64_t *values)
+{
+    for (Py_ssize_t k = 0; k < run->n_patches; k++)
+        *run->patches[k].to = values[run->patches[k].from] + run->patches[k].plus;
+    return choose_all(run);
+}
+
 static PyObject *call(PyObject *self, PyObject *const *args, size_t flagged, PyObject *names)
 {
     Run *run = (Run *)self;
@@ -201,9 +206,21 @@ static PyObject *call(PyObject *self, PyObject *const *args, size_t flagged, PyO
     for (Py_ssize_t k = 0; k < run->n_values; k++)
         if (read_value(run, run->kinds[k], args[k + 1], &values[k]))
             return NULL;
-    for (Py_ssize_t k = 0; k < run->n_patches; k++)
-        *run->patches[k].to = values[run->patches[k].from] + run->patches[k].plus;
-    return launch_all(run, stream);
+    PyObject *spare = NULL;
+    uint64_t more = 0;
+    Py_ssize_t has = run->workspace, wants;
+    while ((wants = write_all(run, values)) > has) { /* places are off the usual boundaries */
+        Py_XDECREF(spare);
+        has = wants;
+        spare = PyObject_CallFunction(run->empty, "n", has);
+        if (!spare || read_tensor(run, spare, &more)) {
+            wants = -1;
+            break;
+        }
+    }
+    PyObject *done = wants < 0 ? NULL : launch_all(run, stream, more);
+    Py_XDECREF(spare); /* its memory serves what comes later in the stream */
+    return done;
 }
 
 /* repeat(stream, times): what the last call launched, again and again, with nothing read from
@@ -214,8 +231,10 @@ static PyObject *repeat(Run *run, PyObject *args)
     Py_ssize_t times;
     if (!PyArg_ParseTuple(args, "Kn", &stream, &times))
         return NULL;
+    if (choose_all(run) > run->workspace)
+        return PyErr_Format(PyExc_ValueError, "the last call's products want a larger workspace");
     for (Py_ssize_t k = 0; k < times; k++) {
-        PyObject *done = launch_all(run, (void *)(uintptr_t)stream);
+        PyObject *done = launch_all(run, (void *)(uintptr_t)stream, 0);
         if (!done)
             return NULL;
         Py_DECREF(done);
@@ -359,10 +378,10 @@ static PyObject *make(PyTypeObject *type, PyObject *args, PyObject *names)
     const char *library, *kinds;
     Py_ssize_t n_values;
     int device;
-    PyObject *launches, *kept, *method;
+    PyObject *launches, *kept, *method, *empty;
     if ((names && PyDict_GET_SIZE(names)) ||
-        !PyArg_ParseTuple(args, "sis#O!OO", &library, &device, &kinds, &n_values, &PyTuple_Type,
-                          &launches, &kept, &method)) {
+        !PyArg_ParseTuple(args, "sis#O!OOO", &library, &device, &kinds, &n_values, &PyTuple_Type,
+                          &launches, &kept, &method, &empty)) {
         if (!PyErr_Occurred())
             PyErr_SetString(PyExc_TypeError, "Run takes no arguments by name");
         return NULL;
@@ -381,13 +400,17 @@ static PyObject *make(PyTypeObject *type, PyObject *args, PyObject *names)
     run->n_launches = PyTuple_GET_SIZE(launches);
     run->launches_given = Py_NewRef(launches);
     run->kept = Py_NewRef(kept);
+    run->empty = Py_NewRef(empty);
     run->kinds = PyMem_Malloc(n_values + 1);
     if (!run->kinds) {
         Py_DECREF(run);
         return PyErr_NoMemory();
     }
     memcpy(run->kinds, kinds, n_values + 1);
-    if (learn_address(run, method) || open_driver(&run->driver, library) || fill(run, launches)) {
+    const char *missing = open_driver(&run->driver, library);
+    if (missing)
+        PyErr_Format(PyExc_OSError, "%s is no CUDA driver: there is no %s", library, missing);
+    if (missing || learn_address(run, method) || fill(run, launches)) {
         Py_DECREF(run);
         return NULL;
     }
@@ -398,6 +421,7 @@ static void unmake(Run *run)
 {
     Py_XDECREF(run->launches_given);
     Py_XDECREF(run->kept);
+    Py_XDECREF(run->empty);
     Py_XDECREF(run->address_of);
     PyMem_Free(run->kinds);
     for (Py_ssize_t k = 0; k < run->n_products; k++)
@@ -425,7 +449,7 @@ static PyMemberDef members[] = {
 
 static PyTypeObject RunType = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "gems_native.Run",
-    .tp_doc = "Run(driver, device, kinds, launches, kept, data_ptr): see native.py: made.",
+    .tp_doc = "Run(driver, device, kinds, launches, kept, data_ptr, empty): see native.py: made.",
     .tp_basicsize = sizeof(Run),
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL,
     .tp_vectorcall_offset = offsetof(Run, call),
@@ -436,28 +460,15 @@ static PyTypeObject RunType = {
     .tp_members = members,
 };
 
-/* number_drawn(seed, offset): as in kernels/dropout.py, which takes 5 us for it. */
+/* number_drawn(seed, offset): see philox.h. */
 static PyObject *number_drawn(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     if (given != 2 || !PyLong_Check(args[0]) || !PyLong_Check(args[1])) {
         PyErr_SetString(PyExc_TypeError, "two ints are wanted");
         return NULL;
     }
-    uint64_t key = PyLong_AsUnsignedLongLongMask(args[0]);
-    uint64_t counter = PyLong_AsUnsignedLongLongMask(args[1]) / 4;
-    uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
-    uint32_t c0 = (uint32_t)counter, c1 = (uint32_t)(counter >> 32), c2 = 0, c3 = 0;
-    for (int round = 0; round < 10; round++) {
-        uint64_t a = (uint64_t)c0 * 0xD2511F53, b = (uint64_t)c2 * 0xCD9E8D57;
-        c0 = (uint32_t)(b >> 32) ^ c1 ^ k0;
-        c2 = (uint32_t)(a >> 32) ^ c3 ^ k1;
-        c1 = (uint32_t)b;
-        c3 = (uint32_t)a;
-        k0 += 0x9E3779B9;
-        k1 += 0xBB67AE85;
-    }
-    uint64_t words = (uint64_t)c0 << 32 | c1;
-    return PyLong_FromLongLong((int64_t)(words % UINT64_MAX - ((uint64_t)1 << 63)));
+    uint64_t seed = PyLong_AsUnsignedLongLongMask(args[0]);
+    return PyLong_FromLongLong(drawn(seed, PyLong_AsUnsignedLongLongMask(args[1])));
 }
 
 /* open_blas(path, most): cuBLAS with a handle for the current device, which may use ``most`` bytes to

@@ -37,7 +37,7 @@ from .worker import write_atomically
 log = logging.getLogger("gems_compile.lowering.native")
 
 SOURCE = Path(__file__).with_name("native.c")
-HEADER = SOURCE.with_name("cublas.h")
+HEADERS = [SOURCE.with_name(name) for name in ("cublas.h", "driver.h", "philox.h")]
 DRIVER = "libcuda.so.1"
 FLAGS = ("-O2", "-shared", "-fPIC")
 MODULE = "gems_native"
@@ -146,9 +146,8 @@ def digest(compiler: list[str]) -> str:
     binary = os.stat(found)
     abi = (sysconfig.get_config_var("SOABI"), platform.machine(), FLAGS)
     told = (compiler, os.path.realpath(found), binary.st_size, binary.st_mtime_ns, abi)
-    return hashlib.sha256(
-        SOURCE.read_bytes() + HEADER.read_bytes() + repr(told).encode()
-    ).hexdigest()[:24]
+    sources = b"".join(path.read_bytes() for path in (SOURCE, *HEADERS))
+    return hashlib.sha256(sources + repr(told).encode()).hexdigest()[:24]
 
 
 def build(compiler: list[str]) -> bytes:
@@ -213,7 +212,7 @@ def launcher(
                 _tell_once(f"matrix products are called from Python: {why}")
                 return None
             blas = _blas(device.index or 0, extension)
-        return made(extension.run, run, known, device.index or 0, own, blas=blas)
+        return made(extension.run, run, known, device, own, blas=blas)
     except (OSError, TypeError, ValueError, OverflowError, struct.error) as e:
         _tell_once(f"{run.name} is launched from Python: {type(e).__name__}: {e}")
         return None
@@ -236,7 +235,7 @@ def made(
     make: Callable[..., Any],
     run: Run,
     kernels: Sequence[Loaded],
-    device: int,
+    device: torch.device,
     kept: Any,
     driver: str = DRIVER,
     blas: Any = None,
@@ -260,7 +259,10 @@ def made(
     left = iter(kernels)
     launches = tuple(map(as_tuple, run.launches))
     kinds = "".join(kind for kind, _ in run.values)
-    found: Callable[..., None] = make(driver, device, kinds, launches, kept, address_method())
+    empty = functools.partial(torch.empty, dtype=torch.uint8, device=device)
+    found: Callable[..., None] = make(
+        driver, device.index or 0, kinds, launches, kept, address_method(), empty
+    )
     return found
 
 

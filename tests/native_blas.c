@@ -85,14 +85,15 @@ int cublasLtMatmulPreferenceSetAttribute(Preference *it, int attribute, const vo
 }
 int cublasLtMatmulPreferenceDestroy(void *it) { return dropped(it); }
 
-/* An algorithm's number tells what addresses are multiples of; each wants 1000 bytes a column. */
+/* An algorithm's number tells what addresses are multiples of; each wants 1000 bytes a column, and
+   three times that for an odd A. */
 int cublasLtMatmulAlgoGetHeuristic(void *handle, Desc *desc, Layout *a, Layout *b, Layout *c,
                                    Layout *d, Preference *preference, int wanted, Choice *to,
                                    int *found)
 {
     choices++;
-    size_t workspace = 1000 * (size_t)d->columns;
     const uint32_t *to_be = preference->alignments;
+    size_t workspace = (to_be[0] == 2 ? 3000 : 1000) * (size_t)d->columns;
     *found = handle == &many && wanted == 1 && workspace <= preference->most && to_be[2] == to_be[3];
     *to = (Choice){{(uint64_t)to_be[0] << 20 | to_be[1] << 10 | to_be[2]}, workspace};
     return 0;

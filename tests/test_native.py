@@ -68,7 +68,8 @@ class Driver:
             types = "".join("i" if o.kind == INT32 else "q" for o in launch.args) + "q" * nulls
             self.library.takes(k + 1, types.encode())
         kernels = [private.Loaded(k + 1, 128, 16 * k, nulls) for k in range(len(launches))]
-        return native.made(extension(), run, kernels, device, kept, self.path)
+        place = torch.device("cuda", device)
+        return native.made(extension(), run, kernels, place, kept, self.path)
 
 
 def extension():

@@ -1,0 +1,31 @@
+/* The CUDA driver, opened by name. */
+
+#include <dlfcn.h>
+#include <stdint.h>
+
+typedef int Result; /* CUresult; 0 is success */
+typedef struct {
+    void *library;
+    Result (*launch)(void *function, unsigned x, unsigned y, unsigned z, unsigned block_x,
+                     unsigned block_y, unsigned block_z, unsigned shared, void *stream,
+                     void **params, void **extra);
+    Result (*error_name)(Result, const char **);
+    Result (*current_context)(void **);
+    Result (*set_context)(void *);
+    Result (*primary_context)(void **, int device);
+} Driver;
+
+/* 0, or what is missing of the library */
+static const char *open_driver(Driver *driver, const char *path)
+{
+    static const char *names[] = {"cuLaunchKernel", "cuGetErrorName", "cuCtxGetCurrent",
+                                  "cuCtxSetCurrent", "cuDevicePrimaryCtxRetain"};
+    void **to = (void **)&driver->launch;
+    driver->library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!driver->library)
+        return path;
+    for (size_t k = 0; k < sizeof names / sizeof *names; k++)
+        if (!(to[k] = dlsym(driver->library, names[k])))
+            return names[k];
+    return NULL;
+}
