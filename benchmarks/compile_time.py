@@ -40,7 +40,8 @@ DEEP, SHALLOW, MOST_DEEPER = 64, 16, 4.2  # layers, and how many times the secon
 
 TORCH_STAGES = ("Dynamo", "entry", "AOT", "compiler", "rest")
 GEMS_STAGES = ("passes", "translate", "fuse", "emit", "wrapper", "load", "triton", "bind")
-COUNTS = ("nodes", "kernels", "launches")
+COUNTS = ("nodes", "calls", "kernels", "launches")
+SHARES = ("own_ms_a_node", "own_ms_a_call")
 COLOURS = ("#0b5fa5", "#b3500b", "#555555", "#2e7d32", "#7b3294")
 
 
@@ -200,14 +201,15 @@ def overview(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 def inside(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and lines: milliseconds of gems' stages, and what they made of the graphs."""
-    head = ["model", "start", *(f"{stage} ms" for stage in GEMS_STAGES), *COUNTS, "own ms a node"]
+    stages, shares = [f"{stage} ms" for stage in GEMS_STAGES], [s.replace("_", " ") for s in SHARES]
+    head = ["model", "start", *stages, *COUNTS, *shares]
     lines = [
         [
             row["model"],
             row["start"],
             *(known(row["seconds"].get(stage, math.nan) * 1e3, ".0f") for stage in GEMS_STAGES),
             *(str(row[count]) for count in COUNTS),
-            known(row["own_ms_a_node"], ".3f"),
+            *(known(row[share], ".3f") for share in SHARES),
         ]
         for row in rows
         if row["status"] == "ok" and "nodes" in row
@@ -289,7 +291,10 @@ def report(rows: list[Row], backend: str) -> int:
     head, lines = inside(rows)
     if lines:
         table.show(head, lines)
-        print("own: passes, translate, fuse, emit, wrapper and bind, over ATen nodes.")
+        print(
+            "own: passes, translate, fuse, emit, wrapper and bind; nodes: all of the ATen graphs as"
+        )
+        print("AOTAutograd gives them; calls: those of ATen that gems' passes leave in them.")
     for start, other, mean, count in means(rows, backend):
         print(f"{backend} / {other}, geomean (models), {start}: {mean:.2f}x ({count})")
     for what, times in deeper(rows, backend):

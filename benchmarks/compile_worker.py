@@ -90,19 +90,22 @@ def stages(spent: dict[str, float], reports: Iterable[Any], backend: str) -> dic
 
 
 def counts(reports: Iterable[Any]) -> dict[str, Any]:
-    """Of the graphs gems compiled: ATen nodes, distinct kernels, launches, ATen calls, failures,
-    and milliseconds of gems' own Python a node."""
+    """Of the graphs gems compiled: nodes as they came (inputs, calls, parts of tuples), calls that
+    passes left, distinct kernels, launches, ATen calls, failures, and milliseconds of gems' own
+    Python a node and a call."""
     reports = list(reports)
-    nodes = sum(r.nodes for r in reports)
+    nodes, calls = (sum(getattr(r, name) for r in reports) for name in ("given", "nodes"))
     own = sum(r.seconds.get(stage, 0.0) for r in reports for stage in OWN)
     return {
         "nodes": nodes,
+        "calls": calls,
         "kernels": len({source.key for r in reports for source in r.sources}),
         "launches": sum(r.launches for r in reports),
         "aten_calls": sum(r.aten_calls for r in reports),
         "failures": [text for r in reports for text in r.failures],
         "cache": dict(Counter(r.cache for r in reports)),  # of whole graphs
         "own_ms_a_node": own * 1e3 / nodes if nodes else None,
+        "own_ms_a_call": own * 1e3 / calls if calls else None,
     }
 
 

@@ -73,7 +73,8 @@ class Report:
     """What became of one graph; explain() and the benchmarks read it."""
 
     label: str
-    nodes: int = 0
+    given: int = 0  # nodes of the ATen graph as it came, of every kind
+    nodes: int = 0  # ATen calls that are left to do
     fused: int = 0  # ATen nodes inside kernels
     kernels: int = 0  # distinct
     launches: int = 0  # a call
@@ -128,6 +129,7 @@ class Compilation:
         load_ops()
         register_torch_ops()
         self.gm, self.options, self.report, self.observe = gm, options, report, observe
+        report.given = len(gm.graph.nodes)
         self.clock = _Clock()
         self.deny: dict[Node, str] = {}  # left to ATen, and why
         self.apart: set[Node] = set()  # of kernels that share no launch

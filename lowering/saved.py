@@ -29,7 +29,17 @@ from .source import Source
 from .worker import compiled
 
 #: what a report says of a graph that another process compiled
-COUNTS = ("nodes", "fused", "kernels", "launches", "aten_calls", "peak_bytes", "aten", "failures")
+COUNTS = (
+    "given",
+    "nodes",
+    "fused",
+    "kernels",
+    "launches",
+    "aten_calls",
+    "peak_bytes",
+    "aten",
+    "failures",
+)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ def same(
         for name in (
             "launches",
             "aten_calls",
+            "given",
             "nodes",
             "fused",
             "kernels",
