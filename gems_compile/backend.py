@@ -13,9 +13,10 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 
+from .collection import WhileDynamoTraces, no_collection
 from .config import Config, cache_bytes, cache_dir, vendor
 from .kernels.target import current_target
-from .late import Boxed, Late, no_collection
+from .late import Boxed, Late
 from .lowering.channels_last import Decision
 from .lowering.constants import Unsaveable
 from .lowering.decompose import Decompositions
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _told: set[str] = set()
+_traces = WhileDynamoTraces()
+_traces.listen()  # who imports the backend is about to compile
 
 
 def reports() -> list[Report]:
@@ -66,6 +69,7 @@ class Gems:
         mode: str | None = None,
         options: dict[str, Any] | None = None,
     ) -> Callable[..., Any]:
+        _traces.came_to_us()
         config = Config.from_call(mode, options)
         target = current_target(vendor())
         if target is None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-Boxed = Callable[[list[Any]], Any]
+from .collection import no_collection
 
-#: more objects than Python 3.12 freezes as it starts (375), fewer than any program that calls
-#: ``gc.freeze`` has
-FROZEN_BY_PYTHON = 1000
+Boxed = Callable[[list[Any]], Any]
 
 
 class Late:
@@ -52,27 +48,3 @@ class Late:
                 if self.holder is not None:
                     self.holder.run, self.holder = self.loaded, None
             return self.loaded
-
-
-@contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-    """No cyclic garbage collection meanwhile: tracing allocates much that lives on, and looking
-    through it again and again took a fifth of the compile time of a 64-layer model."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        _call_it_old()
-        gc.enable()
-
-
-def _call_it_old() -> None:
-    """Count what was allocated meanwhile among the old objects, which the next full collection
-    looks through. As young ones they would all be looked through at the next allocation: 0.15 s
-    after a ResNet-50, 0.5 s after 16 layers of Llama."""
-    if gc.get_freeze_count() < FROZEN_BY_PYTHON:  # or thawing would take in what a user froze
-        gc.freeze()
-        gc.unfreeze()

@@ -385,26 +385,6 @@ def test_garbage_collection_is_as_it_was() -> None:
             gc.enable()
 
 
-def test_what_a_compile_made_is_old() -> None:
-    """The next collection of young objects has nothing to look through; frozen ones stay frozen."""
-    from gems_compile.late import no_collection
-
-    young = []
-    with no_collection():
-        young.extend([k] for k in range(20_000))
-        assert gc.get_count()[0] > 10_000
-    assert gc.get_count()[0] < 10_000
-    assert any(o is young[-1] for o in gc.get_objects(2))
-    gc.freeze()
-    try:
-        frozen = gc.get_freeze_count()
-        with no_collection():
-            young.append([])
-        assert gc.get_freeze_count() == frozen
-    finally:
-        gc.unfreeze()
-
-
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_backward_twice(dynamic: bool) -> None:
     """With retain_graph, as in eager mode; what is saved is not written."""
