@@ -69,7 +69,6 @@ def bind(
         kept=kept_in_channels_last,
         seed=drawer(device),
         settle=settle,
-        workspace=max((getattr(run, "workspace", 0) for run in bound.values()), default=0),
         math=math,
         Max=max,
         Min=min,

@@ -208,11 +208,8 @@ class Writer:
         if names:
             self.add(f"{', '.join(names)}{',' if len(names) == 1 else ''} = args")
         self.add("args.clear()")
-        if self.scratch_bytes or self.products.native:
+        if self.scratch_bytes and self.cut is not None:  # every part has a slab of its own
             self.ledger.allocate("scratch", len(self.lines), self.scratch_bytes)
-            if self.cut is None:  # else every part has its own
-                for line in self.scratch_lines:
-                    self.add(line)
         for node in self.placeholders:
             self._learn_symbols(node)
         self._align()
@@ -220,10 +217,16 @@ class Writer:
     @property
     def scratch_lines(self) -> list[str]:
         dtype, size = self.constant(torch.uint8, "d"), str(self.scratch_bytes)
-        if self.products.native:
-            size = f"{self.products.workspace.plus} + workspace"
         empty = f"scratch = empty(({size},), (1,), {dtype})"
         return [empty, f"s0 = {self.use('scratch')}.data_ptr()"]
+
+    def _use_scratch(self) -> None:
+        """The slab is there from the first kernel on that touches it."""
+        if "scratch" not in self.ledger.held:
+            self.ledger.allocate("scratch", len(self.lines), self.scratch_bytes)
+            for line in self.scratch_lines:
+                self.runs.ahead(line)
+        self.use("scratch")
 
     def _align(self) -> None:
         """Kernels read a copy of an input whose data starts off a 16-byte boundary.
@@ -327,7 +330,7 @@ class Writer:
     def _operand(self, value: Value) -> Operand:
         """Where a tensor is."""
         if value in self.scratch:
-            self.use("scratch")
+            self._use_scratch()
             return Operand(ADDRESS, "s0", self.scratch[value])
         if value in self.packs:
             return self.packs.operand(value)

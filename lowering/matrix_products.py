@@ -19,15 +19,12 @@ from .graph import value_of
 from .indexing import Size, is_static, size_of
 from .ir import Value, base_of, dtype_name, first_place
 from .pointwise_convolutions import Factor
-from .runs import ADDRESS, GRID, TENSOR, Multiply, Operand
+from .runs import GRID, TENSOR, Multiply, Operand
 
 if TYPE_CHECKING:
     from .executor import Writer
 
 aten = torch.ops.aten
-
-#: where a workspace begins
-ALIGNMENT = 256
 
 
 class Product(NamedTuple):
@@ -104,11 +101,6 @@ class Products:
                 self.native[node] = known
                 self.read.update(place[0] for _, call in known for place in call.places)
 
-    @property
-    def workspace(self) -> Operand:
-        """Where cuBLAS may write, behind the slab's own."""
-        return Operand(ADDRESS, "s0", -(-self.writer.scratch_bytes // ALIGNMENT) * ALIGNMENT)
-
     def call(self, name: str, node: Node) -> bool:
         """Write a node's lines, unless it is ATen's own call."""
         products = self.found.get(node)
@@ -174,8 +166,7 @@ class Products:
             out = f"{name}_{k}" if several else name
             writer.allocate(out, product.result)
             args = list(map(self._operand, product[:2], places))
-            args += [Operand(TENSOR, writer.use(out)), self.workspace]
-            writer.use("scratch")
+            args.append(Operand(TENSOR, writer.use(out)))
             kernel, grid = f"m{len(writer.lines)}", Operand(GRID, plus=1)
             writer.runs.launch(Multiply(kernel, "mm", grid, args, problem=problem))
             writer.calls += 1

@@ -12,7 +12,6 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
-#include <structmember.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -48,10 +47,10 @@ typedef struct {
     PyObject *kept;           /* what must live as long: the owners of the functions */
     PyObject *address_of;     /* torch.Tensor.data_ptr as the class has it */
     PyCFunction address;      /* the C function behind it */
-    PyObject *empty;          /* a tensor of so many bytes */
+    PyObject *empty;          /* makes a tensor of so many bytes */
     Py_ssize_t n_values, n_launches, n_patches;
     char *kinds;
-    Py_ssize_t n_products, workspace; /* bytes that its products want */
+    Py_ssize_t n_products;
     Launch *launches;
     Product *products;
     Patch *patches;
@@ -94,19 +93,16 @@ static PyObject *failed(Run *run, Py_ssize_t place, Result result)
     return NULL;
 }
 
-/* ``more``: for products that want a larger workspace than the run's. */
-static PyObject *launch_all(Run *run, void *stream, uint64_t more)
+/* ``workspace``: for the products' algorithms, which come one after the other. */
+static PyObject *launch_all(Run *run, void *stream, uint64_t workspace)
 {
     for (Py_ssize_t k = 0; k < run->n_launches; k++) {
         Launch *it = &run->launches[k];
-        Product *product = it->product;
         if (!*it->grid)
             continue;
         Result result;
-        if (product) {
-            int fits = product->chosen->workspace <= (size_t)run->workspace;
-            void *workspace = fits ? *(void **)it->params[3] : (void *)(uintptr_t)more;
-            result = multiply(product, it->params, workspace, stream);
+        if (it->product) {
+            result = multiply(it->product, it->params, (void *)(uintptr_t)workspace, stream);
         } else {
             result = launch_one(run, it, stream);
             if (result && give_context(run))
@@ -190,6 +186,14 @@ static Py_ssize_t write_all(Run *run, const uint64_t *values)
     return choose_all(run);
 }
 
+/* A tensor of so many bytes, in place of a smaller one. */
+static int make_room(Run *run, Py_ssize_t bytes, PyObject **room, uint64_t *at)
+{
+    Py_XDECREF(*room);
+    *room = PyObject_CallFunction(run->empty, "n", bytes);
+    return *room ? read_tensor(run, *room, at) : -1;
+}
+
 static PyObject *call(PyObject *self, PyObject *const *args, size_t flagged, PyObject *names)
 {
     Run *run = (Run *)self;
@@ -206,20 +210,18 @@ static PyObject *call(PyObject *self, PyObject *const *args, size_t flagged, PyO
     for (Py_ssize_t k = 0; k < run->n_values; k++)
         if (read_value(run, run->kinds[k], args[k + 1], &values[k]))
             return NULL;
-    PyObject *spare = NULL;
-    uint64_t more = 0;
-    Py_ssize_t has = run->workspace, wants;
-    while ((wants = write_all(run, values)) > has) { /* places are off the usual boundaries */
-        Py_XDECREF(spare);
+    PyObject *room = NULL;
+    uint64_t workspace = 0;
+    Py_ssize_t has = 0, wants;
+    while ((wants = write_all(run, values)) > has) { /* again: to allocate may run Python code */
         has = wants;
-        spare = PyObject_CallFunction(run->empty, "n", has);
-        if (!spare || read_tensor(run, spare, &more)) {
+        if (make_room(run, has, &room, &workspace)) {
             wants = -1;
             break;
         }
     }
-    PyObject *done = wants < 0 ? NULL : launch_all(run, stream, more);
-    Py_XDECREF(spare); /* its memory serves what comes later in the stream */
+    PyObject *done = wants < 0 ? NULL : launch_all(run, stream, workspace);
+    Py_XDECREF(room); /* its memory serves what comes later in the stream */
     return done;
 }
 
@@ -231,15 +233,17 @@ static PyObject *repeat(Run *run, PyObject *args)
     Py_ssize_t times;
     if (!PyArg_ParseTuple(args, "Kn", &stream, &times))
         return NULL;
-    if (choose_all(run) > run->workspace)
-        return PyErr_Format(PyExc_ValueError, "the last call's products want a larger workspace");
-    for (Py_ssize_t k = 0; k < times; k++) {
-        PyObject *done = launch_all(run, (void *)(uintptr_t)stream, 0);
-        if (!done)
-            return NULL;
+    PyObject *room = NULL, *done = Py_NewRef(Py_None);
+    uint64_t workspace = 0;
+    Py_ssize_t wants = choose_all(run);
+    if (wants < 0 || (wants && make_room(run, wants, &room, &workspace)))
+        Py_CLEAR(done);
+    for (Py_ssize_t k = 0; done && k < times; k++) {
         Py_DECREF(done);
+        done = launch_all(run, (void *)(uintptr_t)stream, workspace);
     }
-    Py_RETURN_NONE;
+    Py_XDECREF(room);
+    return done;
 }
 
 /* making one -------------------------------------------------------------------------------- */
@@ -293,8 +297,8 @@ static int fill_product(Run *run, Launch *it, PyObject *given)
     if (!PyArg_ParseTuple(given, "UO(iKKKppLL)O", &name, &library, &type, &sizes[0], &sizes[1],
                           &sizes[2], &turned[0], &turned[1], &ld[0], &ld[1], &args))
         return -1;
-    if (PyTuple_GET_SIZE(args) != 4) {
-        PyErr_SetString(PyExc_TypeError, "a product takes two factors, a result and a workspace");
+    if (PyTuple_GET_SIZE(args) != 3) {
+        PyErr_SetString(PyExc_TypeError, "a product takes two factors and a result");
         return -1;
     }
     const Blas *blas = PyCapsule_GetPointer(library, BLAS);
@@ -306,9 +310,6 @@ static int fill_product(Run *run, Launch *it, PyObject *given)
         PyErr_Format(PyExc_OSError, "cuBLAS has no algorithm for it (status %d)", status);
         return -1;
     }
-    Py_ssize_t wanted = (Py_ssize_t)it->product->choices[0].workspace;
-    if (wanted > run->workspace)
-        run->workspace = wanted;
     return 0;
 }
 
@@ -442,11 +443,6 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static PyMemberDef members[] = {
-    {"workspace", T_PYSSIZET, offsetof(Run, workspace), READONLY, "Bytes that its products want."},
-    {NULL, 0, 0, 0, NULL},
-};
-
 static PyTypeObject RunType = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "gems_native.Run",
     .tp_doc = "Run(driver, device, kinds, launches, kept, data_ptr, empty): see native.py: made.",
@@ -457,7 +453,6 @@ static PyTypeObject RunType = {
     .tp_new = make,
     .tp_dealloc = (destructor)unmake,
     .tp_methods = methods,
-    .tp_members = members,
 };
 
 /* number_drawn(seed, offset): see philox.h. */

@@ -30,7 +30,7 @@ import torch
 
 from . import cublas
 from .load import private_directory, usable
-from .private import Loaded, address_method, loaded_kernel
+from .private import Loaded, address_method, allocator, loaded_kernel
 from .runs import INT32, Launch, Multiply, Operand, Run
 from .worker import write_atomically
 
@@ -259,7 +259,11 @@ def made(
     left = iter(kernels)
     launches = tuple(map(as_tuple, run.launches))
     kinds = "".join(kind for kind, _ in run.values)
-    empty = functools.partial(torch.empty, dtype=torch.uint8, device=device)
+    allocate = allocator(device)
+
+    def empty(size: int) -> torch.Tensor:
+        return allocate((size,), (1,), torch.uint8)
+
     found: Callable[..., None] = make(
         driver, device.index or 0, kinds, launches, kept, address_method(), empty
     )

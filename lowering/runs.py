@@ -58,7 +58,7 @@ class Launch:
 
 @dataclass
 class Multiply(Launch):
-    """A matrix product among them. ``args``: two factors, the result, a workspace."""
+    """A matrix product among them. ``args``: two factors, the result."""
 
     problem: Problem = field(kw_only=True)
 
@@ -97,7 +97,7 @@ class Run:
         lines = [f"def {self.name}{'w' * wide}(stream{values}):"]
         for launch in self.launches:
             if isinstance(launch, Multiply):
-                where = (f"v{self.place(o)}, {o.plus}" for o in launch.args[:3])
+                where = (f"v{self.place(o)}, {o.plus}" for o in launch.args)
                 lines.append(f"    {launch.kernel}({', '.join(where)})  # {launch.name}")
                 continue
             grid, *args = (

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gems_compile.backend import Gems
 from gems_compile.lowering import cublas, matrix_products, native, private, saved
 from gems_compile.lowering.cublas import Problem, leading
-from gems_compile.lowering.runs import ADDRESS, GRID, TENSOR, Multiply, Operand, Run
+from gems_compile.lowering.runs import GRID, TENSOR, Multiply, Operand, Run
 
 pytestmark = gems_only
 HERE = Path(__file__).parent
@@ -88,9 +88,8 @@ def driver(built: Driver) -> Driver:
     return built
 
 
-def multiply(problem: Problem, *places: Operand, workspace: int = 512) -> Multiply:
-    args = [*places, Operand(ADDRESS, "s0", workspace)]
-    return Multiply("m0", "mm", Operand(GRID, plus=1), args, problem=problem)
+def multiply(problem: Problem, *places: Operand) -> Multiply:
+    return Multiply("m0", "mm", Operand(GRID, plus=1), list(places), problem=problem)
 
 
 def made(driver: Driver, *launches, number: int = 1):
@@ -117,7 +116,7 @@ def test_products_among_kernels(driver: Driver) -> None:
         driver, launch(A), multiply(plain, A, B, C), launch(A), multiply(turned, A, shifted, C)
     )
     a, b, c = (torch.zeros(512, dtype=torch.bfloat16)[k:] for k in (0, 0, 0))
-    run(99, a, b, c, 4096)
+    run(99, a, b, c)
     first, second = (driver.library.product(k).contents for k in range(driver.library.products()))
     assert (first.launched_before, second.launched_before) == (1, 2)
     assert list(map(spelled, (first.a, first.b, first.d))) == [
@@ -134,8 +133,8 @@ def test_products_among_kernels(driver: Driver) -> None:
     assert (first.to_a, first.to_b, first.to_d) == (b.data_ptr(), a.data_ptr(), c.data_ptr())
     assert second.to_a == b.data_ptr() + 64
     for one in (first, second):
-        assert (one.workspace, one.bytes, one.stream) == (4096 + 512, 7000, 99)
-    assert run.workspace == 7000
+        assert (one.bytes, one.stream) == (7000, 99)
+    assert first.workspace == second.workspace != 0
 
 
 @needs_compiler
@@ -145,7 +144,7 @@ def test_algorithms_follow_what_addresses_are_multiples_of(driver: Driver, behin
     start = torch.zeros(2048, dtype=torch.uint8)
     aligned = start[-start.data_ptr() % 256 :]
     for at in (0, behind, 0, behind):
-        run(0, aligned, aligned[at:], aligned, 0)
+        run(0, aligned, aligned[at:], aligned)
     found = [driver.library.product(k).contents.algorithm for k in range(4)]
     other = behind << 20 | 256 << 10 | 256  # cuBLAS's A is the right factor
     every = 256 << 20 | 256 << 10 | 256
@@ -161,28 +160,25 @@ def test_many_alignments(driver: Driver) -> None:
     aligned = start[-start.data_ptr() % 256 :]
     places = [0, 2, 4, 8, 16, 0, 16]
     for at in places:
-        run(0, aligned[at:], aligned, aligned, 0)
+        run(0, aligned[at:], aligned, aligned)
     found = [driver.library.product(k).contents.algorithm >> 10 & 1023 for k in range(7)]
     assert found == [at or 256 for at in places] and driver.library.asked() == 6
 
 
 @needs_compiler
-def test_odd_places_may_want_a_larger_workspace(driver: Driver) -> None:
-    """It is taken for the call, and aligned ones beside them keep the run's own."""
+def test_the_largest_workspace_is_for_all(driver: Driver) -> None:
+    """Odd places may want a larger one, which is found out when they come."""
     problem = Problem("float16", 2, 2, 2, (2, 1), (2, 1))
     run = made(driver, multiply(problem, A, B, C), multiply(problem, A, C, C))
     start = torch.zeros(2048, dtype=torch.uint8)
     aligned = start[-start.data_ptr() % 256 :]
-    run(0, aligned, aligned[2:], aligned, 4096)
-    odd, even = (driver.library.product(k).contents for k in range(2))
-    assert (even.workspace, even.bytes, run.workspace) == (4096 + 512, 2000, 2000)
-    assert odd.bytes == 6000 and odd.workspace not in (0, even.workspace)
-    with pytest.raises(ValueError, match="larger workspace"):
-        run.repeat(0, 1)
-    run(0, aligned, aligned, aligned, 4096)
+    run(0, aligned, aligned[2:], aligned)
     run.repeat(0, 1)
-    later = [driver.library.product(k).contents for k in range(2, 6)]
-    assert [(x.workspace, x.bytes) for x in later] == [(4096 + 512, 2000)] * 4
+    run(0, aligned, aligned, aligned)
+    found = [driver.library.product(k).contents for k in range(6)]
+    assert [x.bytes for x in found] == [6000, 2000, 6000, 2000, 2000, 2000]
+    for one, other in zip(found[::2], found[1::2], strict=True):
+        assert one.workspace == other.workspace != 0
 
 
 @needs_compiler
@@ -197,9 +193,9 @@ def test_what_cublas_refuses(driver: Driver) -> None:
     driver.library.fail_blas(13)
     x = torch.zeros(8)
     with pytest.raises(RuntimeError, match="mm failed: cublasLtMatmul returned 13"):
-        run(0, x, x, x, 0)
+        run(0, x, x, x)
     driver.library.forget_blas()
-    run(0, x, x, x, 0)
+    run(0, x, x, x)
     del run
     assert driver.library.living() == before
     with pytest.raises(OSError, match="no cublasLtCreate"):
