@@ -220,13 +220,11 @@ class Writer:
         empty = f"scratch = empty(({size},), (1,), {dtype})"
         return [empty, f"s0 = {self.use('scratch')}.data_ptr()"]
 
-    def _use_scratch(self) -> None:
+    def _begin_scratch(self) -> None:
         """The slab is there from the first kernel on that touches it."""
-        if "scratch" not in self.ledger.held:
-            self.ledger.allocate("scratch", len(self.lines), self.scratch_bytes)
-            for line in self.scratch_lines:
-                self.runs.ahead(line)
-        self.use("scratch")
+        self.ledger.allocate("scratch", len(self.lines), self.scratch_bytes)
+        for line in self.scratch_lines:
+            self.runs.ahead(line)
 
     def _align(self) -> None:
         """Kernels read a copy of an input whose data starts off a 16-byte boundary.
@@ -276,6 +274,9 @@ class Writer:
                 self._allocate(out)
         for copy, memory in group.stores.items():
             self.names[copy], self.aligned[copy] = self.names[memory], self.aligned[memory]
+        touches = any(what in self.scratch for _, _, what in source.params)
+        if touches and "scratch" not in self.ledger.held:
+            self._begin_scratch()
         kernel = f"k{len(self.kernels)}"
         self.kernels.append((kernel, group))
         self.launches += 1
@@ -330,7 +331,7 @@ class Writer:
     def _operand(self, value: Value) -> Operand:
         """Where a tensor is."""
         if value in self.scratch:
-            self._use_scratch()
+            self.use("scratch")
             return Operand(ADDRESS, "s0", self.scratch[value])
         if value in self.packs:
             return self.packs.operand(value)

@@ -169,6 +169,11 @@ class Group:
         return list(dict.fromkeys(m.node for m in self.members if m.node is not None))
 
 
+def has_stores(group: Group) -> bool:
+    """Whether it writes memory that others may read."""
+    return bool(group.stores) or any(m.kind == "store" for m in group.members)
+
+
 def atoms_of(frame: Frame) -> list[str]:
     return [a for axis in frame for a in (axis or ())]
 

@@ -8,10 +8,11 @@ line a pointer, not by a body a part.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,11 +20,15 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from .body import Body
+from .channels_last import WEIGHT
 from .flow import has_effect
 from .fuse import Fuser
-from .group import Group
+from .graph import output_node
+from .group import Group, has_stores
+from .held import Held, Needs, allocates, may_move, waits
 from .indexing import Index, is_static, product
-from .ir import BITS, Value
+from .ir import BITS
+from .kept import KEPT
 from .order import needs_of, schedule
 from .render import HEADER, Renderer
 from .schedule import Tile, pointwise_tile
@@ -175,20 +180,57 @@ def combine(
     if not parts:
         return steps
     needs = needs_of(program, groups, fuser.home, fuser.reads)
-    launches = _Combiner(parts, needs).run(steps)
+    late = {s for s in steps if _may_be_late(s, parts, needs)}
+    steps = _put_off(steps, late, needs)
+    held = functools.cache(lambda: Held(steps, needs, late, output_node(gm.graph)))
+    launches = _Combiner(steps, parts, needs, late, held).run()
     return [Combined(launch) if len(launch) > 1 else launch[0] for launch in launches]
 
 
+def _may_be_late(step: Any, parts: dict[Group, Part], needs: Needs) -> bool:
+    """Whether it converts what is there from the start: by a kernel, or in a call for itself."""
+    if isinstance(step, Node):
+        return bool(step.meta.get(WEIGHT)) and KEPT not in step.meta
+    inputs = (isinstance(n, Node) and n.op == "placeholder" for n in waits(step, needs))
+    return isinstance(parts.get(step), _Copied) and all(inputs)
+
+
+def _put_off(steps: Sequence[Any], late: set[Any], needs: Needs) -> list[Any]:
+    """The steps, with ``late`` ones ahead of their first reader, or of what may write an input."""
+    waiting, found = dict.fromkeys(s for s in steps if s in late), list[Any]()
+    for step in steps:
+        if step in late:
+            continue
+        writes = has_effect(step) if isinstance(step, Node) else has_stores(step)
+        now = waiting if writes else waits(step, needs) & waiting.keys() if waiting else ()
+        for ahead in [s for s in waiting if s in now]:
+            found.append(ahead)
+            del waiting[ahead]
+        found.append(step)
+    return [*found, *waiting]
+
+
 class _Combiner:
-    def __init__(self, parts: dict[Group, Part], needs: Callable[[Any], Iterable[Any]]) -> None:
-        self.parts, self.needs = parts, needs
+    """``late``: groups that may come earlier as far as memory allows, which ``held`` tells."""
+
+    def __init__(
+        self,
+        steps: Sequence[Any],
+        parts: dict[Group, Part],
+        needs: Needs,
+        late: set[Any],
+        held: Callable[[], Held],
+    ) -> None:
+        self.steps, self.parts, self.needs = steps, parts, needs
+        self.late, self.held = late, held
+        self.at = {step: place for place, step in enumerate(steps)}
         self.launches: list[list[Any]] = []
         self.place: dict[Any, int] = {}  # step -> index into launches
         self.open: dict[Any, int] = {}  # key -> the latest launch of that kind
         self.barrier = -1  # the latest call with an effect
 
-    def run(self, steps: Sequence[Any]) -> list[list[Any]]:
-        for step in self._by_level(steps):
+    def run(self) -> list[list[Any]]:
+        for step in self._by_level(self.steps):
             place = self._place_in_earlier(step)
             if place is None:
                 place = len(self.launches)
@@ -215,38 +257,24 @@ class _Combiner:
             yield from sorted(level, key=level.__getitem__)
 
     def _is_small(self, step: Any) -> bool:
-        return step in self.parts and _allocates(step) <= MOST_BYTES
+        return step in self.parts and allocates(step) <= MOST_BYTES
 
     def _place_in_earlier(self, step: Any) -> int | None:
         part = self.parts.get(step)
         place = None if part is None else self.open.get(part.key)
         if part is None or place is None or place <= self.barrier or self._after(step) >= place:
             return None
-        if place < len(self.launches) - 1 and not self._is_small(step):
-            return None
         together = [self.parts[g] for g in (*self.launches[place], step)]
-        return place if part.fits(together) else None
+        return place if part.fits(together) and self._may_be_early(step, place) else None
+
+    def _may_be_early(self, step: Group, place: int) -> bool:
+        if step in self.late:
+            return may_move(step, self.at[self.launches[place][0]], self.held)
+        return place == len(self.launches) - 1 or self._is_small(step)
 
     def _after(self, step: Any) -> int:
         """The last launch that something the step waits for is in."""
         return max((self.place.get(n, -1) for n in waits(step, self.needs)), default=-1)
-
-
-def waits(step: Any, needs: Callable[[Any], Iterable[Any]]) -> set[Any]:
-    """The steps that a step waits for by itself, seen through Values that nobody stores."""
-    found: set[Any] = set()
-    stack = list(needs(step))
-    while stack:
-        thing = stack.pop()
-        if thing is not step and thing not in found:
-            found.add(thing)
-            if isinstance(thing, Value):
-                stack.extend(needs(thing))
-    return found
-
-
-def _allocates(group: Group) -> int:
-    return sum(product(o.shape) * BITS[o.dtype] // 8 for o in group.outputs)
 
 
 def _arguments(sources: Sequence[Source]) -> list[tuple[str, str, Any]]:

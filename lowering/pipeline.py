@@ -29,6 +29,7 @@ from .executor import Writer
 from .flow import find_escapes, written_by_aten
 from .foreach import take_foreach_apart
 from .fuse import Fuser
+from .graph import output_node
 from .group import Group, Plan
 from .horizontal import Combined, Part, combine, find_parts, may_share
 from .indexing import is_static, product
@@ -243,7 +244,8 @@ class Compilation:
         if small:
             live = [g for s in steps for g in getattr(s, "groups", [s]) if isinstance(g, Group)]
             needs = needs_of(program, live, fuser.home, fuser.reads)
-            steps = join(steps, [s for s in steps if s in small], sources, needs)
+            joined = [s for s in steps if s in small]
+            steps = join(steps, joined, sources, needs, output_node(gm.graph))
         groups = [step for step in steps if isinstance(step, Group)]
         for group in groups:
             try:

@@ -12,15 +12,17 @@ backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch.fx import Node
 
 from .flow import has_effect
-from .group import Group
-from .horizontal import MOST_ARGUMENTS, Combined, branch, waits
+from .group import Group, has_stores
+from .held import Held, Needs, may_move, waits
+from .horizontal import MOST_ARGUMENTS, Combined, branch
 from .indexing import is_static, product
 from .ir import BITS, Value
 from .render import HEADER
@@ -59,11 +61,6 @@ def _is_small(group: Group) -> bool:
     )
 
 
-def has_stores(group: Group) -> bool:
-    """Whether it writes memory that others may read."""
-    return bool(group.stores) or any(m.kind == "store" for m in group.members)
-
-
 def _bytes(v: Value) -> int:
     return product(v.shape) * BITS[v.dtype] // 8
 
@@ -72,11 +69,16 @@ def join(
     steps: Sequence[Any],
     small: Collection[Group],
     sources: Mapping[Group, Source],
-    needs: Callable[[Any], Iterable[Any]],
+    needs: Needs,
+    output: Node,
 ) -> list[Any]:
-    """The steps, with small groups that do not wait for each other as one."""
+    """The steps, with small groups that do not wait for each other as one; ``output``: the graph's
+    last node."""
     kinds = {g: kind for g in small if (kind := _kind(sources[g])) is not None}
-    return _Joiner(kinds, sources, needs).run(steps) if len(kinds) > 1 else list(steps)
+    if len(kinds) < 2:
+        return list(steps)
+    held = functools.cache(lambda: Held(steps, needs, kinds, output))
+    return _Joiner(kinds, sources, needs, held).run(steps)
 
 
 def _kind(source: Source) -> Any:
@@ -127,16 +129,18 @@ class _Joiner:
         self,
         kinds: Mapping[Group, Any],
         sources: Mapping[Group, Source],
-        needs: Callable[[Any], Iterable[Any]],
+        needs: Needs,
+        held: Callable[[], Held],
     ) -> None:
-        self.kinds, self.sources, self.needs = kinds, sources, needs
+        self.kinds, self.sources, self.needs, self.held = kinds, sources, needs, held
+        self.place = 0  # of the step that it is at
         self.steps: list[Any] = []
         self.waiting: dict[Any, _Waiting] = {}
         self.home: dict[Group, Any] = {}  # waiting group -> its kind
         self.maker: dict[Value, Group] = {}  # what waiting groups make
 
     def run(self, steps: Sequence[Any]) -> list[Any]:
-        for step in steps:
+        for self.place, step in enumerate(steps):
             self._launch_what_it_needs(step)
             kind = self.kinds.get(step) if isinstance(step, Group) else None
             if kind is not None:
@@ -159,7 +163,7 @@ class _Joiner:
             needed = {self.maker[v] for v in operands if v in self.maker}
         for need in needed:
             if need in self.home:
-                self._launch(self.home[need])
+                self._launch(self.home[need], needed)
 
     def _wait(self, group: Group, kind: Any) -> None:
         source = self.sources[group]
@@ -169,11 +173,18 @@ class _Joiner:
         self.home[group] = kind
         self.maker.update(dict.fromkeys(group.outputs, group))
 
-    def _launch(self, kind: Any) -> None:
+    def _launch(self, kind: Any, needed: Collection[Any] | None = None) -> None:
+        """All that wait; if some of them are ``needed``, the others as far as memory allows."""
         groups = self.waiting.pop(kind).groups
-        self.steps.append(Joined(groups) if len(groups) > 1 else groups[0])
-        for group in groups:
+        early = [
+            g for g in groups if needed is None or g in needed or may_move(g, self.place, self.held)
+        ]
+        self.steps.append(Joined(early) if len(early) > 1 else early[0])
+        for group in early:
             del self.home[group]
+        for group in groups:
+            if group in self.home:
+                self.waiting.setdefault(kind, _Waiting()).add(group, self.sources[group])
 
     def _launch_all(self) -> None:
         for kind in list(self.waiting):

@@ -152,6 +152,38 @@ def test_conversions_are_few() -> None:
     assert not clones  # the features leave as a kernel adds their bias
 
 
+class Wide(nn.Module):
+    """A product that holds more than all else, before or between two convolutions."""
+
+    def __init__(self, between: bool) -> None:
+        super().__init__()
+        self.between = between
+        self.first, self.second = (nn.Conv2d(64, 64, 3, padding=1, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor, a: Tensor) -> Tensor:
+        if self.between:
+            y = self.first(x)
+            return self.second(y * (a @ a).mean())
+        return self.second(torch.relu(self.first(x * (a @ a).mean())))
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_weights_are_converted_when_memory_is_there(between: bool) -> None:
+    """As the first is read, and all that may be held from then on in the same launch."""
+    torch.manual_seed(0)
+    args = rand(1, 64, 8, 8).to(memory_format=torch.channels_last), rand(512, 512)
+    with torch.no_grad():
+        check(Wide(between), *args, options=FORCED, **NEAR)
+    report = gems_compile.reports()[-1]
+    assert report.layout.weights == 2
+    lines = report.wrapper.splitlines()
+    product = next(n for n, c in report.constants.items() if "mm" in c)
+    (held,) = (k for k, line in enumerate(lines) if f" {product}(" in line)
+    copies = [k for k, line in enumerate(lines) if "fused_copy" in line or "memory_format=" in line]
+    assert [k > held for k in copies] == ([False, True] if between else [True])
+    assert "fused_copy_x2" in report.wrapper or between
+
+
 def test_program_keeps_its_layout() -> None:
     with torch.no_grad():
         check(made("Residual", False), rand(2, 3, 8, 8), options={"layout": "keep"}, **NEAR)

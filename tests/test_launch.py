@@ -259,3 +259,23 @@ def test_a_kernel_that_does_not_compile_is_atens(monkeypatch, caplog, strict):
     (report,) = backend.reports
     assert (report.launches, len(report.failures)) == (0, 1)
     assert any("its kernel failed" in why for why in report.aten)
+
+
+def test_the_slab_is_there_from_its_first_kernel_to_its_last() -> None:
+    """Not while ATen's calls before and after hold their memory."""
+
+    def fn(a, b):
+        x = torch.relu(a @ a).sum(0) + 1  # a product, then the parts of sums
+        return (b * (x * x).mean().sqrt().clamp(max=1)) @ b
+
+    backend = Gems()
+    args = [rand(256, 256), rand(256, 256)]
+    got = torch.compile(fn, backend=backend, fullgraph=True)(*args)
+    torch.testing.assert_close(got, fn(*args))
+    lines = backend.reports[0].wrapper.splitlines()
+    (slab,) = (k for k, line in enumerate(lines) if "scratch = empty" in line)
+    (gone,) = (k for k, line in enumerate(lines) if "del " in line and "scratch" in line)
+    touched = [k for k, line in enumerate(lines) if "s0" in line and k > slab + 1]
+    product = next(n for n, c in backend.reports[0].constants.items() if "mm" in c)
+    first, second = (k for k, line in enumerate(lines) if f" {product}(" in line)
+    assert first < slab < min(touched) <= max(touched) < gone <= second
