@@ -181,7 +181,8 @@ def combine(
         return steps
     needs = needs_of(program, groups, fuser.home, fuser.reads)
     late = {s for s in steps if _may_be_late(s, parts, needs)}
-    steps = _put_off(steps, late, needs)
+    if late:
+        steps = _put_off(steps, late, needs)
     held = functools.cache(lambda: Held(steps, needs, late, output_node(gm.graph)))
     launches = _Combiner(steps, parts, needs, late, held).run()
     return [Combined(launch) if len(launch) > 1 else launch[0] for launch in launches]
@@ -191,8 +192,9 @@ def _may_be_late(step: Any, parts: dict[Group, Part], needs: Needs) -> bool:
     """Whether it converts what is there from the start: by a kernel, or in a call for itself."""
     if isinstance(step, Node):
         return bool(step.meta.get(WEIGHT)) and KEPT not in step.meta
-    inputs = (isinstance(n, Node) and n.op == "placeholder" for n in waits(step, needs))
-    return isinstance(parts.get(step), _Copied) and all(inputs)
+    return isinstance(parts.get(step), _Copied) and all(
+        isinstance(n, Node) and n.op == "placeholder" for n in waits(step, needs)
+    )
 
 
 def _put_off(steps: Sequence[Any], late: set[Any], needs: Needs) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -122,3 +123,30 @@ def test_what_a_compile_made_is_old() -> None:
         assert gc.get_freeze_count() == frozen
     finally:
         gc.unfreeze()
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+@pytest.mark.parametrize("trains", [False, True])
+def test_no_tensor_waits_for_a_collection(breaks: bool, trains: bool) -> None:
+    """What Dynamo traced with is let go of without one: memory is not held for longer."""
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        y = (x * 2).relu()
+        if breaks:
+            torch._dynamo.graph_break()
+        return y.softmax(-1) * y
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, backend="gems", fullgraph=not breaks)
+    gc.collect()
+    gc.disable()
+    try:
+        x = torch.rand(8, 8, requires_grad=trains)
+        out = compiled(x)
+        if trains:
+            out.sum().backward()
+        memory = [weakref.ref(t.untyped_storage()) for t in (x, out)]
+        del x, out
+        assert [ref() for ref in memory] == [None, None]
+    finally:
+        gc.enable()
