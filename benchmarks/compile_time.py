@@ -291,10 +291,8 @@ def report(rows: list[Row], backend: str) -> int:
     head, lines = inside(rows)
     if lines:
         table.show(head, lines)
-        print(
-            "own: passes, translate, fuse, emit, wrapper and bind; nodes: all of the ATen graphs as"
-        )
-        print("AOTAutograd gives them; calls: those of ATen that gems' passes leave in them.")
+        print("own: passes, translate, fuse, emit, wrapper and bind; nodes: all of the ATen graphs")
+        print("as AOTAutograd gives them; calls: those of ATen that gems' passes leave in them.")
     for start, other, mean, count in means(rows, backend):
         print(f"{backend} / {other}, geomean (models), {start}: {mean:.2f}x ({count})")
     for what, times in deeper(rows, backend):

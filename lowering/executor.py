@@ -216,8 +216,8 @@ class Writer:
 
     @property
     def scratch_lines(self) -> list[str]:
-        dtype, size = self.constant(torch.uint8, "d"), str(self.scratch_bytes)
-        empty = f"scratch = empty(({size},), (1,), {dtype})"
+        dtype = self.constant(torch.uint8, "d")
+        empty = f"scratch = empty(({self.scratch_bytes},), (1,), {dtype})"
         return [empty, f"s0 = {self.use('scratch')}.data_ptr()"]
 
     def _begin_scratch(self) -> None:
@@ -274,8 +274,9 @@ class Writer:
                 self._allocate(out)
         for copy, memory in group.stores.items():
             self.names[copy], self.aligned[copy] = self.names[memory], self.aligned[memory]
-        touches = any(what in self.scratch for _, _, what in source.params)
-        if touches and "scratch" not in self.ledger.held:
+        if "scratch" not in self.ledger.held and any(
+            w in self.scratch for _, _, w in source.params
+        ):
             self._begin_scratch()
         kernel = f"k{len(self.kernels)}"
         self.kernels.append((kernel, group))

@@ -266,13 +266,13 @@ class _Combiner:
         place = None if part is None else self.open.get(part.key)
         if part is None or place is None or place <= self.barrier or self._after(step) >= place:
             return None
-        together = [self.parts[g] for g in (*self.launches[place], step)]
-        return place if part.fits(together) and self._may_be_early(step, place) else None
-
-    def _may_be_early(self, step: Group, place: int) -> bool:
-        if step in self.late:
-            return may_move(step, self.at[self.launches[place][0]], self.held)
-        return place == len(self.launches) - 1 or self._is_small(step)
+        late, next_to_it = step in self.late, place == len(self.launches) - 1
+        if not (late or next_to_it or self._is_small(step)):
+            return None
+        launch = self.launches[place]
+        if not part.fits([self.parts[g] for g in (*launch, step)]):
+            return None
+        return place if not late or may_move(step, self.at[launch[0]], self.held) else None
 
     def _after(self, step: Any) -> int:
         """The last launch that something the step waits for is in."""
