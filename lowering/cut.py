@@ -315,7 +315,7 @@ class _Assembler:
         reads = {name for line in body for name in line.reads}
         found: list[str] = []
         if "s0" in reads:
-            found += self.writer.scratch_lines
+            found += self.writer.slab.lines
         aligned = [x for x in self.read_from if x in reads]
         if aligned:
             inputs = ", ".join(self.read_from[x] for x in aligned)

@@ -26,7 +26,7 @@ from .matrix_products import Products
 from .order import batches, together
 from .packed import Packs, is_packed, is_unpacked
 from .runs import ADDRESS, GRID, NUMBERS, TENSOR, Launch, Operand, Runs
-from .scratch import plan_scratch
+from .scratch import Slab, plan_scratch
 from .seeds import Seeds
 from .source import NUMBER, Source
 from .translate import Program
@@ -67,7 +67,8 @@ class Writer:
         self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.kernels: list[tuple[str, Group]] = []
         escapes = plan.escapes | cut.crossing if cut is not None else plan.escapes
-        self.scratch, self.scratch_bytes = plan_scratch(plan.steps, sources, escapes)
+        self.slab = Slab(self, *plan_scratch(plan.steps, sources, escapes))
+        self.scratch = self.slab.offsets
         self.packs = Packs(self)
         apart = {*self.scratch, *self.packs.made, *self.packs.read}
         self.in_place = plan_in_place(gm, program, plan, sources, apart)
@@ -208,23 +209,10 @@ class Writer:
         if names:
             self.add(f"{', '.join(names)}{',' if len(names) == 1 else ''} = args")
         self.add("args.clear()")
-        if self.scratch_bytes and self.cut is not None:  # every part has a slab of its own
-            self.ledger.allocate("scratch", len(self.lines), self.scratch_bytes)
+        self.slab.stand_in_parts()
         for node in self.placeholders:
             self._learn_symbols(node)
         self._align()
-
-    @property
-    def scratch_lines(self) -> list[str]:
-        dtype = self.constant(torch.uint8, "d")
-        empty = f"scratch = empty(({self.scratch_bytes},), (1,), {dtype})"
-        return [empty, f"s0 = {self.use('scratch')}.data_ptr()"]
-
-    def _begin_scratch(self) -> None:
-        """The slab is there from the first kernel on that touches it."""
-        self.ledger.allocate("scratch", len(self.lines), self.scratch_bytes)
-        for line in self.scratch_lines:
-            self.runs.ahead(line)
 
     def _align(self) -> None:
         """Kernels read a copy of an input whose data starts off a 16-byte boundary.
@@ -274,10 +262,7 @@ class Writer:
                 self._allocate(out)
         for copy, memory in group.stores.items():
             self.names[copy], self.aligned[copy] = self.names[memory], self.aligned[memory]
-        if "scratch" not in self.ledger.held and any(
-            w in self.scratch for _, _, w in source.params
-        ):
-            self._begin_scratch()
+        self.slab.begin(source)
         kernel = f"k{len(self.kernels)}"
         self.kernels.append((kernel, group))
         self.launches += 1

@@ -3,17 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from .group import Group
 from .indexing import is_static, product
 from .ir import BITS, Value
 from .source import Source
 
+if TYPE_CHECKING:
+    from .executor import Writer
+
 #: larger values get tensors of their own, which are free for others as soon as they are read
 MOST_BYTES = 2**20
 #: a line of memory; kernels assume 16
 ALIGNMENT = 128
+
+
+class Slab:
+    """The part of the Writer that makes the slab. ``offsets``, ``size``: see ``plan_scratch``."""
+
+    def __init__(self, writer: Writer, offsets: dict[Value, int], size: int) -> None:
+        self.writer, self.offsets, self.size = writer, offsets, size
+
+    @property
+    def lines(self) -> list[str]:
+        dtype = self.writer.constant(torch.uint8, "d")
+        empty = f"scratch = empty(({self.size},), (1,), {dtype})"
+        return [empty, f"s0 = {self.writer.use('scratch')}.data_ptr()"]
+
+    def stand_in_parts(self) -> None:
+        """Every part that a CUDA graph may hold has a slab of its own: see ``cut.py``."""
+        if self.size and self.writer.cut is not None:
+            self.writer.ledger.allocate("scratch", len(self.writer.lines), self.size)
+
+    def begin(self, source: Source) -> None:
+        """It is there from the first kernel on that touches it."""
+        held = self.writer.ledger.held
+        if "scratch" in held or not any(what in self.offsets for _, _, what in source.params):
+            return
+        self.writer.ledger.allocate("scratch", len(self.writer.lines), self.size)
+        for line in self.lines:
+            self.writer.runs.ahead(line)
 
 
 def plan_scratch(
