@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import table
-from benchmarks.models import ROOT, add_shared, append, measured, stamp
+from benchmarks.models import add_shared, append, stamp
+from benchmarks.processes import ROOT, measured
 from benchmarks.table import Row, number
 
 STARTS = ("cold", "warm")

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import table
-from benchmarks.models import CACHES, ROOT, append, stamp
+from benchmarks.models import append, stamp
+from benchmarks.processes import CACHES, ROOT
 from benchmarks.table import Row, number
 
 # what the shares are of; see ``group_cases.COPIED``

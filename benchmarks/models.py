@@ -1,30 +1,23 @@
 """Time whole models: ``python -m benchmarks.models --against eager,inductor``.
 
-Each (model, backend) runs in a fresh process with empty caches, one measurement at a time.
+Each (model, backend) runs in a fresh process with empty caches, one measurement at a time, on a
+machine that does nothing else.
 Speed is ``x other``: the other's milliseconds over this backend's, above 1 is faster.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from benchmarks import table
-
-ROOT = Path(__file__).resolve().parent.parent
-CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "GEMS_CACHE_DIR", "XDG_CACHE_HOME")
+from benchmarks.processes import ROOT, measured
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -56,9 +49,9 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     add(
         "--jobs",
         type=int,
-        choices=(1, 2),
-        default=2 if (os.cpu_count() or 1) >= 8 else 1,
-        help="2: the next process imports torch while one measures (default with 8 cores)",
+        default=4 if (os.cpu_count() or 1) >= 8 else 1,
+        help="processes that import side by side, before one after the other measures"
+        " (default: 4 with 8 cores, else 1)",
     )
     add("--json", type=Path, help="write all rows to this file")
 
@@ -88,82 +81,6 @@ def commit() -> str:
     if found.returncode:
         return "unknown"
     return found.stdout.decode().strip() + ("-dirty" if state.stdout else "")
-
-
-@dataclass
-class Worker:
-    """A process for one task: it imports, waits for ``go``, measures, and writes its row.
-
-    The task may name the module that measures (``worker``) and a folder of ``caches`` to share;
-    without one the process gets empty caches of its own.
-    """
-
-    task: dict[str, Any]
-    folder: tempfile.TemporaryDirectory[str]
-    process: subprocess.Popen[bytes]
-
-    @classmethod
-    def start(cls, task: dict[str, Any]) -> Worker:
-        folder = tempfile.TemporaryDirectory(prefix="gems-bench-", ignore_cleanup_errors=True)
-        place = Path(folder.name)
-        shared = Path(task.get("caches") or place)
-        caches = {name: str(shared / name.lower()) for name in CACHES}
-        task = {**task, "out": str(place / "row.json")}
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        with (place / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", task.get("worker", "benchmarks.worker"), json.dumps(task)],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **caches, "PYTHONPATH": path},
-                start_new_session=True,
-            )
-        return cls(task, folder, process)
-
-    def row(self, timeout: float) -> dict[str, Any]:
-        """Let the worker go and return its row, a failed one if it died or ran out of time."""
-        place, start = Path(self.folder.name), time.monotonic()
-        assert self.process.stdin is not None
-        with contextlib.suppress(OSError):  # it may have died on import: its status says so
-            self.process.stdin.write(b"go\n")
-            self.process.stdin.close()
-        try:
-            code = self.process.wait(timeout)
-            status = f"failed: exit status {code}"
-        except subprocess.TimeoutExpired:
-            status = f"failed: more than {timeout:.0f} s"
-        log = (place / "log").read_text(errors="replace")
-        out = place / "row.json"
-        row = json.loads(out.read_text()) if out.exists() else {"status": status}
-        self.stop()
-        if row["status"].startswith("failed"):
-            row["log"] = log[-4000:]
-        return {**row, "wall_s": round(time.monotonic() - start, 1)}
-
-    def stop(self) -> None:
-        """End the process and what it started (a compiler's workers), and drop its caches."""
-        with contextlib.suppress(OSError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.folder.cleanup()
-
-
-def measured(tasks: list[dict[str, Any]], jobs: int, timeout: float) -> Iterator[dict[str, Any]]:
-    """The rows of the tasks in order, one at a time.
-
-    With two jobs the next worker imports while this one measures; it measures nothing until then.
-    """
-    waiting: list[Worker] = []
-    try:
-        for i in range(len(tasks)):
-            waiting.extend(map(Worker.start, tasks[i + len(waiting) : i + jobs]))
-            # it stays in the list while it measures, so that an interrupt ends it too
-            yield waiting[0].row(timeout)
-            waiting.pop(0)
-    finally:
-        for worker in waiting:
-            worker.stop()
 
 
 def report(rows: list[dict[str, Any]], backends: list[str], options: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.cases import Case, missing, spec_of
+from benchmarks.processes import serve_row
 
 Step = dict[str, torch.Tensor]
 
@@ -227,6 +228,7 @@ def serve(fill: Callable[[dict[str, Any], torch.device, dict[str, Any]], None]) 
     ``fill(task, device, row)`` measures.
     """
     task = json.loads(sys.argv[-1])
+    out = Path(task["out"])
     reason = missing(spec_of(task["model"]).package)
     early = ["triton"]
     if "transformers" in sys.modules:  # which imports its models only when they are named
@@ -235,6 +237,7 @@ def serve(fill: Callable[[dict[str, Any], torch.device, dict[str, Any]], None]) 
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     import_backend(task["backend"])
+    out.with_name("ready").touch()
     if not sys.stdin.readline():
         return  # the parent went away
     device = torch.device(task["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -249,7 +252,7 @@ def serve(fill: Callable[[dict[str, Any], torch.device, dict[str, Any]], None]) 
             lines = str(error).strip().splitlines() or [""]
             row["status"] = f"failed: {type(error).__name__}: {lines[0][:300]}"
             traceback.print_exc()
-    Path(task["out"]).write_text(json.dumps({**row, **versions(device)}))
+    serve_row(out, {**row, **versions(device)})
 
 
 if __name__ == "__main__":
