@@ -173,7 +173,7 @@ def test_weights_are_converted_when_memory_is_there(between: bool) -> None:
     torch.manual_seed(0)
     args = rand(1, 64, 8, 8).to(memory_format=torch.channels_last), rand(512, 512)
     with torch.no_grad():
-        check(Wide(between), *args, options=FORCED, **NEAR)
+        check(Wide(between).to(DEVICE), *args, options=FORCED, **NEAR)
     report = gems_compile.reports()[-1]
     assert report.layout.weights == 2
     lines = report.wrapper.splitlines()
