@@ -49,6 +49,8 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
     add(
         "--jobs",
         type=int,
+        choices=range(1, 17),
+        metavar="N",
         default=4 if (os.cpu_count() or 1) >= 8 else 1,
         help="processes that import side by side, before one after the other measures"
         " (default: 4 with 8 cores, else 1)",
