@@ -242,7 +242,9 @@ def _pad(b: Builder, val: torch.Tensor, x: Value, pad: Sequence[Any], value: Any
         shape[axis] = simplify(x.shape[axis] + before + after)
         if before or after:
             places.append((axis, before, 1))
-    return b.patch(b.full(shape, value or 0, x.dtype), x, places[::-1]) if places else x
+    if not places:
+        return b.copy(x)
+    return b.patch(b.full(shape, value or 0, x.dtype), x, places[::-1])
 
 
 def _full(b: Builder, val: torch.Tensor, size: Any, value: Any, *_: Any) -> Value:

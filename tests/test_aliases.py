@@ -63,6 +63,35 @@ def test_output_can_be_written_without_touching_the_input(grad):
     assert torch.equal(x, before)
 
 
+#: memory of their own in eager mode, though nothing changes, or nothing but what is left out
+COPIES = {
+    "pad_by_nothing": lambda x: F.pad(x, (0, 0)),
+    "pad_takes_away": lambda x: F.pad(x, (-1, -1)),
+    "pad_takes_away_one_end": lambda x: F.pad(x, (-1, 0, 0, -1)),
+    "cat_of_one": lambda x: torch.cat([x]),
+    "stack_of_one": lambda x: torch.stack([x]),
+    "repeat_once": lambda x: x.repeat(1, 1),
+    "roll_by_nothing": lambda x: torch.roll(x, 0),
+    "flip_of_nothing": lambda x: x.flip([]),
+    "scatter_of_all": lambda x: torch.slice_scatter(x, x, 0, 0, 4),
+    "narrow_copy": lambda x: torch.narrow_copy(x, 1, 1, 3),
+    "tril_of_all": lambda x: x.tril(9),
+}
+
+
+@pytest.mark.parametrize("of", ["input", "product", "kernel"])
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_are_no_views(name, of):
+    """Of an input, of what ATen makes and of what a kernel makes, which are returned as well."""
+    copy, w = COPIES[name], rand(6, 6)
+
+    def fn(x):
+        y = {"input": lambda: x, "product": lambda: x @ w, "kernel": lambda: x.exp()}[of]()
+        return y, copy(y)
+
+    check(fn, rand(4, 6), rtol=1e-4, atol=1e-5)
+
+
 def test_distinct_outputs_do_not_share_memory():
     x = rand(4, 6)
     a, b = compile_(lambda x: (x.sin(), x.sin()))(x)
