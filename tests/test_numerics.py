@@ -207,3 +207,12 @@ def test_transcendental_accuracy(name):
     error = (compile_(fn)(x).double() - true).abs() / true.abs()
     eager = (fn(x).double() - true).abs() / true.abs()
     assert error.max() <= max(eager.max().item(), 2 * 2**-23)
+
+
+def test_the_tail_of_a_soft_margin_is_no_less_accurate_than_eager():
+    """Where target times input is large the gradient is small, and not the rest of a difference."""
+    x, target = torch.linspace(5, 30, 26, device=DEVICE, requires_grad=True), 1.0 + rand(26).abs()
+    compiled = compile_(lambda x: F.soft_margin_loss(x, target, reduction="sum"))
+    (grad,) = torch.autograd.grad(compiled(x), x)
+    exact = -target.double() * torch.sigmoid(-target.double() * x.detach().double())
+    torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-30)
