@@ -1,7 +1,8 @@
 """A process for each measurement, one measurement at a time on an idle machine.
 
 The next few processes import side by side, which takes most of a short measurement's time, and
-none measures until all have: a neighbour's import costs a compile up to a third of its speed.
+none measures until all have: beside a neighbour's import a warm compile of Llama's decoding took
+5.4 and 5.9 s on an H100's host, and 4.2 and 4.6 s alone.
 """
 
 from __future__ import annotations
