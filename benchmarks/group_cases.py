@@ -156,7 +156,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @group(
     "dequantize",
-    TOKENS,
+    {**TOKENS, (32768, 4096): (7, 40), (4096, 11008): (4, 43)},
     lambda m, n: [plain((m, n), torch.int8, high=127), wide((m, 1), grad=False)],
     forward=("pointwise", lambda m, n: 3 * m * n + 4 * m),
 )

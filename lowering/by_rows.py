@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .aligned import LANES, begin, ends, inside
+from .flight import asks_for_a_byte
 from .folds import row_atoms
 from .indexing import Size, is_static, product
 from .schedule import Tile
@@ -35,7 +36,7 @@ def row_of(renderer: Renderer) -> tuple[str, Tile] | None:
     if numel < 4096 * renderer.multiprocessors:
         return None
     tile = _tile(length, IDLE)
-    if tile is None or not _has_row_values(renderer, inner):
+    if tile is None or not _has_row_values(renderer, inner) or asks_for_a_byte(renderer):
         return None
     return inner, Tile(tile)
 

@@ -19,6 +19,13 @@ LONG_TILES = 2**17
 LONG = ("gelu", "erf", "tanh", "pow", "sin", "cos", "gamma", "random.")
 
 
+def elements_of_a_thread(renderer: Renderer) -> int:
+    """How many are enough loads in flight."""
+    if asks_for_a_byte(renderer):
+        return 32
+    return 16 if asks_for_little(renderer) else 8
+
+
 def asks_for_little(renderer: Renderer) -> bool:
     """Whether a thread had better work on sixteen elements than on eight.
 
@@ -30,7 +37,7 @@ def asks_for_little(renderer: Renderer) -> bool:
     if body.derived or not renderer.parallel:
         return False
     instrs = renderer.instrs
-    if any(i.kind == "line" and any(word in i.text for word in LONG) for i in instrs):
+    if any(map(_is_long, instrs)):
         return False
     bits = 0
     for load in _loads(instrs):
@@ -42,12 +49,32 @@ def asks_for_little(renderer: Renderer) -> bool:
     return 0 < bits <= 8 * FEW_BYTES
 
 
+def asks_for_a_byte(renderer: Renderer) -> bool:
+    """Whether a place of its own is all that each place of a large kernel reads, and that a byte.
+
+    A thread's eight places are then eight bytes in flight. With 32 to a thread a program had better
+    not have a row of its own (weights of 8 bits dequantized to bfloat16, H200, share of a copy's
+    speed: 4096 x 11008 0.92, 0.89 by rows; 16384 x 1024 0.925, 0.90; 8192 x 4096 0.935, 0.93).
+    """
+    inner = renderer.parallel[-1] if renderer.parallel else ""
+    instrs = renderer.instrs
+    if renderer.body.derived or any(_is_long(i) for i in instrs):
+        return False
+    own = [load for load in _loads(instrs) if load.indices[0].coefficient(inner) != 0]
+    simple = all(load.cond is None and _runs_along(renderer, load.indices[0]) for load in own)
+    return simple and sum(BITS[load.dtype] for load in own) == 8
+
+
 def stores_more(renderer: Renderer, numel: int) -> bool:
     """Whether the stores of a large transposing kernel take more memory than its loads."""
     instrs = renderer.instrs
     bits = {k: [BITS[i.dtype] for i in instrs if i.kind == k] for k in ("load", "store")}
     busy = numel >= LONG_TILES * renderer.multiprocessors
     return busy and min(bits["store"], default=0) > max(bits["load"])
+
+
+def _is_long(instr: Instr) -> bool:
+    return instr.kind == "line" and any(word in instr.text for word in LONG)
 
 
 def _runs_along(renderer: Renderer, index: Index) -> bool:

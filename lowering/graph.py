@@ -52,9 +52,13 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
+#: in the meta of a backward graph's input: forward computed it, and the program got it as well
+RETURNED = "returned"
+
+
 def saved_inputs(graph: fx.Graph) -> list[fx.Node]:
-    """Of a backward graph what forward computed for it, and nobody else holds: AOTAutograd lets the
-    program's own tensors and the gradients keep their names."""
+    """Of a backward graph what forward computed: AOTAutograd lets the program's own tensors and the
+    gradients keep their names."""
     inputs = graph.find_nodes(op="placeholder")
     if not any(node.name.startswith("tangents_") for node in inputs):
         return []

@@ -15,7 +15,7 @@ from . import private
 from .batch_norm import APPLY, take_batch_norms_apart
 from .channels_last import Decision, decide
 from .conv_bias import take_biases_apart
-from .graph import calls_of
+from .graph import RETURNED, calls_of, is_view, output_node
 from .options import Options
 from .overload import name_of
 from .packed import pack_saved
@@ -55,7 +55,27 @@ def partition(
         forward, backward = min_cut_rematerialization_partition(joint, inputs, **how)
     if inputs:  # else both are subgraphs of others
         pack_saved(forward, backward, how["num_fwd_outputs"])
+    mark_returned(forward, backward, how["num_fwd_outputs"])
     return forward, backward
+
+
+def mark_returned(forward: GraphModule, backward: GraphModule, visible: int) -> int:
+    """Mark what backward reads of forward's first ``visible`` results, which are the program's (a
+    model's logits): it lives as long as the program wishes, not until its last use. How many."""
+    results: Any = output_node(forward.graph).args[0]
+    theirs = {_whole(n) for n in results[:visible] if isinstance(n, Node)}
+    names = {n.name for n in results[visible:] if isinstance(n, Node) and _whole(n) in theirs}
+    marked = [n for n in backward.graph.find_nodes(op="placeholder") if n.name in names]
+    for node in marked:
+        node.meta[RETURNED] = True
+    return len(marked)
+
+
+def _whole(node: Node) -> Node:
+    """The tensor whose memory a node's result is."""
+    while is_view(node):
+        (node,) = node.all_input_nodes[:1]
+    return node
 
 
 @functools.cache

@@ -46,7 +46,7 @@ from .passes import PASSES as ATEN_PASSES
 from .pooling import take_poolings
 from .products import align_products
 from .render import Renderer, kernel_name
-from .row_products import reduce_row_products
+from .row_products import multiply_outer_products, reduce_row_products
 from .runs import Run
 from .scan import scans_rows
 from .schedule import needs_loop
@@ -151,8 +151,9 @@ class Compilation:
         for run in PASSES:
             run(gm)
             observe(run.__name__, gm)
-        if reduce_row_products(gm, self.device):
-            observe("reduce_row_products", gm)
+        for take in (reduce_row_products, multiply_outer_products):
+            if take(gm, self.device):
+                observe(take.__name__, gm)
         if take_embeddings_apart(gm, self.device):
             observe("take_embeddings_apart", gm)
         if take_updates_apart(gm, self.device, options.target):

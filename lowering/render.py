@@ -11,7 +11,7 @@ from .aligned import aligned_of, begin, ends, inside, promise, store_ends, vecto
 from .body import Body, Instr, loads_first
 from .by_rows import row_of, row_prologue
 from .carried import Carried, carried_of, prologue, written
-from .flight import asks_for_little, stores_more
+from .flight import elements_of_a_thread, stores_more
 from .folds import define, parts_of, render_fold, render_load
 from .fours import axis_of_fours, is_plain, whole_axis
 from .group import SHARE
@@ -136,7 +136,7 @@ class Renderer(Accumulators, Loops):
             if carried is not None:
                 self.carried, tile = carried
                 return tile
-            return pointwise_tile(rows, self.multiprocessors, asks_for_little(self))
+            return pointwise_tile(rows, self.multiprocessors, elements_of_a_thread(self))
         if self.group.column:
             reduced = self.group.reduced_length
             return column_tile(rows, reduced, self.shares, self.body.looped, self._loaded_bytes())

@@ -1,8 +1,12 @@
-"""A product of one row and a matrix is a reduction of our own: it reads the matrix once, at the
-speed of memory, and takes what surrounds it along (a residual, SwiGLU's gate).
+"""Products of matrices that kernels of our own compute, with what surrounds them.
 
-A step of decoding is made of such products. As calls of cuBLAS each is a launch and some ten us of
-the host's time, and what they give to each other goes through memory.
+A product of one row and a matrix is a reduction: it reads the matrix once, at the speed of memory,
+and takes a residual or SwiGLU's gate along. A step of decoding is made of such products. As calls
+of cuBLAS each is a launch and some ten us of the host's time, and what they give to each other goes
+through memory.
+
+A product of one column and one row, as of rotary embeddings' positions and frequencies, is a
+multiplication: each sum has one term.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import value_of
+from .graph import calls_of, value_of
 
 aten = torch.ops.aten
 
@@ -31,6 +35,30 @@ def reduce_row_products(gm: fx.GraphModule, device: torch.device) -> int:
     if count:
         gm.recompile()
     return count
+
+
+def multiply_outer_products(gm: fx.GraphModule, device: torch.device) -> int:
+    """``mm`` and ``bmm`` whose sums have one term as ``mul``, of the same rounding (of a finer one
+    where cuBLAS may use TF32); returns how many."""
+    found = [node for node in calls_of(gm.graph, _PRODUCTS) if _is_outer_product(node, device)]
+    for node in found:
+        node.target = aten.mul.Tensor
+    if found:
+        gm.recompile()
+    return len(found)
+
+
+_PRODUCTS = (aten.mm.default, aten.bmm.default)
+
+
+def _is_outer_product(node: fx.Node, device: torch.device) -> bool:
+    args: Any = node.args
+    column, row = map(value_of, args)
+    terms = column.shape[-1]
+    if column.device != device or not column.is_floating_point() or type(terms) is not int:
+        return False
+    # of factors that lie otherwise a multiplication's result may
+    return terms == 1 and column.is_contiguous() and row.is_contiguous()
 
 
 def _is_row_product(node: fx.Node, device: torch.device) -> bool:

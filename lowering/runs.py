@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .cublas import Problem, in_torch
-from .graph import is_tensor, saved_inputs, value_of
+from .graph import RETURNED, is_tensor, saved_inputs, value_of
 from .ir import Value
 from .ledger import Block
 
@@ -195,9 +195,11 @@ class Memory:
 
 
 def _given(writer: Writer) -> dict[Block, int]:
-    """What forward saved for this graph, until its last use here."""
+    """What forward saved for this graph and nobody else holds, until its last use here."""
     found = {}
     for node in saved_inputs(writer.gm.graph):
+        if node.meta.get(RETURNED):
+            continue
         value, val = writer.program.of.get(node), value_of(node)
         if isinstance(value, Value) and is_tensor(val):
             names = writer.names[node], writer.aligned.get(value, "")  # what kernels read

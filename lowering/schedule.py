@@ -51,12 +51,13 @@ def needs_loop(rows: Size, reduced: Size, column: bool, shares: int = 0) -> bool
     return power_of_two(reduced) > MAX_PERSISTENT
 
 
-def pointwise_tile(numel: Size, multiprocessors: int, little: bool = False) -> Tile:
-    """``little``: a thread's eight elements would be too few loads in flight."""
+def pointwise_tile(numel: Size, multiprocessors: int, each: int = 8) -> Tile:
+    """``each``: elements that a thread of a large kernel works on."""
     if not is_static(numel):
         return Tile(1024)
     if numel >= 1024 * 4 * multiprocessors:
-        return Tile(1024, warps=2 if little else 4)
+        block = max(1024, 64 * each)
+        return Tile(block, warps=block // (32 * each))
     block = max(64, min(1024, power_of_two(numel // max(1, 2 * multiprocessors))))
     return Tile(block, warps=max(1, min(4, block // 64)))
 

@@ -1,4 +1,5 @@
-"""Products of one row, which a step of decoding is made of, are reductions of our own."""
+"""Products that are kernels of our own: those of one row, which a step of decoding is made of, and
+those of one column and one row."""
 
 from __future__ import annotations
 
@@ -98,3 +99,54 @@ def test_rotary_embedding_of_products():
     (report,) = backend.reports
     assert (report.launches, report.aten_calls) == (2, 0), report.aten
     assert_as_accurate([got], [fn(x, w, cos, sin)], [exact], torch.bfloat16)
+
+
+def rotations(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    angles = (frequencies @ positions).transpose(-1, -2)
+    angles = torch.cat((angles, angles), -1)
+    return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("batch", [(), (3,)], ids=str)
+def test_sums_of_one_term(batch, dynamic, dtype):
+    backend = Gems()
+    compiled = torch.compile(rotations, backend=backend, dynamic=dynamic, fullgraph=True)
+    for rows, columns in ((6, 33), (9, 17)):
+        column = torch.randn(*batch, rows, 1, device=DEVICE, dtype=dtype)
+        row = torch.randn(*batch, 1, columns, device=DEVICE, dtype=dtype)
+        got = compiled(column, row)
+        exact = rotations(column.double(), row.double())
+        assert_as_accurate(got, rotations(column, row), exact, dtype)
+    report = backend.reports[-1]
+    assert (report.launches, report.aten_calls) == (1, 0), report.aten
+
+
+def test_products_of_one_term_are_rounded_as_eager_rounds_them():
+    column, row = torch.randn(70, 1, device=DEVICE), torch.randn(1, 90, device=DEVICE)
+    got = torch.compile(lambda a, b: a @ b, backend="gems")(column, row)
+    assert torch.equal(got, column @ row) and got.stride() == (90, 1)
+
+
+@pytest.mark.parametrize(
+    ("column", "row"),
+    [
+        (torch.randn(6, 2), torch.randn(2, 9)),
+        (torch.randn(12, 1)[::2], torch.randn(1, 9)),
+        (torch.randn(6, 1), torch.randn(1, 18)[:, ::2]),
+        (torch.arange(6)[:, None], torch.arange(9)[None]),
+    ],
+    ids=["two terms", "a column with gaps", "a row with gaps", "integers"],
+)
+def test_what_stays_a_product_of_matrices(column, row):
+    if DEVICE != "cpu" and not column.is_floating_point():
+        pytest.skip("eager has no such product")
+    backend, args = Gems(), (column.to(DEVICE), row.to(DEVICE))
+    if not column.is_contiguous():  # a copy would have no gaps
+        args = (args[0].repeat_interleave(2, 0)[::2], args[1])
+    if not row.is_contiguous():
+        args = (args[0], args[1].repeat_interleave(2, 1)[:, ::2])
+    got = torch.compile(lambda a, b: (a @ b) * 2, backend=backend, fullgraph=True)(*args)
+    torch.testing.assert_close(got, (args[0] @ args[1]) * 2)
+    assert "aten.mm.default: no kernel is declared for it" in backend.reports[0].aten

@@ -10,7 +10,7 @@ from helpers import DEVICE, gems_only, rand
 
 from gems_compile.backend import Gems
 from gems_compile.config import cache_dir
-from gems_compile.lowering import native
+from gems_compile.lowering import native, runs
 from gems_compile.lowering.runs import (
     ADDRESS,
     GRID,
@@ -81,6 +81,33 @@ def test_memory_does_not_rise() -> None:
     report = wrapper(fn, rand(700, 900))  # too large for the slab
     one = 700 * 900 * 4
     assert report.launches > 5 and report.peak_bytes < 3 * one + 2**20, report.wrapper
+
+
+def test_what_the_program_holds_does_not_die_in_backward(monkeypatch) -> None:
+    """A run counts on the memory of what forward saved; not where that was returned as well."""
+    seen: list[list[int | None]] = []
+
+    def given(writer):
+        found = runs_of_saved(writer)
+        seen.append(sorted(block.size for block in found))
+        return found
+
+    def fn(x, w, shown):
+        hidden = torch.sort(x, -1)[0].exp()  # saved; sorted by ATen, so kept
+        logits = torch.sort(hidden @ w, -1)[0]
+        return (logits * logits).sum(), (logits[1:] if shown else None)
+
+    runs_of_saved = runs._given
+    monkeypatch.setattr(runs, "_given", given)
+    x, w = rand(30, 40).requires_grad_(), rand(40, 50).requires_grad_()
+    saved = []
+    for shown in (False, True):
+        torch._dynamo.reset()
+        torch.compile(fn, backend="gems")(x, w, shown)[0].backward()
+        saved.append(seen[-1])
+    logits = 30 * 50 * 4
+    assert logits in saved[0], saved
+    assert sorted([*saved[1], logits]) == saved[0]
 
 
 # on a GPU ----------------------------------------------------------------------------------------
