@@ -26,6 +26,8 @@ def repair() -> None:
     - A scan or a reduction with a function of ours combines whole rows, not one element after
       another.
     - bfloat16 is added atomically, each sum rounded, and so is one number to many places.
+    - ``triton.language`` is patched once a kernel, and not again in each call of a device function:
+      half of an interpreted kernel's time.
     """
     if not triton.knobs.runtime.interpret:
         return
@@ -43,11 +45,46 @@ def repair() -> None:
 
     interpreter._patch_lang_tensor = patched_tensor
     _repair_builder(interpreter, builder)
+    _patch_once(interpreter)
     interpreter.ScanOps.generic_scan = _scan_by_doubling
     interpreter.ReduceOps.generic_reduce = _reduce_by_halving
     options = interpreter.InterpreterOptions(sanitize_overflow=False)
     interpreter.interpreter_builder.options = options
     builder.repaired_by_gems = True
+
+
+def _patch_once(interpreter: Any) -> None:
+    """Let device functions find the language as their kernel had it patched."""
+    patch_lang, patched = interpreter._patch_lang, set[Any]()
+
+    @functools.cache
+    def languages(fn: Any) -> set[Any]:
+        return {v for v in fn.__globals__.values() if v is tl or v is tl.core}
+
+    def patch_for_kernel(fn: Any) -> Any:
+        scope = patch_lang(fn)
+        patched.update(languages(fn))
+        restore = scope.restore
+
+        def restore_all() -> None:
+            patched.clear()
+            restore()
+
+        scope.restore = restore_all
+        return scope
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not languages(self.fn) <= patched:
+            patch_lang(self.fn)
+            patched.update(languages(self.fn))
+        fn = self.rewrite()
+        try:
+            return fn(*args, **kwargs)
+        except Exception as e:
+            raise interpreter.InterpreterError(repr(e)) from e
+
+    interpreter._patch_lang = patch_for_kernel
+    interpreter.InterpretedFunction.__call__ = call
 
 
 def _quiet(method: Callable[..., Any]) -> Callable[..., Any]:

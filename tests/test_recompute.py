@@ -32,8 +32,8 @@ def sums_both_ways(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 @gems_only
 def test_wide_values_are_computed_from_narrow_ones():
-    x = rand(600, 17000, dtype=torch.bfloat16)
-    assert ("float32", (600, 17000)) not in written(sums_both_ways, x)
+    x = rand(150, 17000, dtype=torch.bfloat16)
+    assert ("float32", (150, 17000)) not in written(sums_both_ways, x)
 
 
 @gems_only
@@ -52,13 +52,13 @@ def test_log_probabilities_of_the_labels_alone():
 
 @gems_only
 def test_what_is_returned_is_stored():
-    x = rand(600, 17000, dtype=torch.bfloat16)
+    x = rand(150, 17000, dtype=torch.bfloat16)
 
     def fn(x):
         wide = x.float() * 2 + 1
         return wide, (wide * wide).sum(1)
 
-    assert written(fn, x).count(("float32", (600, 17000))) == 1
+    assert written(fn, x).count(("float32", (150, 17000))) == 1
 
 
 @gems_only
