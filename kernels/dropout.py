@@ -13,6 +13,10 @@ from .op import T, call, composite
 
 _WORD = 0xFFFFFFFF
 
+#: of Philox 4x32 for a mask: the fewest that pass every test of BigCrush (Salmon et al. 2011, table
+#: 2), and what FlashAttention draws its masks with; generators of numbers take ten for safety
+ROUNDS = 7
+
 #: no seed is this number: it tells a kernel that the seed is in memory
 IN_MEMORY = 2**63 - 1
 
@@ -21,7 +25,7 @@ def define(library: Any) -> None:
     """Register ``gems::seed`` and ``gems::dropout_mask`` on a torch Library.
 
     seed:          one int64 drawn from the device's default generator
-    dropout_mask:  True where an element is kept: with probability 1 - p, by Philox 4x32-10 keyed
+    dropout_mask:  True where an element is kept: with probability 1 - p, by Philox 4x32-7 keyed
                    by the seed and ``salt``, at the element's place in a contiguous tensor
     """
     import torch
@@ -57,9 +61,9 @@ DRAWN_AT_ONCE = 4
 def number_drawn(seed: int, offset: int) -> int:
     """What ``draw_seed`` draws from a CUDA generator of this seed and offset.
 
-    cuRAND's generator is Philox 4x32-10, too; a counter's words are four steps of the offset.
+    cuRAND's generator is Philox 4x32-10; a counter's words are four steps of the offset.
     """
-    high, low, _, _ = _philox(seed, offset // DRAWN_AT_ONCE)
+    high, low, _, _ = _philox(seed, offset // DRAWN_AT_ONCE, rounds=10)
     return (high << 32 | low) % (2**64 - 1) - 2**63
 
 
@@ -79,11 +83,11 @@ def threshold(p: float) -> int:
     return min(round(p * 2**32), _WORD)
 
 
-def _philox(key: Any, counter: Any) -> tuple[Any, ...]:
+def _philox(key: Any, counter: Any, rounds: int = ROUNDS) -> tuple[Any, ...]:
     """``kernels.random`` in int64 arithmetic, or Python's: four words of each counter."""
     c0, c1, c2, c3 = counter & _WORD, counter >> 32, counter & 0, counter & 0
     k0, k1 = key & _WORD, (key >> 32) & _WORD
-    for _ in range(10):
+    for _ in range(rounds):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c2 = (b >> 32 & _WORD) ^ c1 ^ k0, (a >> 32 & _WORD) ^ c3 ^ k1
         c1, c3 = b & _WORD, a & _WORD

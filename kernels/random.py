@@ -1,6 +1,6 @@
 """Random numbers on the device: a function of (seed, salt, place), so that none is ever stored.
 
-Philox 4x32-10 (Salmon et al. 2011) makes four words of a counter. Place i has word i % 4 of counter
+Philox 4x32-7 (Salmon et al. 2011; see ``ROUNDS``) makes four words of a counter. Place i has word i % 4 of counter
 i // 4, whatever the tile it is computed in: forward and backward differ in theirs.
 """
 
@@ -10,9 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .dropout import IN_MEMORY
+from .dropout import IN_MEMORY, ROUNDS
 
-_IN_MEMORY = tl.constexpr(IN_MEMORY)
+_IN_MEMORY, _ROUNDS = tl.constexpr(IN_MEMORY), tl.constexpr(ROUNDS)
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def _philox(key, place, nvidia):
     c2, c3 = c0 * 0, c0 * 0
     k0 = (key & 0xFFFFFFFF).to(tl.uint32)
     k1 = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    for _ in tl.static_range(10):
+    for _ in tl.static_range(_ROUNDS):
         low0, high0 = _times(c0, 0xD2511F53, nvidia)
         low2, high2 = _times(c2, 0xCD9E8D57, nvidia)
         c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0

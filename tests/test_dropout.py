@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from helpers import DEVICE, MLP_NEAR, assert_same_bits, check, compile_, rand
 from torch import nn
 
+from gems_compile.kernels.dropout import _philox as philox
+
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout_statistics(p):
@@ -148,3 +150,22 @@ def test_neighbours_and_dropouts_are_not_correlated():
     for lag in (1, 2, 3, 4, 5, 8, 1024):
         assert abs((a[lag:] * a[:-lag]).mean()) * 4 < 5 / n**0.5
     assert abs((a * b).mean()) * 4 < 5 / n**0.5
+
+
+def test_masks_are_philox_of_seven_rounds():
+    """The first vector of Random123's known answers."""
+    assert philox(0, 0) == (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)
+
+
+def test_every_bit_of_seed_and_counter_counts():
+    """Whichever is turned over, each bit of each word is in half of all cases. With five rounds
+    some are in a third."""
+    n = 1 << 14
+    seed, counter = torch.randint(-(2**63), 2**63 - 1, (n,)), torch.randint(2**34, (n,))
+    words = torch.stack(philox(seed, counter))
+    others = [(seed ^ (1 << bit), counter) for bit in range(63)]
+    others += [(seed, counter ^ (1 << bit)) for bit in range(34)]
+    for other in others:
+        turned = torch.stack(philox(*other)) ^ words
+        shares = torch.stack([(turned >> bit & 1).double().mean(1) for bit in range(32)])
+        assert (shares - 0.5).abs().max() * 2 * n**0.5 < 6
