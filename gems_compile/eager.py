@@ -314,7 +314,7 @@ class _State:
         layers = self.layers()
         wanted = {name for layer in layers for name in layer.names} | set(self.single)
         for name in self.registered.keys() - wanted:
-            self.registered.pop(name)._destroy()
+            self.handlers[name].unregister(self.registered.pop(name))
         fresh = wanted - self.registered.keys()
         if fresh:
             with warnings.catch_warnings():

@@ -20,6 +20,7 @@ from torch.nn import Parameter
 
 from .config import Config
 from .kernels.target import Target
+from .lowering.private import forget_dispatch
 from .worth import least_elements, why_not_worth
 
 log = logging.getLogger(__name__)
@@ -88,13 +89,19 @@ class Handler:
     # registration --------------------------------------------------------------------------------
 
     def register(self) -> torch.library.Library:
-        """Put this handler at the device key; destroying what it returns restores ATen's kernel."""
+        """Put this handler at the device key, until ``unregister`` is given what this returns."""
         key = self.target.dispatch_key
         self._native = _native_kernel(self.overload, key)
         library = torch.library.Library("aten", "IMPL")
         library.impl(self.name, self, key, with_keyset=True)
         self._kept.append(_native_kernel(self.overload, key))
+        forget_dispatch(self.overload, key)
         return library
+
+    def unregister(self, library: torch.library.Library) -> None:
+        """Restore ATen's kernel."""
+        library._destroy()
+        forget_dispatch(self.overload, self.target.dispatch_key)
 
     def be_picky(self, picky: bool) -> None:
         """Serve only calls that measured faster than ATen's."""

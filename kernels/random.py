@@ -1,7 +1,7 @@
 """Random numbers on the device: a function of (seed, salt, place), so that none is ever stored.
 
-Philox 4x32-7 (Salmon et al. 2011; see ``ROUNDS``) makes four words of a counter. Place i has word i % 4 of counter
-i // 4, whatever the tile it is computed in: forward and backward differ in theirs.
+Philox 4x32-7 (Salmon et al. 2011; see ``ROUNDS``) makes four words of a counter. Place i has word
+i % 4 of counter i // 4, whatever the tile it is computed in: forward and backward differ in theirs.
 """
 
 # ruff: noqa: RET505 - Triton compiles what follows a static if, a return in it or not

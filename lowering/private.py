@@ -73,6 +73,15 @@ def donate_nothing() -> None:
         donated.clear()
 
 
+def forget_dispatch(overload: Any, key: str) -> None:
+    """Let torch's Python dispatcher, which is on while it traces, look again for what an overload
+    runs at a device's key. It remembers that a kernel was there, and would call one that is gone:
+    a segmentation fault where ATen has none at the key itself (torch 2.11 to 2.13)."""
+    uncache = getattr(overload, "_uncache_dispatch", None)
+    if uncache is not None:
+        uncache(getattr(torch._C.DispatchKey, key))
+
+
 def static_inputs() -> list[int]:
     """Which inputs of the graph that AOTAutograd compiles now are parameters and buffers: the same
     tensors in every call."""

@@ -61,6 +61,22 @@ def test_atens_kernels_are_back() -> None:
     assert table() == before
 
 
+@pytest.mark.parametrize("name", ["aten.add.Scalar", "aten.sum.default", "aten.exp.default"])
+def test_a_trace_does_not_remember_our_kernels(name: str) -> None:
+    """torch's Python dispatcher keeps what it found. A key of which ATen has no kernel itself, for
+    it has one for all devices, was then called with ours gone: the process died."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    a, rest, op = rand(4), (1,) if "add" in name else (), overload(name)
+    for _ in range(2):
+        with gems_compile.use_gems(only=[name], record=(seen := []).append):
+            with enable_python_dispatcher():
+                assert_same(op(a, *rest), op(a.clone(), *rest))
+            assert seen
+        with enable_python_dispatcher():
+            op(a, *rest)
+
+
 def test_names() -> None:
     resolve = lambda *names: eager._names(names, "enable")  # noqa: E731
     assert resolve("softmax") == resolve("_softmax") == {"aten._softmax.default"}

@@ -339,7 +339,7 @@ def test_fused_programs(target: str, workers: Pool, tmp_path: Path) -> None:
     compile_all(fused(), TARGETS[target], workers, tmp_path)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])  # each takes a minute
 def test_single_ops(target: str, workers: Pool, tmp_path: Path) -> None:
     compile_all(single(), TARGETS[target], workers, tmp_path)
 

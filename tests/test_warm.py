@@ -211,13 +211,14 @@ def test_other_constants_are_other_graphs():
     assert said(second) == {KEPT} and not torch.equal(one, two)
 
 
-def test_much_data_is_not_kept():
-    numbers = [float(k) for k in range(20_000)]
-    step = lambda f: [f(rand(20_000))]  # noqa: E731
+def test_much_data_is_not_kept(monkeypatch):
+    monkeypatch.setattr(constants, "MOST_BYTES", 1000)
+    numbers = [float(k) for k in range(300)]
+    step = lambda f: [f(rand(300))]  # noqa: E731
     for _ in range(2):
         _, reports = results(step, lambda: lambda x: x * torch.tensor(numbers, device=x.device) + 1)
         (why,) = said(reports)
-        assert why.startswith("not kept: it holds a constant tensor of 80000 bytes")
+        assert why.startswith("not kept: it holds a constant tensor of 1200 bytes")
 
 
 def test_nothing_is_lowered():
