@@ -15,7 +15,7 @@ from warmcheck import results, said
 
 from gems_compile.backend import Gems
 from gems_compile.kernels.op import T
-from gems_compile.lowering import pipeline
+from gems_compile.lowering import constants, pipeline
 from gems_compile.lowering.binaries import Binaries
 from gems_compile.lowering.rewrites import TABLE
 from gems_compile.lowering.whole_graphs import FROM_CACHE, KEPT
