@@ -21,6 +21,7 @@ import torch
 
 from .config import vendor
 from .errors import UnknownOp, nearest
+from .forms import Form, forms_of
 from .kernels import load_ops
 from .kernels.op import OPS, Op
 from .kernels.target import Target, current_target
@@ -149,7 +150,7 @@ ops = Ops()
 
 
 @functools.cache
-def _overloads() -> dict[str, torch._ops.OpOverload]:
+def _declared() -> dict[str, torch._ops.OpOverload]:
     """Each declared ATen overload that this torch has, by its name in OPS."""
     load_ops()
     found = {}
@@ -163,6 +164,26 @@ def _overloads() -> dict[str, torch._ops.OpOverload]:
             continue
         found[name] = getattr(packet, overload)
     return found
+
+
+@functools.cache
+def _forms() -> dict[str, Form]:
+    """The in-place and out= forms of those, by their names as torch prints them."""
+    declared = _declared()
+    found = [form for overload in declared.values() for form in forms_of(overload)]
+    return {str(form.overload): form for form in found if str(form.overload) not in declared}
+
+
+@functools.cache
+def _overloads() -> dict[str, torch._ops.OpOverload]:
+    """All that can be replaced, or asked for by name."""
+    return _declared() | {name: form.overload for name, form in _forms().items()}
+
+
+def _op(name: str) -> Op:
+    """The declaration behind an overload."""
+    form = _forms().get(name)
+    return OPS[name if form is None else str(form.functional)]
 
 
 @functools.cache
@@ -180,8 +201,8 @@ def _by_name() -> dict[str, tuple[str, ...]]:
                 table.setdefault(prefix + spelled, []).append(name)
     bases = set(table)
     for name in _overloads():
-        if OPS[name].name not in bases:
-            table.setdefault(OPS[name].name, []).append(name)
+        if _op(name).name not in bases:
+            table.setdefault(_op(name).name, []).append(name)
     return {spelled: tuple(names) for spelled, names in table.items()}
 
 
@@ -204,7 +225,7 @@ def _select(only: Names, exclude: Names, where: str) -> frozenset[str]:
         log.warning("no GPU and no interpreter (TRITON_INTERPRET=1): nothing is replaced")
         return frozenset()
     if only is None:
-        chosen = {n for n in _overloads() if _on_by_default(OPS[n], n, target)}
+        chosen = {n for n in _overloads() if _on_by_default(n, target)}
     keep = set()
     for name in chosen - dropped:
         why = why_not_replaced(name, target)
@@ -215,8 +236,10 @@ def _select(only: Names, exclude: Names, where: str) -> frozenset[str]:
     return frozenset(keep)
 
 
-def _on_by_default(op: Op, name: str, target: Target) -> bool:
-    return target.name == "interpreter" or name.split(".")[1] in LEAST
+def _on_by_default(name: str, target: Target) -> bool:
+    if target.name == "interpreter":
+        return True
+    return name not in _forms() and name.split(".")[1] in LEAST  # which no form was measured for
 
 
 @functools.cache
@@ -225,7 +248,8 @@ def why_not_replaced(name: str, target: Target) -> str | None:
     overload = _overloads()[name]
     has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, overload.name())
     schema = overload._schema
-    if schema.is_mutable or any(a.alias_info is not None for a in schema.returns):
+    aliased = any(a.alias_info is not None for a in schema.returns)
+    if name not in _forms() and (schema.is_mutable or aliased):
         return "it writes or returns an operand"
     if has("CompositeImplicitAutograd") and not has(target.dispatch_key):
         # ours at the device key would hide the decomposition that autograd differentiates
@@ -234,14 +258,7 @@ def why_not_replaced(name: str, target: Target) -> str | None:
         overload.name(), target.dispatch_key
     ):
         return f"ATen has no {target.dispatch_key} kernel to fall back to"
-    lazy = [k for k in ("Negative", "Conjugate") if has(k) and _falls_through(overload, k)]
-    if lazy:
-        return "it is given lazily negated tensors, whose memory holds other numbers"
     return None
-
-
-def _falls_through(overload: torch._ops.OpOverload, key: str) -> bool:
-    return bool(torch._C._dispatch_kernel_for_dispatch_key_is_fallthrough(overload.name(), key))
 
 
 # what is registered ------------------------------------------------------------------------------
@@ -333,7 +350,7 @@ class _State:
         if name not in self.handlers:
             target = current_target(vendor())
             assert target is not None, "layers name no op without a target"
-            self.handlers[name] = Handler(_overloads()[name], target)
+            self.handlers[name] = Handler(_overloads()[name], target, _forms().get(name))
         return self.handlers[name]
 
 
@@ -357,7 +374,7 @@ def _function(name: str) -> Callable[..., Any]:
 
     function.__name__ = function.__qualname__ = name
     schemas = "\n".join(str(_overloads()[n]._schema) for n in sorted(names))
-    function.__doc__ = f"{OPS[min(names)].doc}\n\n{schemas}"
+    function.__doc__ = f"{_op(min(names)).doc}\n\n{schemas}"
     return function
 
 

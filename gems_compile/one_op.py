@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .config import Config
+from .forms import Form, add_writes, functional_call, places, share_memory
+from .kernels.op import OPS
 from .kernels.target import Target
 from .lowering.private import forget_dispatch
 from .worth import least_elements, why_not_worth
@@ -65,10 +67,12 @@ class Variant:
 
 
 class Handler:
-    """Stands in for ``overload`` at the target's dispatch key."""
+    """Stands in for ``overload`` at the target's dispatch key; ``form`` tells what it writes."""
 
-    def __init__(self, overload: torch._ops.OpOverload, target: Target) -> None:
-        self.overload, self.target = overload, target
+    def __init__(
+        self, overload: torch._ops.OpOverload, target: Target, form: Form | None = None
+    ) -> None:
+        self.overload, self.target, self.form = overload, target, form
         self.name = aten_name(overload)
         self.variants: dict[Any, Variant] = {}
         self.watchers: tuple[Watcher, ...] = ()
@@ -78,6 +82,7 @@ class Handler:
         self._lock = threading.Lock()
         self._compiled = 0
         self._random = torch.Tag.nondeterministic_seeded in overload.tags
+        self._lazy = _takes_lazily_negated(overload)
         self._full = Variant(None, False, f"more than {MAX_COMPILED} variants were compiled")
         # A thread may have looked our kernel up and wait for the GIL while another one unregisters
         # it; the dispatcher would free it under that call.
@@ -119,6 +124,10 @@ class Handler:
         tensors: list[Tensor] = []
         if not _describe(args, parts, tensors) or not _describe(kwargs.values(), parts, tensors):
             return self._aten(keyset, args, kwargs)
+        if self.form is not None and share_memory(tensors):
+            return self._aten(keyset, args, kwargs)
+        if self._lazy and any(t.is_neg() for t in tensors):  # whose memory holds other numbers
+            return self._aten(keyset, args, kwargs)
         key = tuple(parts)
         variant = self.variants.get(key)
         if variant is None:
@@ -135,6 +144,8 @@ class Handler:
         else:
             for watcher in self.watchers:
                 watcher.saw(self.name)
+            if self.form is not None:
+                out = places(self.form, args, kwargs)
             return out[0] if variant.single else out
         finally:
             _here.off = False
@@ -177,7 +188,7 @@ class Handler:
             if why is None and self._compiled >= MAX_COMPILED:
                 return self._full
             variant = Variant(None, False, why) if why else self._compile(args, kwargs)
-            if variant.run is not None and not self._random:
+            if variant.run is not None and not self._random and self.form is None:
                 self._check_layouts(variant, keyset, args, kwargs)
             self._compiled += variant.run is not None
             if self._compiled == MAX_COMPILED and variant.run is not None:
@@ -189,7 +200,7 @@ class Handler:
         config = Config.from_call()
         try:
             variant = _in_clean_thread(
-                lambda: compile_one(self.overload, args, kwargs, self.target, config)
+                lambda: compile_one(self.overload, args, kwargs, self.target, config, self.form)
             )
         except Exception as error:
             if config.strict:
@@ -226,6 +237,15 @@ class Handler:
 def aten_name(overload: torch._ops.OpOverload) -> str:
     """As ATen spells it: ``gelu``, ``add.Tensor``."""
     return overload.name().removeprefix("aten::")
+
+
+def _takes_lazily_negated(overload: torch._ops.OpOverload) -> bool:
+    """Whether the dispatcher leaves it to the device's kernel to look for a lazy negation."""
+    name, key = overload.name(), "Negative"
+    return bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+        and torch._C._dispatch_kernel_for_dispatch_key_is_fallthrough(name, key)
+    )
 
 
 def _arguments(overload: torch._ops.OpOverload) -> Sequence[Any]:
@@ -308,12 +328,14 @@ def compile_one(
     kwargs: dict[str, Any],
     target: Target,
     config: Config,
+    form: Form | None = None,
 ) -> Variant:
-    """The call as a graph of one node, through the compiler."""
+    """The call as a graph of one node, through the compiler; ``form``: what the overload is, if it
+    writes."""
     from .backend import lowering_options
     from .lowering.pipeline import compile_graph
 
-    made = one_node_graph(overload, args, kwargs)
+    made = one_node_graph(overload, args, kwargs, form)
     if isinstance(made, str):
         return Variant(None, False, made)
     gm, inputs, single = made
@@ -329,17 +351,26 @@ def compile_one(
 
 
 def one_node_graph(
-    overload: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
+    overload: torch._ops.OpOverload,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    form: Form | None = None,
 ) -> tuple[torch.fx.GraphModule, list[Tensor], bool] | str:
-    """(graph, its inputs as FakeTensors, whether it returns one tensor), or why there is none."""
+    """(graph, its inputs as FakeTensors, whether it returns one tensor), or why there is none.
+
+    That of a form computes what its functional overload returns, and stores it.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     graph = torch.fx.Graph()
     inputs: list[Tensor] = []
+    placed: dict[int, torch.fx.Node] = {}  # of a form, no two of whose tensors are one
 
     def place(value: Any) -> Any:
         if isinstance(value, Tensor):
-            node = graph.placeholder(f"x{len(inputs)}")
+            if form is not None and id(value) in placed:
+                return placed[id(value)]
+            node = placed[id(value)] = graph.placeholder(f"x{len(inputs)}")
             node.meta["val"] = torch.empty_strided(
                 value.shape, value.stride(), dtype=value.dtype, device=value.device
             )
@@ -348,6 +379,11 @@ def one_node_graph(
         return [place(v) for v in value] if isinstance(value, (list, tuple)) else value
 
     with FakeTensorMode():
+        written: list[torch.fx.Node] = []
+        if form is not None:
+            place([*args, *kwargs.values()])  # in this order they come when it runs
+            written = [place(t) for t in places(form, args, kwargs)]
+            overload, (args, kwargs) = form.functional, functional_call(form, args, kwargs)
         node_args = tuple(place(a) for a in args)
         node_kwargs = {name: place(a) for name, a in kwargs.items()}
         node = graph.call_function(overload, node_args, node_kwargs)
@@ -356,9 +392,15 @@ def one_node_graph(
             val = overload(*fake_args, **fake_kwargs)
         except Exception as error:  # ATen's kernel refuses the call, with its own words
             return f"its shapes are unknown: {error}"
-    node.meta["val"] = val
-    single = isinstance(val, Tensor)
-    graph.output((node,) if single else _items(graph, node, val))
+        node.meta["val"] = val
+        single = isinstance(val, Tensor)
+        results = (node,) if single else _items(graph, node, val)
+        if form is not None:
+            pointwise = OPS[str(overload)].kind == "pointwise"
+            if why := add_writes(form, graph, results, written, pointwise):
+                return why
+            results = ()
+    graph.output(results)
     return torch.fx.GraphModule(torch.nn.Module(), graph), inputs, single
 
 

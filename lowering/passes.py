@@ -141,8 +141,9 @@ def _original(node: fx.Node) -> fx.Node | None:
         if not _SCALAR_IDENTITIES[node.target](value_of(source), node.args[1]):
             return None
     elif node.target is aten.copy.default:
-        assert isinstance(node.args[1], fx.Node)  # a tensor, by its schema
         source = node.args[1]  # what it is copied over does not matter
+        if not isinstance(source, fx.Node):  # eager mode hands numbers on as they are
+            return None
     return source if same_layout(value_of(node), value_of(source)) else None
 
 

@@ -187,8 +187,10 @@ def _stack(b: Builder, val: torch.Tensor, parts: Sequence[Value], dim: int = 0) 
     return _cat(b, val, [b.unsqueeze(p, [dim], val.ndim) for p in parts], dim)
 
 
-def _copy(b: Builder, val: torch.Tensor, x: Value, src: Value, *_: Any) -> Value:
+def _copy(b: Builder, val: torch.Tensor, x: Value, src: Any, *_: Any) -> Value:
     """src in x's shape and dtype; x itself is not read."""
+    if not isinstance(src, Value):  # eager mode hands numbers on as they are
+        return b.copy(_full(b, val, (), src))
     return b.copy(b.expand(b.cast(src, x.dtype), x.shape))
 
 

@@ -1,0 +1,109 @@
+"""In-place and out= overloads, derived from the functional overload of the same op.
+
+``add_.Tensor`` and ``add.out`` are ``add.Tensor`` with a place for its result: nothing of them is
+declared. The kernel that computes the result stores it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IN_PLACE, OUT = "in-place", "out="
+
+
+@dataclass(frozen=True)
+class Form:
+    """An overload that writes what ``functional`` returns; ``written`` names where."""
+
+    overload: torch._ops.OpOverload
+    functional: torch._ops.OpOverload
+    kind: str
+    written: tuple[str, ...]
+
+
+def forms_of(functional: torch._ops.OpOverload) -> Iterator[Form]:
+    """The overloads that torch has of this op, with the same arguments, that write the result."""
+    schema = functional._schema
+    if schema.is_mutable or torch.Tag.nondeterministic_seeded in functional.tags:
+        return
+    if not schema.returns or any(str(r.type) != "Tensor" for r in schema.returns):
+        return
+    base = functional.overloadpacket.__name__
+    wanted = [_signature(a) for a in schema.arguments]
+    if len(schema.returns) == 1 and wanted and wanted[0][1] == "Tensor":
+        for overload in _overloads(f"{base}_"):
+            if [_signature(a) for a in overload._schema.arguments] == wanted:
+                yield Form(overload, functional, IN_PLACE, (overload._schema.arguments[0].name,))
+    for overload in _overloads(base):
+        out = tuple(a.name for a in overload._schema.arguments if a.is_out)
+        rest = [_signature(a) for a in overload._schema.arguments if not a.is_out]
+        if len(out) == len(schema.returns) and rest == wanted:
+            yield Form(overload, functional, OUT, out)
+
+
+def _overloads(base: str) -> list[torch._ops.OpOverload]:
+    packet = getattr(torch.ops.aten, base, None)
+    return [getattr(packet, name) for name in packet.overloads()] if packet is not None else []
+
+
+def _signature(argument: Any) -> tuple[str, str]:
+    return argument.name, str(argument.type)
+
+
+def places(form: Form, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a call writes, which are also what it returns."""
+    return [args[0]] if form.kind == IN_PLACE else [kwargs[name] for name in form.written]
+
+
+def share_memory(tensors: Sequence[Tensor]) -> bool:
+    """Whether two of a call's tensors may lie in the same memory, as far as ATen looks as well."""
+    if len(tensors) == 1:
+        return False
+    return len({t.untyped_storage().data_ptr() for t in tensors}) < len(tensors)
+
+
+def why_not_written(written: Tensor, result: Tensor, same_dtype: bool) -> str | None:
+    """Why a result cannot be stored in a place as ATen would store it, or None."""
+    if written.shape != result.shape:
+        return f"its result is {list(result.shape)}, the place {list(written.shape)}"
+    if same_dtype and written.dtype != result.dtype:
+        return f"its result is {result.dtype}, the place {written.dtype}"
+    if not torch.can_cast(result.dtype, written.dtype):
+        return f"{result.dtype} does not become {written.dtype}"
+    if any(s == 0 and n > 1 for s, n in zip(written.stride(), written.shape, strict=True)):
+        return "it writes memory that several elements share"
+    return None
+
+
+def functional_call(
+    form: Form, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Sequence[Any], dict[str, Any]]:
+    """The arguments of ``functional`` that are those of a call of the form."""
+    if form.kind == IN_PLACE:
+        return args, kwargs
+    return args, {name: value for name, value in kwargs.items() if name not in form.written}
+
+
+def add_writes(
+    form: Form,
+    graph: torch.fx.Graph,
+    results: Sequence[torch.fx.Node | None],
+    places: Sequence[torch.fx.Node],
+    pointwise: bool,
+) -> str | None:
+    """Store results in the places, which are placeholders; why that cannot be, or None."""
+    for result, place in zip(results, places, strict=True):
+        if result is None:
+            return "a result is absent"
+        # A reduction into another dtype is computed in that one by ATen.
+        same_dtype = form.kind == OUT or not pointwise
+        if why := why_not_written(place.meta["val"], result.meta["val"], same_dtype):
+            return why
+        copy = graph.call_function(torch.ops.aten.copy_.default, (place, result))
+        copy.meta["val"] = place.meta["val"]
+    return None
