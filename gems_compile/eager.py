@@ -23,6 +23,7 @@ from .config import vendor
 from .errors import UnknownOp, nearest
 from .forms import Form, forms_of
 from .kernels import load_ops
+from .kernels.composed import COMPOSED
 from .kernels.op import OPS, Op
 from .kernels.target import Target, current_target
 from .one_op import Handler, aten_name
@@ -151,10 +152,11 @@ ops = Ops()
 
 @functools.cache
 def _declared() -> dict[str, torch._ops.OpOverload]:
-    """Each declared ATen overload that this torch has, by its name in OPS."""
+    """Each ATen overload that is declared, or that declared ones make up, and that this torch has:
+    by its name as torch prints it."""
     load_ops()
     found = {}
-    for name in OPS:
+    for name in (*OPS, *COMPOSED):
         namespace, base, overload = name.split(".")
         if namespace != "aten":  # nobody calls ours or prims' in eager mode
             continue
@@ -180,10 +182,10 @@ def _overloads() -> dict[str, torch._ops.OpOverload]:
     return _declared() | {name: form.overload for name, form in _forms().items()}
 
 
-def _op(name: str) -> Op:
-    """The declaration behind an overload."""
+def _op(name: str) -> Op | None:
+    """The declaration behind an overload; None of what several make up."""
     form = _forms().get(name)
-    return OPS[name if form is None else str(form.functional)]
+    return OPS.get(name if form is None else str(form.functional))
 
 
 @functools.cache
@@ -201,8 +203,9 @@ def _by_name() -> dict[str, tuple[str, ...]]:
                 table.setdefault(prefix + spelled, []).append(name)
     bases = set(table)
     for name in _overloads():
-        if _op(name).name not in bases:
-            table.setdefault(_op(name).name, []).append(name)
+        op = _op(name)
+        if op is not None and op.name not in bases:
+            table.setdefault(op.name, []).append(name)
     return {spelled: tuple(names) for spelled, names in table.items()}
 
 
@@ -374,7 +377,8 @@ def _function(name: str) -> Callable[..., Any]:
 
     function.__name__ = function.__qualname__ = name
     schemas = "\n".join(str(_overloads()[n]._schema) for n in sorted(names))
-    function.__doc__ = f"{_op(min(names)).doc}\n\n{schemas}"
+    op = _op(min(names))
+    function.__doc__ = schemas if op is None else f"{op.doc}\n\n{schemas}"
     return function
 
 

@@ -14,6 +14,26 @@ import torch
 from torch import Tensor
 
 IN_PLACE, OUT = "in-place", "out="
+#: forms of which the compiler takes no call
+UNSERVED = {
+    # they only copy
+    "aten.clone.out",
+    "aten.squeeze_copy.out",
+    "aten.view_copy.out",
+    # what is not yet added up, or multiplied, would be written over
+    "aten.cumsum_.default",
+    "aten.cumprod_.default",
+    # a scatter writes a copy of its own
+    "aten.embedding_dense_backward.out",
+    "aten.index_add.out",
+    "aten.index_copy.out",
+    "aten.index_fill.int_Scalar_out",
+    "aten.index_fill.int_Tensor_out",
+    "aten.scatter_reduce_.two",
+    "aten.scatter_reduce.two_out",
+    # its saved statistics are empty
+    "aten._native_batch_norm_legit_no_training.out",
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +68,8 @@ def forms_of(functional: torch._ops.OpOverload) -> Iterator[Form]:
 
 def _overloads(base: str) -> list[torch._ops.OpOverload]:
     packet = getattr(torch.ops.aten, base, None)
-    return [getattr(packet, name) for name in packet.overloads()] if packet is not None else []
+    found = [getattr(packet, name) for name in packet.overloads()] if packet is not None else []
+    return [overload for overload in found if str(overload) not in UNSERVED]
 
 
 def _signature(argument: Any) -> tuple[str, str]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .composed import composed_graph
 from .config import Config
 from .forms import Form, add_writes, functional_call, places, share_memory
 from .kernels.op import OPS
@@ -330,12 +331,27 @@ def compile_one(
     config: Config,
     form: Form | None = None,
 ) -> Variant:
-    """The call as a graph of one node, through the compiler; ``form``: what the overload is, if it
-    writes."""
+    """The call as a graph of one node, through the compiler; or of what torch takes it apart into,
+    if that node is no declared op. ``form``: what the overload is, if it writes."""
+    functional = overload if form is None else form.functional
+    variant = Variant(None, False)
+    for make in (one_node_graph, composed_graph):
+        variant = _compiled(make(overload, args, kwargs, form), overload, target, config)
+        if variant.run is not None or str(functional) in OPS:
+            break
+    return variant
+
+
+#: a graph, its inputs as FakeTensors, and whether the call returns one tensor; or why there is none
+OneCall = tuple[torch.fx.GraphModule, list[Tensor], bool] | str
+
+
+def _compiled(
+    made: OneCall, overload: torch._ops.OpOverload, target: Target, config: Config
+) -> Variant:
     from .backend import lowering_options
     from .lowering.pipeline import compile_graph
 
-    made = one_node_graph(overload, args, kwargs, form)
     if isinstance(made, str):
         return Variant(None, False, made)
     gm, inputs, single = made
@@ -355,11 +371,9 @@ def one_node_graph(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     form: Form | None = None,
-) -> tuple[torch.fx.GraphModule, list[Tensor], bool] | str:
-    """(graph, its inputs as FakeTensors, whether it returns one tensor), or why there is none.
-
-    That of a form computes what its functional overload returns, and stores it.
-    """
+) -> OneCall:
+    """The graph of a call. That of a form computes what its functional overload returns, and stores
+    it."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     graph = torch.fx.Graph()
@@ -396,7 +410,8 @@ def one_node_graph(
         single = isinstance(val, Tensor)
         results = (node,) if single else _items(graph, node, val)
         if form is not None:
-            pointwise = OPS[str(overload)].kind == "pointwise"
+            op = OPS.get(str(overload))
+            pointwise = op is not None and op.kind == "pointwise"
             if why := add_writes(form, graph, results, written, pointwise):
                 return why
             results = ()

@@ -163,6 +163,24 @@ def _table(own_rng: bool) -> dict[Any, Callable[..., Any]]:
     }
 
 
+@functools.cache
+def whole_table() -> dict[Any, Callable[..., Any]]:
+    """Every rule of torch's but those of ops that the core reads: for an op that eager mode takes
+    apart, with no neighbour that would rather have it whole."""
+    from torch._decomp import decomposition_table
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._ops import OpOverload
+
+    from .scatter import SCATTERS
+    from .view_ops import VIEWS
+
+    load_ops()
+    written = {name.replace("_.", ".", 1) for name in SCATTERS}
+    read = {*OPS, *VIEWS, *SCATTERS, *written}
+    rules = {**decomposition_table, **select_decomp_table()}
+    return {op: r for op, r in rules.items() if isinstance(op, OpOverload) and str(op) not in read}
+
+
 def added_rules() -> list[str]:
     """The ops for which a program has put rules of its own into torch's tables."""
     from torch._decomp import global_decomposition_table

@@ -17,6 +17,7 @@ from opcheck import overload
 import gems_compile
 from gems_compile import eager, one_op
 from gems_compile.errors import UnknownOp
+from gems_compile.kernels.composed import COMPOSED
 from gems_compile.kernels.op import OPS
 from gems_compile.kernels.target import current_target
 
@@ -201,8 +202,9 @@ def test_rms_norm_keeps_its_gradient() -> None:
 
 def test_every_declared_overload_exists_in_this_torch() -> None:
     """At run time an unknown one is skipped; here it would be a typo of ours."""
-    missing = {n for n in OPS if n.startswith("aten.")} - set(eager._overloads())
+    missing = {n for n in (*OPS, *COMPOSED) if n.startswith("aten.")} - set(eager._overloads())
     assert not missing
+    assert len(set(COMPOSED)) == len(COMPOSED) and not set(COMPOSED) & set(OPS)
 
 
 def test_an_unknown_overload_is_skipped_with_a_reason(monkeypatch: Any, caplog: Any) -> None:
@@ -359,7 +361,7 @@ def test_ops_and_names_that_do_not_exist() -> None:
     assert isinstance(gems_compile.ops.gelu, types.FunctionType)
     assert "aten::gelu(" in gems_compile.ops.gelu.__doc__
     assert {"gelu", "softmax", "add"} <= set(dir(gems_compile.ops))
-    with pytest.raises(AttributeError, match="'gleu' is declared; close to it: gelu"):
+    with pytest.raises(AttributeError, match="'gleu' is declared; close to it: glu, gelu"):
         gems_compile.ops.gleu  # noqa: B018
     with pytest.raises((TypeError, RuntimeError), match="missing value for argument 'self'"):
         gems_compile.ops.gelu()

@@ -1,0 +1,92 @@
+"""A call of a composed overload as a graph of declared ops: see ``kernels.composed``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .forms import OUT, Form, add_writes, functional_call
+
+
+def composed_graph(
+    overload: torch._ops.OpOverload,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    form: Form | None = None,
+) -> tuple[fx.GraphModule, list[Tensor], bool] | str:
+    """The graph of what torch's rules make of a call, its inputs as FakeTensors, and whether the
+    call returns one tensor; or why there is none. See ``one_op.one_node_graph``."""
+    from .lowering.graph import output_node
+
+    functional = overload if form is None else form.functional
+    given = (args, kwargs) if form is None else functional_call(form, args, kwargs)
+    gm = _traced(functional, *given)
+    if isinstance(gm, str):
+        return gm
+    graph, output = gm.graph, output_node(gm.graph)
+    inputs = [*graph.find_nodes(op="placeholder")]
+    results: Any = output.args[0]
+    if form is not None:
+        written = inputs[:1]
+        if form.kind == OUT:
+            first = next(node for node in graph.nodes if node.op != "placeholder")
+            with graph.inserting_before(first):  # in the order in which they come when it runs
+                written = [graph.placeholder(name) for name in form.written]
+            for node, name in zip(written, form.written, strict=True):
+                node.meta["val"] = results[0].meta["val"].fake_mode.from_tensor(kwargs[name])
+            inputs += written
+        with graph.inserting_before(output):
+            if why := add_writes(form, graph, results, written, pointwise=False):
+                return why
+        output.args = ((),)
+    gm.recompile()
+    return gm, [node.meta["val"] for node in inputs], len(functional._schema.returns) == 1
+
+
+def _traced(
+    overload: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
+) -> fx.GraphModule | str:
+    """Its placeholders are the call's tensors, in order, and a tuple of results is at its end."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from .lowering.decompose import whole_table
+
+    leaves, spec = tree_flatten((tuple(args), dict(kwargs)))
+    where = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def program(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = list(leaves)
+        for k, tensor in zip(where, tensors, strict=True):
+            given[k] = tensor
+        args, kwargs = tree_unflatten(given, spec)
+        out = overload(*args, **kwargs)
+        return (out,) if isinstance(out, Tensor) else tuple(out)
+
+    traced = make_fx(
+        torch.func.functionalize(program, remove="mutations"),
+        decomposition_table=whole_table(),
+        tracing_mode="fake",
+    )
+    try:
+        gm = traced(*[leaves[k] for k in where])
+    except Exception as error:  # ATen refuses the call, or its shapes depend on data
+        return f"torch's rules do not take it apart: {error}"
+    return _why_aliased(gm) or gm
+
+
+def _why_aliased(gm: fx.GraphModule) -> str | None:
+    """Why a result is no memory of its own, or None."""
+    from .lowering.graph import is_view, output_node
+
+    found: list[fx.Node] = []
+    for node in output_node(gm.graph).args[0]:  # type: ignore[union-attr]
+        while isinstance(node, fx.Node) and is_view(node):
+            node = node.args[0]
+        if not isinstance(node, fx.Node) or node.op != "call_function" or node in found:
+            return "a result is an operand, a constant or another result"
+        found.append(node)
+    return None
