@@ -80,13 +80,12 @@ def _traced(
 
 def _why_aliased(gm: fx.GraphModule) -> str | None:
     """Why a result is no memory of its own, or None."""
-    from .lowering.graph import is_view, output_node
+    from .lowering.graph import output_node, viewed
 
     found: list[fx.Node] = []
     for node in output_node(gm.graph).args[0]:  # type: ignore[union-attr]
-        while isinstance(node, fx.Node) and is_view(node):
-            node = node.args[0]
-        if not isinstance(node, fx.Node) or node.op != "call_function" or node in found:
+        made = viewed(node) if isinstance(node, fx.Node) else None
+        if made is None or made.op != "call_function" or made in found:
             return "a result is an operand, a constant or another result"
-        found.append(node)
+        found.append(made)
     return None

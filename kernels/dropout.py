@@ -13,8 +13,8 @@ from .op import T, call, composite
 
 _WORD = 0xFFFFFFFF
 
-#: of Philox 4x32 for a mask: the fewest that pass every test of BigCrush (Salmon et al. 2011, table
-#: 2), and what FlashAttention draws its masks with; generators of numbers take ten for safety
+#: of Philox 4x32 for a mask: the fewest that Salmon et al. (2011) found to pass BigCrush, and what
+#: FlashAttention draws its masks with; generators of numbers take ten for safety
 ROUNDS = 7
 
 #: no seed is this number: it tells a kernel that the seed is in memory

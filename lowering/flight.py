@@ -58,7 +58,7 @@ def asks_for_a_byte(renderer: Renderer) -> bool:
     """
     inner = renderer.parallel[-1] if renderer.parallel else ""
     instrs = renderer.instrs
-    if renderer.body.derived or any(_is_long(i) for i in instrs):
+    if renderer.body.derived or any(map(_is_long, instrs)):
         return False
     own = [load for load in _loads(instrs) if load.indices[0].coefficient(inner) != 0]
     simple = all(load.cond is None and _runs_along(renderer, load.indices[0]) for load in own)

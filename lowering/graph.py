@@ -109,6 +109,13 @@ def is_view(node: fx.Node) -> bool:
     return facts is not None and facts.view
 
 
+def viewed(node: fx.Node) -> fx.Node:
+    """What a node is a view of, through all views between; the node itself if it is none."""
+    while is_view(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
 def mutated_arguments(node: fx.Node) -> Sequence[fx.Node]:
     """The nodes whose memory this node writes. Of a higher-order op all inputs may be written."""
     facts = facts_of(node.target)

@@ -15,7 +15,7 @@ from . import private
 from .batch_norm import APPLY, take_batch_norms_apart
 from .channels_last import Decision, decide
 from .conv_bias import take_biases_apart
-from .graph import RETURNED, calls_of, is_view, output_node
+from .graph import RETURNED, calls_of, output_node, viewed
 from .options import Options
 from .overload import name_of
 from .packed import pack_saved
@@ -63,19 +63,12 @@ def mark_returned(forward: GraphModule, backward: GraphModule, visible: int) -> 
     """Mark what backward reads of forward's first ``visible`` results, which are the program's (a
     model's logits): it lives as long as the program wishes, not until its last use. How many."""
     results: Any = output_node(forward.graph).args[0]
-    theirs = {_whole(n) for n in results[:visible] if isinstance(n, Node)}
-    names = {n.name for n in results[visible:] if isinstance(n, Node) and _whole(n) in theirs}
+    theirs = {viewed(n) for n in results[:visible] if isinstance(n, Node)}
+    names = {n.name for n in results[visible:] if isinstance(n, Node) and viewed(n) in theirs}
     marked = [n for n in backward.graph.find_nodes(op="placeholder") if n.name in names]
     for node in marked:
         node.meta[RETURNED] = True
     return len(marked)
-
-
-def _whole(node: Node) -> Node:
-    """The tensor whose memory a node's result is."""
-    while is_view(node):
-        (node,) = node.all_input_nodes[:1]
-    return node
 
 
 @functools.cache

@@ -52,7 +52,8 @@ def test_a_row_of_gems_and_a_backend_that_fails(
     pytest.importorskip("transformers")
     monkeypatch.setenv("GEMS_CACHE", "1")
     case, out = "llama-1-layers-inference", tmp_path / "rows.json"
-    shape = ["--small", "--models", case, "--layers", "", "--dtype", "float32", "--warm", "1"]
+    shape = ["--small", "--models", case, "--layers", "", "--dtype", "float32"]
+    shape += ["--warm", "1", "--jobs", "1"]
     where = ["--json", str(out), "--results", str(tmp_path / "rows.jsonl")]
     assert bench.main([*shape, *where, "--backend", "gems", "--against", "nosuch"]) == 1
     rows = json.loads(out.read_text())
