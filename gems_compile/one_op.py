@@ -296,9 +296,9 @@ def why_native(tensors: Sequence[Tensor], target: Target) -> str | None:
     devices = {t.device for t in tensors}
     if len(devices) != 1 or next(iter(devices)).type != target.device:
         return f"operands on {', '.join(sorted(map(str, devices)))}"
+    if tensors[0].numel() == 0:
+        return "its first operand is empty"
     for t in tensors:
-        if t.numel() == 0:
-            return "an operand is empty"
         if t.is_complex():
             return "complex numbers"
         if t.data_ptr() & 15:
@@ -351,6 +351,7 @@ def _compiled(
 ) -> Variant:
     from .backend import lowering_options
     from .lowering.pipeline import compile_graph
+    from .lowering.translate import is_empty
 
     if isinstance(made, str):
         return Variant(None, False, made)
@@ -358,7 +359,9 @@ def _compiled(
     # A pool of workers would take longer to start than one kernel to compile.
     options = replace(lowering_options(config, target), alone=True, threads=0)
     run, report = compile_graph(gm, inputs, options, f"eager_{aten_name(overload)}")
-    if report.launches and not report.aten_calls:
+    nodes = report.plan.aten if report.plan is not None else ()
+    empty = [n for n in nodes if is_empty(n.meta.get("val"))]  # a saved buffer that a GPU needs not
+    if report.launches and report.aten_calls == len(empty):
         (output,) = gm.graph.find_nodes(op="output")
         layouts = [layout_of(n and n.meta["val"]) for n in output.args[0]]
         return Variant(run, single, "", layouts)

@@ -167,7 +167,7 @@ class Translator:
     def _operand(self, node: Node) -> Any:
         value = self.program.of.get(node)
         val = node.meta.get("val")
-        if id(val) not in self.fine and _is_empty(val):
+        if id(val) not in self.fine and is_empty(val):
             return None  # of a composite: see _check_tensors
         if value is None or (isinstance(value, Value) and value.op == "opaque"):
             raise Declined(f"operand {node.name} is no plain tensor")
@@ -185,7 +185,7 @@ class Translator:
                     self._check(tensor, arg, composite and k > 0)
 
     def _check(self, tensor: torch.Tensor, of: Node | str, may_be_empty: bool) -> None:
-        if id(tensor) in self.fine or (may_be_empty and _is_empty(tensor)):
+        if id(tensor) in self.fine or (may_be_empty and is_empty(tensor)):
             return
         what = of if isinstance(of, str) else f"operand {of.name}"
         if why := self._unsupported(tensor):
@@ -400,10 +400,11 @@ def unsupported_tensor(tensor: torch.Tensor) -> str | None:
         return f"of dtype {dtype}"
     if tensor.is_neg():
         return "a lazily negated view"
-    return "empty" if _is_empty(tensor) else None
+    return "empty" if is_empty(tensor) else None
 
 
-def _is_empty(val: Any) -> bool:
+def is_empty(val: Any) -> bool:
+    """Whether it is a tensor that is known to have no elements."""
     if not isinstance(val, torch.Tensor):
         return False
     shape = val.shape
@@ -413,7 +414,7 @@ def _is_empty(val: Any) -> bool:
 def _make_alone(node: Node) -> None:
     """Turn an empty part of a composite's result into a call that makes it."""
     val: Any = node.meta.get("val")
-    if _is_empty(val):
+    if is_empty(val):
         node.target = torch.ops.aten.full.default
         node.args = (list(val.shape), 0)
         node.kwargs = {"dtype": val.dtype, "device": val.device}

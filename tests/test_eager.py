@@ -297,9 +297,11 @@ def test_the_compiler_is_checked_in_an_enabled_process() -> None:
         )
 
 
-def test_fake_tensors_do_not_meet_our_kernels() -> None:
+def test_fake_tensors_do_not_meet_our_kernels(monkeypatch) -> None:
     from torch._subclasses import FakeTensorMode
 
+    # or a real tensor is filled, which FakeTensorMode makes on a GPU to wake it
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     with gems_compile.use_gems(only=every_op()), FakeTensorMode():
         F.gelu(torch.empty(4, device=DEVICE))
     torch.empty(4, device="meta").exp()

@@ -275,10 +275,13 @@ def test_writes(name: str) -> None:
     form, served = eager._forms()[name], 0
     aten_name = one_op.aten_name(form.overload)
     for k, sample in enumerate(samples(str(form.functional), 3)):
+        try:
+            results = tensors(form.functional(*sample[0], **sample[1]))
+        except NotImplementedError:  # by ATen, of integers on a GPU
+            continue
         made, wanted = (places_of(form, sample, bool(k % 2)) for _ in range(2))
         if made is None or wanted is None:
             continue
-        results = tensors(form.functional(*sample[0], **sample[1]))
         for place, result in zip(wanted[1], results, strict=True):
             if place.shape == result.shape:
                 place.copy_(result)
