@@ -34,7 +34,7 @@ from .schedule import (
 )
 from .source import NUMBER, POINTER, Lines, Source
 from .square import axes_of, square_prologue
-from .walk import render_sweep, sweep_prologue
+from .walk import for_every_row, render_sweep, sweep_prologue
 from .writes import render_put
 
 HEADER = "import triton\nimport triton.language as tl\n"
@@ -142,7 +142,7 @@ class Renderer(Accumulators, Loops):
             return column_tile(rows, reduced, self.shares, self.body.looped, self._loaded_bytes())
         draws = "random" in self.body.modules
         if self.sweeps:
-            return sweep_tile(reduced, self._loaded_bytes(), self.shared, draws)
+            return sweep_tile(reduced, self._loaded_bytes(), self.shared)
         if self.body.looped:
             online = any(i.kind == "online_step" for i in self.instrs)
             few = is_static(rows) and rows <= 2 * self.multiprocessors
@@ -395,6 +395,7 @@ class Renderer(Accumulators, Loops):
             pointer = promise(self, pointer, lanes)
             masks = [f"some{lanes}" if m in (self.rmask, self.xmask) else m for m in masks]
         mask = f", mask={' & '.join(masks)}, other=0" if masks else ""
+        pointer = for_every_row(self, wide, pointer)
         return f"tl.load({instr.text} + ({pointer}){mask}{self._policy(instr)})"
 
     def _varies(self, atom: str) -> bool:

@@ -23,8 +23,12 @@ CACHED = 2**18
 SCRATCH = 2**11
 #: the longest row of which two programs fit on a multiprocessor, each with sums of its columns
 SWEPT_BY_TWO = 4096
+#: rows of which it has four programs
+SWEPT_BY_FOUR = range(513, 1025)
 #: elements of an operand that take longer to ask for than to carry
 SMALL_OPERAND = 2**21
+#: lengths of such columns, of which a program reads one at once: as many as a sum has parts
+PARTS = range(64, 1025)
 
 
 @dataclass(frozen=True)
@@ -130,21 +134,23 @@ def row_tile(
 
 def sweeps_together(length: int) -> int:
     """Programs that walk over rows so long, on each multiprocessor."""
-    return 2 if length <= SWEPT_BY_TWO else 1
+    return 4 if length in SWEPT_BY_FOUR else 2 if length <= SWEPT_BY_TWO else 1
 
 
-def sweep_tile(reduced: int, loaded: int, shared: int, draws: bool) -> Tile:
+def sweep_tile(reduced: int, loaded: int, shared: int) -> Tile:
     """``reduced``: the length of a row; ``loaded``: bytes a step loads for one element;
-    ``shared``: bytes of shared memory; ``draws``: whether a kernel draws random numbers. It then
-    takes fewer rows at once, for the registers of two programs (BERT's norm backward with dropout,
-    rows of 768, H100: 55.1 and 51.1 us with four rows, 32.5 and 28.4 with two).
+    ``shared``: bytes of shared memory.
 
-    The loads of two steps are in flight while a third is computed with: 8192 rows of 8192, H200:
-    112 us; 156 with those of one step.
+    Of four warps, with 32 elements to a thread; from 512 to 1024 in a row with 16, and twice as
+    many programs (gradients of layer norms, H200, shares of a copy: rows of 768 1.26 and 1.07, of
+    512 0.88 and 0.92, of 2048 0.90 and 0.91; with 16 elements and 8 warps, in two programs, 1.02,
+    0.80 and 0.89). The loads of two steps are in flight while a third is computed with: 8192 rows
+    of 8192, H200: 112 us; 156 with those of one step.
     """
     length = power_of_two(reduced)
-    together = max(1, (2048 if draws else 4096) // length)
-    warps = max(1, min(16, together * length // (32 * 16)))
+    wide = reduced in SWEPT_BY_FOUR
+    together = max(1, (2048 if wide else 4096) // length)
+    warps = max(1, min(16, together * length // (32 * (16 if wide else 32))))
     room = shared // sweeps_together(reduced) - SCRATCH
     stages = 1 + room // max(1, together * length * loaded)
     return Tile(together, length, warps, stages=max(1, min(3, stages)))
@@ -153,12 +159,16 @@ def sweep_tile(reduced: int, loaded: int, shared: int, draws: bool) -> Tile:
 def columns_together(columns: Size, reduced: Size, shares: int = 0) -> int:
     """How many columns one program reduces; ``reduced`` long, in each of the shares of the rows.
 
-    Of a small operand (parts of a split reduction, say) fewer, for more programs share its latency.
+    Of a small operand fewer, for more programs share its latency; of few short columns (parts of a
+    split reduction) as few as keep all multiprocessors busy (264 parts of 128 columns, H200: 2.9
+    us; 3.9 with 16 columns together).
     """
     if not is_static(columns):
         return COLUMNS
-    few = is_static(reduced) and columns * reduced * max(1, shares) <= SMALL_OPERAND
-    return min(16 if few else COLUMNS, power_of_two(columns))
+    width = power_of_two(columns)
+    if not is_static(reduced) or columns * reduced * max(1, shares) > SMALL_OPERAND:
+        return min(COLUMNS, width)
+    return min(16, max(1, width // 128) if reduced in PARTS else width)
 
 
 def column_tile(columns: Size, reduced: Size, shares: int, looped: bool, loaded: int) -> Tile:

@@ -48,3 +48,17 @@ def render_sweep(renderer: Renderer, rows: Size) -> None:
     renderer.xmask, renderer.defined, renderer.outside_sweep = None, outside, True
     for instr in sections.get(("after", 0), ()):
         renderer._instr(instr)
+
+
+def for_every_row(renderer: Renderer, wide: bool, pointer: str) -> str:
+    """The place of what is the same for all rows, ``wide`` where it has an element for each of a
+    row's: as a whole tile, whose rows are at one place.
+
+    A row of it alone has fewer elements for each thread than the tile, and where it has one for
+    each, Triton lays out the rows like it once their loads are in shared memory: a warp's row is
+    then spread over all warps, and computed twice (gradients of a layer norm of 2**25 elements on
+    an H200: rows of 256 in 136 us, of 1024 in 77; 67 and 63 as a whole tile).
+    """
+    if not (renderer.outside_sweep and wide and renderer.tile.x > 1):
+        return pointer
+    return f"tl.broadcast_to({pointer}, [XBLOCK, RBLOCK])"

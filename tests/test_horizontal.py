@@ -12,11 +12,12 @@ import opcheck
 import pytest
 import torch
 from helpers import DEVICE, check, gems_only, rand
+from machine_code import assembly, wide_sources
 from torch import Tensor
 
 import gems_compile
 from gems_compile.backend import Gems
-from gems_compile.kernels.target import INTERPRETER, current_target
+from gems_compile.kernels.target import current_target
 from gems_compile.lowering import horizontal, pipeline, small
 from gems_compile.lowering.horizontal import MOST_ARGUMENTS, Combined
 from gems_compile.lowering.load import Pool
@@ -149,10 +150,8 @@ def test_joined_kernels_keep_wide_loads(tmp_path: Path) -> None:
 
     xs = [torch.empty(2**18, dtype=torch.bfloat16), torch.empty(2**18, dtype=torch.bfloat16)]
     xs += [torch.empty(256, 768), torch.empty(256, 768)]
-    for k, source in enumerate(s for s in wide_sources(fn, *xs) if "_and_" in s.name):
-        path = tmp_path / f"kernel_{k}.py"
-        path.write_text(source.text)
-        assert "ld.global.v" in ptx(source, str(path))
+    for source in (s for s in wide_sources(fn, *xs) if "_and_" in s.name):
+        assert "ld.global.v" in assembly(source, tmp_path)
 
 
 def test_joined_kernels_of_unlike_dtypes(tmp_path: Path) -> None:
@@ -163,9 +162,7 @@ def test_joined_kernels_of_unlike_dtypes(tmp_path: Path) -> None:
 
     xs = [torch.empty(20, 40, dtype=d) for d in 2 * [torch.float32] + 2 * [torch.bfloat16]]
     (source,) = (s for s in wide_sources(fn, *xs) if "_and_" in s.name)
-    path = tmp_path / "kernel.py"
-    path.write_text(source.text)
-    assert ptx(source, str(path))
+    assert assembly(source, tmp_path)
 
 
 def planned(fn: Callable[..., Any], *args: Tensor) -> list[Any]:
@@ -411,18 +408,10 @@ def test_copies_into_another_layout_compile(tmp_path: Path) -> None:
     """Of shapes that have other tiles: names are of one shape in a kernel."""
     weights = [torch.empty(shape, dtype=torch.bfloat16) for shape in WEIGHTS]
     (source,) = wide_sources(to_channels_last, *weights)
-    path = tmp_path / "kernel.py"
-    path.write_text(source.text)
-    assert "st.global" in ptx(source, str(path))
+    assert "st.global" in assembly(source, tmp_path)
 
 
 # the machine code ---------------------------------------------------------------------------------
-
-
-def wide_sources(fn: Callable[..., Any], *args: Tensor) -> list[Any]:
-    wide = dataclasses.replace(INTERPRETER, multiprocessors=132)
-    graph = opcheck.trace(fn, *args)
-    return compile_graph(graph, [], opcheck.options(target=wide, alone=False))[1].sources
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole tiles", "masked"])
@@ -431,39 +420,9 @@ def test_loads_stay_16_bytes_wide(masked, tmp_path: Path) -> None:
     sizes = [1024 * (100 + k) + 16 * masked * k for k in range(16)]
     xs = [torch.empty(n) for n in sizes]
     (source,) = wide_sources(chains, *xs)
-    path = tmp_path / "kernel.py"
-    path.write_text(source.text)
-    text = ptx(source, str(path))
+    text = assembly(source, tmp_path)
     assert "ld.global.v4" in text and "st.global.v4" in text
     assert "ld.global.b32" not in text
-
-
-def ptx(source: Any, path: str) -> str:
-    """In a process of its own: here Triton is its interpreter."""
-    import os
-    import subprocess
-    import sys
-
-    code = (
-        "import json, sys\n"
-        "from gems_compile.lowering import worker\n"
-        "import triton\n"
-        "real = triton.compile\n"
-        "def keep(*a, **k):\n"
-        "    kernel = real(*a, **k)\n"
-        "    open(sys.argv[1] + '.ptx', 'w').write(kernel.asm['ptx'])\n"
-        "    return kernel\n"
-        "triton.compile = keep\n"
-        "worker.compile_file(sys.argv[1], json.loads(sys.argv[2]), ['cuda', 90, 32])\n"
-    )
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    subprocess.run(
-        [sys.executable, "-c", code, path, json.dumps(source.meta)],
-        check=True,
-        env=env,
-        timeout=300,
-    )
-    return Path(path + ".ptx").read_text()
 
 
 def test_every_target_compiles(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import compile_, gems_only, rand
+from machine_code import assembly, wide_sources
 from test_fuse import fused
 from torch import Tensor
 
@@ -32,6 +34,18 @@ def test_norm_gradients_in_one_pass(shape: tuple[int, ...]) -> None:
     x, dy, w = rand(*shape), rand(*shape) / 16, rand(shape[-1])  # sums of a size near 1
     report = fused(layer_norm_gradients, x, dy, w, *saved(x), kernels=2)
     assert "tl.range" in report.sources[0].text
+
+
+@pytest.mark.parametrize("width", [128, 256, 768, 1024, 4096])
+def test_a_step_reads_its_rows_once(width: int, tmp_path: Path) -> None:
+    """Compiled for sm_90, without a GPU: Triton lays out a step's rows in one way, not also as it
+    does the weight. Where it did, rows were read twice, by other threads."""
+    x, dy = (torch.empty(8192, width, dtype=torch.bfloat16) for _ in range(2))
+    w, m = torch.empty(width, dtype=torch.bfloat16), torch.empty(8192, 1)
+    sweep = wide_sources(layer_norm_gradients, x, dy, w, m, m)[0]
+    tile = f"tensor<{sweep.meta['constants']['XBLOCK']}x{sweep.meta['constants']['RBLOCK']}xbf16"
+    lines = assembly(sweep, tmp_path, "ttgir").splitlines()
+    assert sum("ttg.local_load" in line and tile in line for line in lines) == 2  # x and dy
 
 
 def test_what_follows_the_norm_gradient_is_added_up_too() -> None:

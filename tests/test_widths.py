@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import DEVICE, Pair, gems_only, ints, no_new_graph, rand
-from test_horizontal import ptx
+from machine_code import assembly
 from torch import Tensor
 
 from gems_compile.backend import Gems
@@ -261,9 +261,7 @@ def test_rows_of_whole_vectors_are_moved_in_such(tmp_path) -> None:
     torch._dynamo.mark_dynamic(x, 0)
     (source,) = report_of(lambda x: (x * 2 + 1).relu(), x, dynamic=None).sources
     for width in (source, source.widen()):
-        path = tmp_path / f"{width.name}.py"
-        path.write_text(width.text)
-        text = ptx(width, str(path))
+        text = assembly(width, tmp_path)
         assert "ld.global.v4" in text and "st.global.v4" in text
 
 

@@ -1,0 +1,50 @@
+"""Kernels as a large GPU would get them, and what Triton makes of them, without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from opcheck import options, trace
+from torch import Tensor
+
+from gems_compile.kernels.target import INTERPRETER
+from gems_compile.lowering.pipeline import compile_graph
+from gems_compile.lowering.source import Source
+
+
+def wide_sources(fn: Callable[..., Any], *args: Tensor) -> list[Source]:
+    """The kernels of a function as a large GPU would get them; nothing is compiled or run."""
+    wide = dataclasses.replace(INTERPRETER, multiprocessors=132)
+    return compile_graph(trace(fn, *args), [], options(target=wide, alone=False))[1].sources
+
+
+def assembly(source: Source, folder: Path, kind: str = "ptx") -> str:
+    """A kernel compiled for sm_90, without a GPU, as one of Triton's texts.
+
+    In a process of its own: here Triton is its interpreter. ``folder``: for its files.
+    """
+    code = (
+        "import json, sys\n"
+        "from gems_compile.lowering import worker\n"
+        "import triton\n"
+        "real = triton.compile\n"
+        "def keep(*a, **k):\n"
+        "    kernel = real(*a, **k)\n"
+        "    print(kernel.asm[sys.argv[3]])\n"
+        "    return kernel\n"
+        "triton.compile = keep\n"
+        "worker.compile_file(sys.argv[1], json.loads(sys.argv[2]), ['cuda', 90, 32])\n"
+    )
+    path = folder / f"{source.name}.py"
+    path.write_text(source.text)
+    run = [sys.executable, "-c", code, str(path), json.dumps(source.meta), kind]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(run, check=True, env=env, timeout=300, capture_output=True, text=True)
+    return done.stdout
