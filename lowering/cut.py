@@ -270,7 +270,8 @@ class _Assembler:
         self.bodies = [lines[a:b] for a, b in zip(cut.starts, ends, strict=True)]
         self.inputs = [writer.names[n] for n in writer.placeholders]
         self.known = {name for line in lines for name in line.sets} | set(self.inputs)
-        self.read_from = {x: writer.names[v] for v, x in writer.aligned.items()}
+        read_from = {x: writer.names[v] for v, x in writer.aligned.items()}
+        self.read_from = {x: i for x, i in read_from.items() if i in self.inputs}
         self.numbers = self._numbers()
         sizes = {writer.names[n] for n in writer.placeholders if is_size(value_of(n))}
         self.symbols = sizes | {n for n in self.known if _SIZE.fullmatch(n)}  # a graph for each

@@ -62,7 +62,7 @@ class Writer:
         self.lines: list[str] = []
         self.uses: dict[str, int] = {}  # variable -> last line that uses it
         self.symbols: dict[str, str] = {}  # symbol or whole expression -> text
-        self.aligned: dict[Value, str] = {}  # input -> variable that kernels read
+        self.aligned: dict[Value, str] = {}  # input or ATen's view -> variable that kernels read
         self.kept: set[str] = set()  # variables that are not tensors to free
         self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.kernels: list[tuple[str, Group]] = []
@@ -435,8 +435,12 @@ class Writer:
         leaves = any(user.op == "output" for user in node.users)
         read = self.read_by_kernel(value) or value in self.viewed or value in self.products.read
         if read or (leaves and target in CHOOSING):
-            strides = [size_of(s) for s in val.stride()]
-            self.add(f"{name} = settle({name}, {self.sizes(strides)})")
+            own = name
+            if is_view(node):  # who it is returned to, or who views it, wants its base
+                own = self.aligned[value] = f"{name}s"
+                self.ledger.share(own, name)
+            strides = self.sizes([size_of(s) for s in val.stride()])
+            self.add(f"{own} = settle({self.use(name)}, {strides})")
 
     @property
     def viewed(self) -> set[Value]:

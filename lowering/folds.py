@@ -343,12 +343,11 @@ def render_fold(renderer: Renderer, instr: Instr) -> None:
     """One number for each row of the tile; of a pointwise program's only row, a scalar."""
     (atom,) = instr.indices[0].atoms
     add, op, dtype = renderer.lines.add, instr.text, instr.dtype
-    mask, lanes = _mask(renderer, atom), power_of_two(renderer.body.folds[atom])
-    x = f"{instr.cond}" if renderer.rank == 2 else f"({instr.cond})[None, :]"
-    if mask:
-        x = f"tl.where({mask}, {instr.cond}, {identity(op, dtype)})"
-        x = x if renderer.rank == 2 else f"{x}[None, :]"
-    add(f"x_{instr.out} = {x}")
+    count = renderer.body.folds[atom]
+    lanes = power_of_two(count)
+    mask = _mask(renderer, atom) or f"{atom} < {count}"  # of all lanes: parts may be one number
+    two = "" if renderer.rank == 2 else "[None, :]"
+    add(f"x_{instr.out} = tl.where({mask}, {instr.cond}, {identity(op, dtype)}){two}")
     if op in ONLINE:
         text = f"reductions.row_{op}(x_{instr.out}, tl.full([1, {lanes}], 1, tl.{dtype}))"
     else:

@@ -22,11 +22,21 @@ class NeedSplit(Exception):
 
 
 def size_of(value: Any) -> Size:
-    """An int, or the sympy expression of a SymInt."""
+    """An int, or the sympy expression of a SymInt; 1 where the graph is guarded to have 1 there."""
     if type(value) is int:
         return value
     node = getattr(value, "node", None)
-    return simplify(node.expr) if node is not None else int(value)
+    if node is None:
+        return int(value)
+    size = simplify(node.expr)
+    return size if type(size) is int or size.is_Symbol or not _is_always_one(value) else 1
+
+
+def _is_always_one(value: Any) -> bool:
+    """Of a SymInt: tensors were broadcast on the strength of it (a slice of an unknown step)."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return value.node.hint == 1 and statically_known_true(value == 1)
 
 
 def simplify(size: Size) -> Size:

@@ -158,6 +158,25 @@ def test_second_input_copied_from_first():
     check(fn, rand(4, 6), rand(4, 6))
 
 
+def test_view_that_aten_makes_is_of_its_input():
+    """Kernels read a copy of it where it starts off a 16-byte boundary; who gets it does not."""
+
+    def fn(x, k):
+        y = x.select(1, k)
+        return y, y[1:], torch.cat([y, y * 2]).abs()
+
+    x = rand(5, 33)
+    compiled = compile_(fn, dynamic=True)
+    for k in (26, 3, 8):
+        got, want = compiled(x, k), fn(x, k)
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(got[:2], want[:2], strict=True):
+            assert a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
+        got[0].fill_(k)
+        assert torch.equal(x[:, k], torch.full_like(x[:, k], k))
+
+
 def test_swap_inputs():
     def fn(x, y):
         t = x.clone()

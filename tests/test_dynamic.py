@@ -232,6 +232,18 @@ def test_long_reduction_over_one_row():
     check(lambda x: (x * x).sum(-1), rand(1, 3000), rtol=1e-5, atol=1e-3)
 
 
+def test_broadcast_of_a_slice_of_unknown_step():
+    """One element is left of the slice: the graph is guarded to have one, and its size says not."""
+
+    def fn(x, start, stop, step):
+        return ((x[..., start:stop:step] + x) * 2).relu()
+
+    x = rand(5, 33, 4)
+    compiled = compile_(fn, dynamic=True)
+    for place in ((2, 3, 3), (1, 2, 2), (0, 4, 4)):
+        assert_same(compiled(x, *place), fn(x, *place))
+
+
 def test_dynamic_with_broadcast_of_one():
     pair = Pair(lambda x, y: (x + y).relu(), dynamic=True)
     pair(rand(5, 4), rand(1, 4))

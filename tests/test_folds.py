@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEVICE, assert_same_values, gems_only, ints, rand
+from helpers import DEVICE, assert_same_values, check, gems_only, ints, rand
 from opcheck import lower, options, trace
 from torch import Tensor
 
+import gems_compile
 from gems_compile.kernels.target import INTERPRETER
 from gems_compile.lowering import folds
 from gems_compile.lowering.parts import pays
@@ -208,3 +209,15 @@ def test_images_whose_channels_are_last_need_no_trial(monkeypatch: pytest.Monkey
     monkeypatch.setattr(folds, "_runs_across_rows", lambda *_: False)
     assert texts() == told
     assert trials and not any(trials)
+
+
+@pytest.mark.parametrize("length", [2, 3, 16])
+def test_parts_that_are_one_number_count_each(length: int) -> None:
+    """The gradient of a mean is one number for all of a row."""
+
+    def fn(x: Tensor) -> Tensor:
+        spread = x.log_softmax(0).mean([0], keepdim=True).var([0], correction=0)
+        return torch.sin(spread + x.softmax(0))
+
+    check(fn, rand(length, grad=True))
+    assert "reductions.only(" in gems_compile.reports()[-1].sources[-1].text
