@@ -41,7 +41,8 @@ def parts_wanted(x: Value, axes: Sequence[int], multiprocessors: int) -> int:
         return 1
     kept = product(s for k, s in enumerate(x.shape) if k not in axes)
     reduced = count_of(x, axes)
-    if contiguous_axis(x) not in axes:
+    along = contiguous_axis(x)  # None: not known, as of a stride that depends on a size
+    if along is not None and along not in axes:
         return column_parts(kept, reduced, _is_stored(x), multiprocessors)
     if not is_static(*x.shape) or kept >= 2 * multiprocessors or reduced <= MAX_PERSISTENT:
         return 1

@@ -84,7 +84,8 @@ def tile(emitter: Emitter, section: Section, index: Index) -> str:
 def mask_line(
     emitter: Emitter, section: Section, inside: Sequence[str | None], wide: bool
 ) -> str | None:
-    """All of ``inside`` in one register; None if nothing is asked."""
+    """All of ``inside`` in one register; None if nothing is asked. ``wide``: whether it differs
+    along a row; of a mask that is made in a loop what it masks is loaded there too."""
     texts = [text for text in inside if text is not None]
     if not texts:
         return None
@@ -92,7 +93,7 @@ def mask_line(
         return texts[0]
     mask = emitter.line(section, " & ".join(texts), prefix="m")
     emitter.body.masks[mask] = tuple(texts)
-    if wide:
+    if wide or section[0] == "loop":
         emitter.body.wide.add(mask)
     return mask
 

@@ -119,3 +119,14 @@ def test_a_frame_is_one_patch() -> None:
     assert "tl.store(out0 + (x)" in text  # what is contiguous is addressed as such
     for pad in ((1, 0), (0, 2), (-1, 3), (2, -1, 0, 1), (-2, -3), (0, 0, 1, 1)):
         check(lambda x, pad=pad: F.pad(x + 1, pad, value=2.0) * 3, x)
+
+
+def test_a_part_of_columns_is_loaded_where_its_mask_is() -> None:
+    """Of a sum over rows of unknown number: s is the same for all of them, and the mask of its part
+    was made in the loop over them, which s was loaded ahead of."""
+
+    def fn(x: Tensor, s: Tensor) -> Tensor:
+        y = s / (x.abs() + 1)
+        return torch.cat([y, y * 2], 1).sum(0)
+
+    check(fn, rand(100, 33), rand(33), dynamic=True)
