@@ -41,8 +41,10 @@ def parts_wanted(x: Value, axes: Sequence[int], multiprocessors: int) -> int:
         return 1
     kept = product(s for k, s in enumerate(x.shape) if k not in axes)
     reduced = count_of(x, axes)
-    along = contiguous_axis(x)  # None: not known, as of a stride that depends on a size
-    if along is not None and along not in axes:
+    along = contiguous_axis(x)
+    if along is None:  # not known, as where strides depend on sizes
+        return 1
+    if along not in axes:
         return column_parts(kept, reduced, _is_stored(x), multiprocessors)
     if not is_static(*x.shape) or kept >= 2 * multiprocessors or reduced <= MAX_PERSISTENT:
         return 1
