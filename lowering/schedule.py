@@ -23,11 +23,11 @@ CACHED = 2**18
 SCRATCH = 2**11
 #: the longest row of which two programs fit on a multiprocessor, each with sums of its columns
 SWEPT_BY_TWO = 4096
-#: rows of which it has four programs
+#: rows of which four programs fit
 SWEPT_BY_FOUR = range(513, 1025)
 #: elements of an operand that take longer to ask for than to carry
 SMALL_OPERAND = 2**21
-#: lengths of such columns, of which a program reads one at once: as many as a sum has parts
+#: lengths of such columns that are short, and read few at once: as many as a sum has parts
 PARTS = range(64, 1025)
 
 
@@ -141,16 +141,16 @@ def sweep_tile(reduced: int, loaded: int, shared: int) -> Tile:
     """``reduced``: the length of a row; ``loaded``: bytes a step loads for one element;
     ``shared``: bytes of shared memory.
 
-    Of four warps, with 32 elements to a thread; from 512 to 1024 in a row with 16, and twice as
-    many programs (gradients of layer norms, H200, shares of a copy: rows of 768 1.26 and 1.07, of
-    512 0.88 and 0.92, of 2048 0.90 and 0.91; with 16 elements and 8 warps, in two programs, 1.02,
-    0.80 and 0.89). The loads of two steps are in flight while a third is computed with: 8192 rows
-    of 8192, H200: 112 us; 156 with those of one step.
+    Of four warps (eight for a row beyond 4096), with 32 elements to a thread; from 513 to 1024 in a
+    row with 16, and twice as many programs (gradients of layer norms, H200, shares of a copy: rows
+    of 768 1.26 and 1.07, of 512 0.88 and 0.92, of 2048 0.90 and 0.91; with 16 elements and 8 warps,
+    in two programs, 1.02, 0.80 and 0.89). The loads of two steps are in flight while a third is
+    computed with: 8192 rows of 8192, H200: 112 us; 156 with those of one step.
     """
     length = power_of_two(reduced)
-    wide = reduced in SWEPT_BY_FOUR
-    together = max(1, (2048 if wide else 4096) // length)
-    warps = max(1, min(16, together * length // (32 * (16 if wide else 32))))
+    each = 16 if reduced in SWEPT_BY_FOUR else 32
+    together = max(1, 4 * 32 * each // length)
+    warps = together * length // (32 * each)
     room = shared // sweeps_together(reduced) - SCRATCH
     stages = 1 + room // max(1, together * length * loaded)
     return Tile(together, length, warps, stages=max(1, min(3, stages)))
