@@ -13,16 +13,22 @@ from typing import Any
 
 from opcheck import options, trace
 from torch import Tensor
+from torch.fx import GraphModule
 
 from gems_compile.kernels.target import INTERPRETER
 from gems_compile.lowering.pipeline import compile_graph
 from gems_compile.lowering.source import Source
 
 
+def sources(graph: GraphModule, backend: str = INTERPRETER.backend, **more: Any) -> list[Source]:
+    """The kernels of a graph as a large GPU would get them; nothing is compiled or run."""
+    wide = dataclasses.replace(INTERPRETER, multiprocessors=132, backend=backend)
+    return compile_graph(graph, [], options(target=wide, **more))[1].sources
+
+
 def wide_sources(fn: Callable[..., Any], *args: Tensor) -> list[Source]:
-    """The kernels of a function as a large GPU would get them; nothing is compiled or run."""
-    wide = dataclasses.replace(INTERPRETER, multiprocessors=132)
-    return compile_graph(trace(fn, *args), [], options(target=wide, alone=False))[1].sources
+    """Those of a function, whose small kernels share launches."""
+    return sources(trace(fn, *args), alone=False)
 
 
 def assembly(source: Source, folder: Path, kind: str = "ptx") -> str:

@@ -220,9 +220,9 @@ def test_random_programs(
     @given(programs(smooth=grad))
     def check(program: Program) -> None:
         torch._dynamo.reset()
-        given = program.values[: program.inputs]
-        inputs = [x.float().to(DEVICE) for x in given]
-        exact = run(program, given, grad)
+        drawn = program.values[: program.inputs]
+        inputs = [x.float().to(DEVICE) for x in drawn]
+        exact = run(program, drawn, grad)
         want = run(program, inputs, grad)
         got = run(compile_(program.__call__, dynamic=dynamic), inputs, grad)
         for kind in range(2):

@@ -21,14 +21,14 @@ import pytest
 import test_models as models
 import torch
 import torch.nn.functional as F
-from opcheck import FULL, calls, make, one_node, options, overload, trace
+from machine_code import sources
+from opcheck import FULL, calls, make, one_node, overload, trace
 from torch import Tensor
 
 from gems_compile.backend import Gems
 from gems_compile.kernels.op import OPS
 from gems_compile.kernels.target import INTERPRETER
 from gems_compile.lowering.load import Pool
-from gems_compile.lowering.pipeline import compile_graph
 from gems_compile.lowering.source import Source
 
 TARGETS = {
@@ -36,13 +36,6 @@ TARGETS = {
     "sm_90": ["cuda", 90, 32],
     "gfx942": ["hip", "gfx942", 64],
 }
-
-
-def sources(graph: torch.fx.GraphModule) -> list[Source]:
-    """The kernels of a graph as a large GPU would get them; nothing is compiled or run."""
-    wide = dataclasses.replace(INTERPRETER, multiprocessors=132)
-    _, report = compile_graph(graph, [], options(target=wide))
-    return report.sources
 
 
 # programs -----------------------------------------------------------------------------------------
@@ -356,14 +349,12 @@ def test_models(workers: Pool, tmp_path: Path) -> None:
 
 def test_dropout_moves_no_element_between_threads(workers: Pool, tmp_path: Path) -> None:
     """Its words are made and joined in the registers of the thread that has their elements."""
-    wide = dataclasses.replace(INTERPRETER, multiprocessors=132, backend="cuda")
     programs = {
         "flat": lambda x, row: torch.native_dropout(x, 0.1, True)[0],
         "two axes": lambda x, row: torch.native_dropout(x + row, 0.1, True)[0],
     }
     for name, fn in programs.items():
-        _, report = compile_graph(trace(fn, rand(2048, 4096), rand(4096)), [], options(target=wide))
-        (source,) = report.sources
+        (source,) = sources(trace(fn, rand(2048, 4096), rand(4096)), "cuda")
         folder = tmp_path / name
         folder.mkdir()
         compile_all({source.key: source}, TARGETS["sm_90"], workers, folder)
@@ -373,15 +364,12 @@ def test_dropout_moves_no_element_between_threads(workers: Pool, tmp_path: Path)
 
 def test_odd_rows_are_moved_in_vectors(workers: Pool, tmp_path: Path) -> None:
     """A row of 50257 begins at any even address; the loads are of 16 bytes all the same."""
-    wide = dataclasses.replace(INTERPRETER, multiprocessors=132)
     programs = {
         "looped": lambda x, scale: torch.softmax(x, -1),
         "by rows": lambda x, scale: x * scale,
     }
     for name, fn in programs.items():
-        inputs = rand(300, 50257), rand(300, 1)
-        _, report = compile_graph(trace(fn, *inputs), [], options(target=wide, alone=True))
-        (source,) = report.sources
+        (source,) = sources(trace(fn, rand(300, 50257), rand(300, 1)))
         folder = tmp_path / name
         folder.mkdir()
         compile_all({source.key: source}, TARGETS["sm_90"], workers, folder)
@@ -394,9 +382,7 @@ def test_odd_rows_are_moved_in_vectors(workers: Pool, tmp_path: Path) -> None:
 
 def assembly(fn: Callable[..., Any], *inputs: Tensor, workers: Pool, folder: Path) -> str:
     """The PTX of fn's one kernel for an H200."""
-    wide = dataclasses.replace(INTERPRETER, multiprocessors=132, backend="cuda")
-    _, report = compile_graph(trace(fn, *inputs), [], options(target=wide, alone=True))
-    (source,) = report.sources
+    (source,) = sources(trace(fn, *inputs), "cuda")
     folder.mkdir()
     compile_all({source.key: source}, TARGETS["sm_90"], workers, folder)
     made = Path(os.environ["TRITON_CACHE_DIR"]).rglob(f"{source.name}.ptx")
