@@ -36,8 +36,10 @@ def row_of(renderer: Renderer) -> tuple[str, Tile] | None:
     if numel < 4096 * renderer.multiprocessors:
         return None
     tile = _tile(length, IDLE)
-    if tile is None or not _has_row_values(renderer, inner) or asks_for_a_byte(renderer):
+    if tile is None or not _has_row_values(renderer, inner):
         return None
+    if asks_for_a_byte(renderer):
+        return (inner, Tile(tile, warps=2)) if tile == 2048 else None
     return inner, Tile(tile)
 
 

@@ -366,9 +366,9 @@ class Fuser:
         """Agree on the shares of rows that the group's programs reduce."""
         if not group.shares:
             length = product(group.sizes[a] for a in group.reduced)
-            wanted = v.shape[0] if group.column else sweep_parts(length, self.multiprocessors)
             rows = product(group.sizes[a] for a in group.parallel)
-            group.share(min(wanted, rows) if is_static(rows) and not group.column else wanted)
+            most = self.multiprocessors
+            group.share(v.shape[0] if group.column else sweep_parts(rows, length, most))
         set_shares(v, group.shares)
 
     def _frame_operand(self, group: Group, a: Value, frame: Frame) -> None:
