@@ -62,6 +62,11 @@ class Target:
             return self.name
         return f"{self.name}:sm{self.arch}" if self.name == "nvidia" else f"{self.name}:{self.arch}"
 
+    @property
+    def waits(self) -> bool:
+        """Whether a kernel may wait by itself for the one before it: see ``dependents``."""
+        return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= 90
+
     def triton_target(self) -> GPUTarget:
         """The same device in Triton's words, as ``triton.compile(target=...)`` takes it."""
         if self.arch is None:

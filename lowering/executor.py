@@ -273,7 +273,8 @@ class Writer:
             for kind, (_, role, what) in zip(kinds, source.params, strict=True)
         ]
         grid = self._number(GRID, source.grid)
-        self.runs.launch(Launch(kernel, source.name, grid, args, flag))
+        waits = source.meta.get("waits", False)
+        self.runs.launch(Launch(kernel, source.name, grid, args, flag, waits))
         places = [base_of(m.params[0]) for m in group.members if m.kind == "store"]
         for memory in dict.fromkeys([*group.stores.values(), *places]):
             if memory in self.aligned:

@@ -36,6 +36,7 @@ typedef struct {
     uint64_t *grid;
     void **params;
     unsigned block, shared;
+    int early; /* it may be set up before the kernel ahead of it has ended, and waits itself */
 } Launch;
 
 typedef struct {
@@ -72,6 +73,11 @@ static int give_context(Run *run)
 
 static Result launch_one(Run *run, Launch *it, void *stream)
 {
+    if (it->early && run->driver.launch_with) {
+        Attribute early = {.id = PROGRAMMATIC_STREAM_SERIALIZATION, .value.allowed = 1};
+        Config config = {{(unsigned)*it->grid, 1, 1}, {it->block, 1, 1}, it->shared, stream, &early, 1};
+        return run->driver.launch_with(&config, it->function, it->params, NULL);
+    }
     return run->driver.launch(it->function, (unsigned)*it->grid, 1, 1, it->block, 1, 1, it->shared,
                               stream, it->params, NULL);
 }
@@ -274,14 +280,14 @@ static int place(Run *run, PyObject *given, uint64_t *to)
     return PyErr_Occurred() ? -1 : 0;
 }
 
-/* (name, function, grid, threads, shared bytes, arguments) of a kernel, or of a product (name,
-   library, problem, arguments); how many arguments, or -1 */
+/* (name, function, grid, threads, shared bytes, early, arguments) of a kernel, or of a product
+   (name, library, problem, arguments); how many arguments, or -1 */
 static Py_ssize_t arguments_of(PyObject *given)
 {
     Py_ssize_t many = PyTuple_Check(given) ? PyTuple_GET_SIZE(given) : 0;
-    if ((many != 6 && many != 4) || !PyTuple_Check(PyTuple_GET_ITEM(given, many - 1))) {
+    if ((many != 7 && many != 4) || !PyTuple_Check(PyTuple_GET_ITEM(given, many - 1))) {
         PyErr_SetString(PyExc_TypeError,
-                        "a launch is (name, function, grid, threads, shared, arguments) "
+                        "a launch is (name, function, grid, threads, shared, early, arguments) "
                         "or (name, library, problem, arguments)");
         return -1;
     }
@@ -316,8 +322,8 @@ static int fill_product(Run *run, Launch *it, PyObject *given)
 static int fill_kernel(Run *run, Launch *it, PyObject *given)
 {
     PyObject *name, *function, *grid, *args;
-    if (!PyArg_ParseTuple(given, "UOOIIO", &name, &function, &grid, &it->block, &it->shared,
-                          &args))
+    if (!PyArg_ParseTuple(given, "UOOIIpO", &name, &function, &grid, &it->block, &it->shared,
+                          &it->early, &args))
         return -1;
     it->function = PyLong_AsVoidPtr(function);
     return PyErr_Occurred() ? -1 : place(run, grid, it->grid);
@@ -350,7 +356,7 @@ static int fill(Run *run, PyObject *launches)
         it->grid = next++;
         *it->grid = 1;
         it->params = param;
-        if (PyTuple_GET_SIZE(given) == 6 ? fill_kernel(run, it, given)
+        if (PyTuple_GET_SIZE(given) == 7 ? fill_kernel(run, it, given)
                                          : fill_product(run, it, given))
             return -1;
         for (Py_ssize_t n = 0; n < PyTuple_GET_SIZE(args); n++, next++) {

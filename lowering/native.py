@@ -248,16 +248,17 @@ def made(
         struct.pack("<i" if operand.kind == INT32 else "<q", operand.plus)  # or it does not fit
         return operand.plus
 
-    def as_tuple(launch: Launch) -> tuple[Any, ...]:
-        args = map(packed, launch.args)
+    def as_tuple(place: int, launch: Launch) -> tuple[Any, ...]:
+        args = tuple(map(packed, launch.args))
         if isinstance(launch, Multiply):
-            return (launch.name, blas, launch.problem.asked(), tuple(args))
+            return (launch.name, blas, launch.problem.asked(), args)
         it = next(left)
-        grid = packed(launch.grid)
-        return (launch.name, it.function, grid, it.threads, it.shared, (*args, *(0,) * it.nulls))
+        grid, early = packed(launch.grid), run.is_early(place)
+        args += (0,) * it.nulls
+        return (launch.name, it.function, grid, it.threads, it.shared, early, args)
 
     left = iter(kernels)
-    launches = tuple(map(as_tuple, run.launches))
+    launches = tuple(as_tuple(k, launch) for k, launch in enumerate(run.launches))
     kinds = "".join(kind for kind, _ in run.values)
     allocate = allocator(device)
 

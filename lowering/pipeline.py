@@ -373,7 +373,8 @@ def source_for(
     body = emit(group, inlined, options.exact, looped)
     body.unaligned = [n for n, role, what in body.params if role == "in" and what in written]
     name = kernel_name(group.members)
-    whole = Renderer(body, name, target.multiprocessors, target.backend, target.shared)
+    about = target.multiprocessors, target.backend, target.shared
+    whole = Renderer(body, name, *about, waits=target.waits)
     more = {"exact": options.exact, "unaligned": body.unaligned}
     return Tiling(whole, inlined, options.exact, more).write()
 

@@ -50,14 +50,16 @@ class Renderer(Accumulators, Loops):
         shared: int = MAX_IN_FLIGHT,
         wide: bool = False,
         tile: Tile | None = None,
+        waits: bool = False,
     ) -> None:
         """``wide``: places of symbolic sizes are numbers of 64 bits. ``tile``: the one to use in
-        place of what ``schedule`` says."""
+        place of what ``schedule`` says. ``waits``: it may be launched before the kernel ahead of it
+        has ended."""
         self.body, self.name, self.backend = body, name, backend
         self.nvidia = backend == "cuda"  # whose assembly may stand in a kernel
         self.group = body.group
         self.instrs = [i for section in body.sections.values() for i in section]
-        self.multiprocessors, self.shared = multiprocessors, shared
+        self.multiprocessors, self.shared, self.waits = multiprocessors, shared, waits
         self.sizes: dict[str, Size] = {a: body.size(a) for a in self.group.domain}
         self.merged: dict[str, str | None] = {}  # atom -> atom it became, None when it vanished
         self.lines = Lines()
@@ -168,6 +170,9 @@ class Renderer(Accumulators, Loops):
     # text ----------------------------------------------------------------------------------------
 
     def run(self) -> Source:
+        self.lines.depth = 1
+        if self.waits:
+            self.lines.add(self.dependents("wait"))
         grid = self._prologue()
         self._sections()
         names = [n for n, _, _ in self.body.params]
@@ -182,6 +187,7 @@ class Renderer(Accumulators, Loops):
             "signature": signature,
             "constants": constants,
             "num_warps": self.tile.warps,
+            "waits": self.waits,
         }
         sizes = [(n, what) for n, role, what in self.body.params if role == "size"]
         multiples = [n for n, what in sizes if not is_static(what) and is_multiple(what)]
@@ -201,6 +207,10 @@ class Renderer(Accumulators, Loops):
             bound=None if self.wide64 else self._bound(sizes),
             loops=len(self.parallel),
         )
+
+    def dependents(self, what: str) -> str:
+        self.body.modules.add("dependents")
+        return f"dependents.{what}()"
 
     def _type(self, role: str, what: object) -> str:
         if role == NUMBER:

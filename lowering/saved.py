@@ -189,7 +189,9 @@ def _launch(launch: dict[str, Any]) -> Launch:
     operands = [Operand(*operand) for operand in launch["args"]]
     args = launch["kernel"], launch["name"], Operand(*launch["grid"]), operands, launch["flag"]
     problem = launch.get("problem")
-    return Launch(*args) if problem is None else Multiply(*args, problem=Problem.of(problem))
+    if problem is None:
+        return Launch(*args, waits=launch["waits"])
+    return Multiply(*args, problem=Problem.of(problem))
 
 
 def _restored(source: dict[str, Any]) -> Source:

@@ -224,6 +224,7 @@ def joined_source(sources: Sequence[Source]) -> Source:
         "constants": {},
         "num_warps": max(s.meta["num_warps"] for s in sources),
         "unaligned": _unaligned(alike, named),
+        "waits": all(s.meta.get("waits") for s in sources),
     }
     return Source(name, text + lines.text, params, starts[-1], meta)
 

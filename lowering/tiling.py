@@ -189,7 +189,7 @@ def _like(renderer: Renderer, tile: Tile, wide: bool = False) -> Renderer:
     body = replace(renderer.body, params=list(renderer.body.params))
     name = f"{renderer.name}_wide" if wide else renderer.name
     about = renderer.multiprocessors, renderer.backend, renderer.shared
-    return Renderer(body, name, *about, wide=wide, tile=tile)
+    return Renderer(body, name, *about, wide=wide, tile=tile, waits=renderer.waits)
 
 
 def kind_of(renderer: Renderer) -> str:

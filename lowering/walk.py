@@ -46,6 +46,8 @@ def render_sweep(renderer: Renderer, rows: Size) -> None:
         renderer._instr(instr)
     lines.depth -= 1
     renderer.xmask, renderer.defined, renderer.outside_sweep = None, outside, True
+    if renderer.waits:
+        lines.add(renderer.dependents("release"))
     for instr in sections.get(("after", 0), ()):
         renderer._instr(instr)
 

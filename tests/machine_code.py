@@ -20,9 +20,11 @@ from gems_compile.lowering.pipeline import compile_graph
 from gems_compile.lowering.source import Source
 
 
-def sources(graph: GraphModule, backend: str = INTERPRETER.backend, **more: Any) -> list[Source]:
+def sources(
+    graph: GraphModule, backend: str = INTERPRETER.backend, arch: int | None = None, **more: Any
+) -> list[Source]:
     """The kernels of a graph as a large GPU would get them; nothing is compiled or run."""
-    wide = dataclasses.replace(INTERPRETER, multiprocessors=132, backend=backend)
+    wide = dataclasses.replace(INTERPRETER, multiprocessors=132, backend=backend, arch=arch)
     return compile_graph(graph, [], options(target=wide, **more))[1].sources
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +43,7 @@ class Noted(ctypes.Structure):
         ("grid", ctypes.c_uint32 * 3),
         ("block", ctypes.c_uint32 * 3),
         ("shared", ctypes.c_uint32),
+        ("early", ctypes.c_uint32),
     )
 
 
@@ -121,6 +122,19 @@ def test_arguments_of_every_kind(driver: Driver) -> None:
     assert [*note.grid, *note.block] == [9, 1, 1, 128, 1, 1]
     signed = [x.data_ptr(), 2**63 + 128, 2**63 + 512, -3, -(2**62), -7, -(2**40), 5 - 2**62, 0, 0]
     assert driver.args == [[number % 2**64 for number in signed]]
+
+
+@needs_compiler
+def test_who_waits_is_set_up_early_behind_another_kernel(driver: Driver) -> None:
+    """Not the first: what is ahead of it may be anybody's."""
+    launches = [replace(launch(grid=k + 1), waits=k != 2) for k in range(4)]
+    driver.run(*launches)(5)
+    assert [note.early for note in driver.noted] == [0, 1, 0, 1]
+    assert [note.grid[0] for note in driver.noted] == [1, 2, 3, 4]
+    assert {note.stream for note in driver.noted} == {5}
+    driver.library.fail(700, 1)
+    with pytest.raises(RuntimeError, match=r"fused failed: CUDA_ERROR_ILLEGAL_ADDRESS.*grid \(2, "):
+        driver.run(*launches)(5)
 
 
 @needs_compiler
