@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .indexing import Index
+from .indexing import Index, Size, is_static
 from .ir import BITS
 
 if TYPE_CHECKING:
@@ -19,10 +19,15 @@ LONG_TILES = 2**17
 LONG = ("gelu", "erf", "tanh", "pow", "sin", "cos", "gamma", "random.")
 
 
-def elements_of_a_thread(renderer: Renderer) -> int:
-    """How many are enough loads in flight."""
+def elements_of_a_thread(renderer: Renderer, numel: Size) -> int:
+    """How many of a kernel's are enough loads in flight.
+
+    Twice as many where there is work for long tiles, and a byte is all that a place reads (weights
+    of 8 bits dequantized, H200, shares of a copy's speed: 8192 x 4096 0.950, 0.941 with 32; 4096 x
+    11008 0.948, 0.941; 32768 x 4096 0.970, 0.976; 16384 x 1024, which is too small, 0.919, 0.926).
+    """
     if asks_for_a_byte(renderer):
-        return 32
+        return 64 if has_long_tiles(renderer, numel) else 32
     return 16 if asks_for_little(renderer) else 8
 
 
@@ -52,9 +57,8 @@ def asks_for_little(renderer: Renderer) -> bool:
 def asks_for_a_byte(renderer: Renderer) -> bool:
     """Whether a place of its own is all that each place of a large kernel reads, and that a byte.
 
-    A thread's eight places are then eight bytes in flight; 32 are better, with a row to a program
-    or without (weights of 8 bits dequantized to bfloat16, 4096 x 11008, H200: 0.92 of a copy's
-    speed, 0.89 with eight; images of bytes normalized to it: 1 and 4 % faster by rows).
+    A thread's eight places are then eight bytes in flight; more are better (weights of 8 bits
+    dequantized to bfloat16, 4096 x 11008, H200: 0.92 of a copy's speed with 32, 0.89 with eight).
     """
     inner = renderer.parallel[-1] if renderer.parallel else ""
     instrs = renderer.instrs
@@ -65,12 +69,16 @@ def asks_for_a_byte(renderer: Renderer) -> bool:
     return simple and sum(BITS[load.dtype] for load in own) == 8
 
 
-def stores_more(renderer: Renderer, numel: int) -> bool:
+def has_long_tiles(renderer: Renderer, numel: Size) -> bool:
+    return is_static(numel) and numel >= LONG_TILES * renderer.multiprocessors
+
+
+def stores_more(renderer: Renderer, numel: Size) -> bool:
     """Whether the stores of a large transposing kernel take more memory than its loads."""
     instrs = renderer.instrs
     bits = {k: [BITS[i.dtype] for i in instrs if i.kind == k] for k in ("load", "store")}
-    busy = numel >= LONG_TILES * renderer.multiprocessors
-    return busy and min(bits["store"], default=0) > max(bits["load"])
+    stored = min(bits["store"], default=0)
+    return has_long_tiles(renderer, numel) and stored > max(bits["load"])
 
 
 def _is_long(instr: Instr) -> bool:

@@ -138,7 +138,7 @@ class Renderer(Accumulators, Loops):
             if carried is not None:
                 self.carried, tile = carried
                 return tile
-            return pointwise_tile(rows, self.multiprocessors, elements_of_a_thread(self))
+            return pointwise_tile(rows, self.multiprocessors, elements_of_a_thread(self, rows))
         if self.group.column:
             reduced = self.group.reduced_length
             return column_tile(rows, reduced, self.shares, self.body.looped, self._loaded_bytes())
