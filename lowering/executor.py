@@ -273,8 +273,7 @@ class Writer:
             for kind, (_, role, what) in zip(kinds, source.params, strict=True)
         ]
         grid = self._number(GRID, source.grid)
-        waits = source.meta.get("waits", False)
-        self.runs.launch(Launch(kernel, source.name, grid, args, flag, waits))
+        self.runs.launch(Launch(kernel, source.name, grid, args, flag, source.waits))
         places = [base_of(m.params[0]) for m in group.members if m.kind == "store"]
         for memory in dict.fromkeys([*group.stores.values(), *places]):
             if memory in self.aligned:

@@ -32,7 +32,7 @@ from .schedule import (
     sweep_tile,
     transpose_tile,
 )
-from .source import NUMBER, POINTER, Lines, Source
+from .source import NUMBER, POINTER, WAIT, Lines, Source
 from .square import axes_of, square_prologue
 from .walk import for_every_row, render_sweep, sweep_prologue
 from .writes import render_put
@@ -172,7 +172,7 @@ class Renderer(Accumulators, Loops):
     def run(self) -> Source:
         self.lines.depth = 1
         if self.waits:
-            self.lines.add(self.dependents("wait"))
+            self.lines.add(WAIT)
         grid = self._prologue()
         self._sections()
         names = [n for n, _, _ in self.body.params]
@@ -187,13 +187,13 @@ class Renderer(Accumulators, Loops):
             "signature": signature,
             "constants": constants,
             "num_warps": self.tile.warps,
-            "waits": self.waits,
         }
         sizes = [(n, what) for n, role, what in self.body.params if role == "size"]
         multiples = [n for n, what in sizes if not is_static(what) and is_multiple(what)]
         if multiples:
             meta["multiples"] = multiples
-        modules = ", ".join(sorted(self.body.modules))
+        own = {"dependents"} if self.waits else set()
+        modules = ", ".join(sorted(self.body.modules | own))
         imports = f"\nfrom gems_compile.kernels import {modules}\n" if modules else ""
         params = ", ".join([*names, *(f"{c}: tl.constexpr" for c in constants)])
         head = f"{HEADER}{imports}\n\n@triton.jit\ndef {self.name}({params}):\n"
@@ -207,10 +207,6 @@ class Renderer(Accumulators, Loops):
             bound=None if self.wide64 else self._bound(sizes),
             loops=len(self.parallel),
         )
-
-    def dependents(self, what: str) -> str:
-        self.body.modules.add("dependents")
-        return f"dependents.{what}()"
 
     def _type(self, role: str, what: object) -> str:
         if role == NUMBER:

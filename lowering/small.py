@@ -26,7 +26,7 @@ from .horizontal import MOST_ARGUMENTS, Combined, branch
 from .indexing import is_static, product
 from .ir import BITS, Value
 from .render import HEADER
-from .source import POINTER, Lines, Source
+from .source import POINTER, WAIT, Lines, Source
 
 #: bytes that a kernel moves in less time than a launch takes
 SMALL = 2**22
@@ -208,6 +208,8 @@ def joined_source(sources: Sequence[Source]) -> Source:
     text += f"{_START}{name}({', '.join(n for n, _, _ in params)}):\n"
     lines = Lines()
     lines.depth = 1
+    if all(source.waits for source in sources):
+        lines.add(WAIT)
     lines.add("pid = tl.program_id(0)")
     starts = [0]
     for some in alike:
@@ -224,7 +226,6 @@ def joined_source(sources: Sequence[Source]) -> Source:
         "constants": {},
         "num_warps": max(s.meta["num_warps"] for s in sources),
         "unaligned": _unaligned(alike, named),
-        "waits": all(s.meta.get("waits") for s in sources),
     }
     return Source(name, text + lines.text, params, starts[-1], meta)
 

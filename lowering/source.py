@@ -29,6 +29,9 @@ POINTER = {
 #: the role of a parameter that is the number of a seed (``seeds.py``)
 NUMBER = "number"
 
+#: the first line of a kernel that may be launched before the one ahead of it has ended
+WAIT = "dependents.wait()"
+
 
 @dataclass(eq=False)
 class Source:
@@ -60,6 +63,12 @@ class Source:
         """The dtype behind each pointer argument, None of a number."""
         numbers = ("size", NUMBER)
         return [None if role in numbers else what.dtype for _, role, what in self.params]
+
+    @functools.cached_property
+    def waits(self) -> bool:
+        """Whether the kernel, the last function of its text, first waits for the one before it."""
+        kernel = self.text.rpartition("@triton.jit\n")[2]
+        return kernel.partition("):\n")[2].lstrip().startswith(WAIT)
 
     @functools.cached_property
     def key(self) -> str:

@@ -47,7 +47,7 @@ def render_sweep(renderer: Renderer, rows: Size) -> None:
     lines.depth -= 1
     renderer.xmask, renderer.defined, renderer.outside_sweep = None, outside, True
     if renderer.waits:
-        lines.add(renderer.dependents("release"))
+        lines.add("dependents.release()")
     for instr in sections.get(("after", 0), ()):
         renderer._instr(instr)
 

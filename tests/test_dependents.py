@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +27,28 @@ def gradients(arch: int) -> list:
     return sources(trace(layer_norm_gradients, x, dy, w, m, m), "cuda", arch, alone=False)
 
 
-def first_line(text: str) -> str:
-    return text.split("):\n")[1].splitlines()[0].strip()
+def is_behind_the_wait(ptx: str) -> bool:
+    """Whether every access to memory is, loads of a pipelined loop included."""
+    lines = [line.strip() for line in ptx.splitlines()]
+    accesses = ("ld.global", "st.global", "cp.async", "atom.", "red.global")
+    touched = [k for k, line in enumerate(lines) if any(a in line for a in accesses)]
+    waits = [k for k, line in enumerate(lines) if line.startswith("griddepcontrol.wait")]
+    assert touched
+    return bool(waits) and waits[0] < touched[0]
+
+
+def softmax_of_sums(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Any:
+    y = (a + b).softmax(-1)
+    return y, (y * c).sum(0), (d * 2).amax(0)
+
+
+def concatenated(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Any:
+    return torch.cat([a.sin(), b * 2, c[:, 1:]], 1), torch.stack([c, d]).mean(0)
+
+
+def optimizer_step(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Any:
+    moved = torch._foreach_add(torch._foreach_mul([a, b], 0.9), [c, d])
+    return [*moved, *torch._foreach_sub([a, b], moved)]
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -37,8 +59,7 @@ def test_who_waits_does_so_first(arch: int) -> None:
     found = gradients(arch)
     assert len(found) == 2
     for source in found:
-        assert source.meta["waits"] == waits
-        assert (first_line(source.text) == "dependents.wait()") == waits
+        assert source.waits == waits == ("dependents" in source.text)
 
 
 def test_a_sweep_releases_behind_its_loop() -> None:
@@ -50,14 +71,39 @@ def test_a_sweep_releases_behind_its_loop() -> None:
 
 
 def test_no_access_is_ahead_of_the_wait(tmp_path: Path) -> None:
-    """In what Triton makes of it, the loads of a pipelined loop included."""
     for source in gradients(90):
-        text = assembly(source, tmp_path)
-        lines = [line.strip() for line in text.splitlines()]
-        at = next(k for k, line in enumerate(lines) if line.startswith("griddepcontrol.wait"))
-        accesses = ("ld.global", "st.global", "cp.async", "atom", "red.")
-        touched = [k for k, line in enumerate(lines) if any(a in line for a in accesses)]
-        assert touched and min(touched) > at
+        assert is_behind_the_wait(assembly(source, tmp_path))
+
+
+def test_joined_kernels_wait(tmp_path: Path) -> None:
+    def fn(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, ...]:
+        return a.sin() * 2, b.cos() + 1, (c * 2).sum(0), (d + 1).sum(0)
+
+    xs = [torch.empty(2**18), torch.empty(2**18), torch.empty(256, 768), torch.empty(256, 768)]
+    found = sources(trace(fn, *xs), "cuda", 90, alone=False)
+    joined = [source for source in found if "_and_" in source.name]
+    assert joined
+    for source in joined:
+        assert source.waits
+        assert is_behind_the_wait(assembly(source, tmp_path))
+
+
+def test_who_does_not_wait_is_not_early() -> None:
+    """Kernels alike that share a launch have a text of their own, which does not wait."""
+
+    def fn(*xs: Tensor) -> list[Tensor]:
+        return [x * 2 + 1 for x in xs]
+
+    (source,) = sources(trace(fn, *(torch.empty(2**14) for _ in range(6))), "cuda", 90, alone=False)
+    assert source.name == "fused_mul_add_x6"
+    assert not source.waits and "dependents" not in source.text
+
+
+@pytest.mark.parametrize("program", [softmax_of_sums, concatenated, optimizer_step], ids=str)
+def test_whoever_is_said_to_wait_does(program: Callable[..., Any], tmp_path: Path) -> None:
+    xs = [torch.empty(512, 384) for _ in range(4)]
+    for source in sources(trace(program, *xs), "cuda", 90, alone=False):
+        assert is_behind_the_wait(assembly(source, tmp_path)) == source.waits, source.name
 
 
 def test_only_behind_a_kernel_of_ours() -> None:
