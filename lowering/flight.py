@@ -70,6 +70,7 @@ def asks_for_a_byte(renderer: Renderer) -> bool:
 
 
 def has_long_tiles(renderer: Renderer, numel: Size) -> bool:
+    """Whether a kernel is large enough that fewer and longer tiles keep a GPU busy."""
     return is_static(numel) and numel >= LONG_TILES * renderer.multiprocessors
 
 

@@ -99,7 +99,9 @@ def test_who_does_not_wait_is_not_early() -> None:
     assert not source.waits and "dependents" not in source.text
 
 
-@pytest.mark.parametrize("program", [softmax_of_sums, concatenated, optimizer_step], ids=str)
+@pytest.mark.parametrize(
+    "program", [softmax_of_sums, concatenated, optimizer_step], ids=lambda f: f.__name__
+)
 def test_whoever_is_said_to_wait_does(program: Callable[..., Any], tmp_path: Path) -> None:
     xs = [torch.empty(512, 384) for _ in range(4)]
     for source in sources(trace(program, *xs), "cuda", 90, alone=False):
