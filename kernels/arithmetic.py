@@ -31,7 +31,7 @@ def add(x, y, alpha):
     """x + alpha * y; of truth values, or."""
     x, y = mathlib.tiles(x, y)
     if x.dtype == tl.int1:
-        return x | y
+        return x | (y & (alpha != 0))
     elif alpha == 1:
         return x + y
     else:

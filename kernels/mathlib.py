@@ -174,9 +174,14 @@ else:
 
 @triton.jit
 def like(value, x):
-    """``value`` as a tile of x's dtype; a literal is rounded once, straight to that dtype."""
+    """``value`` as a tile of x's dtype; a literal is rounded once, straight to that dtype, and is
+    what torch makes of it: True where it is not zero, 255 for -1."""
     if isinstance(value, tl.tensor):
         return value
+    elif x.dtype == tl.int1:
+        return tl.full([], value != 0, x.dtype)
+    elif x.dtype == tl.uint8:
+        return tl.full([], value % 256, x.dtype)
     else:
         return tl.full([], value, x.dtype)
 

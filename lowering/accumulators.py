@@ -45,11 +45,8 @@ class Accumulators:
         ident = identity(op, instr.dtype)
         if self.rmask:
             if instr.dtype == "bool":
-                add(
-                    f"{x} = {x} & {self.rmask}"
-                    if op == "any"
-                    else f"{x} = {x} | ({self.rmask} == 0)"
-                )
+                least = ident in ("0", "False")
+                add(f"{x} = {x} " + (f"& {self.rmask}" if least else f"| ({self.rmask} == 0)"))
             else:
                 add(f"{x} = tl.where({self.rmask}, {x}, {ident})")
         if not self.body.looped:

@@ -40,14 +40,21 @@ def strays(v: Value, frame: Frame, group: Group, tied: set[Value]) -> bool:
 def reads_through(v: Value, inlined: Collection[Value], tied: set[Value]) -> bool:
     """Whether v reads a tied member through a value that is computed where it is read: nobody can
     say at which place."""
-    stack = [base for base in v.bases if base in inlined and base.kind != "cast"]
+    stack = [_behind_casts(base, inlined) for base in v.bases]  # a cast's place is its operand's
     while stack:
-        for base in stack.pop().bases:
-            if _shows(base, tied):
-                return True
-            if base in inlined:
-                stack.append(base)
+        value = stack.pop()
+        if value not in inlined:
+            continue
+        if any(_shows(base, tied) for base in value.bases):
+            return True
+        stack += (_behind_casts(base, inlined) for base in value.bases)
     return False
+
+
+def _behind_casts(base: Value, inlined: Collection[Value]) -> Value:
+    while base.kind == "view" or (base.kind == "cast" and base in inlined):
+        base = base.args[0]
+    return base
 
 
 class Crossings:

@@ -27,6 +27,12 @@ REDUCTIONS = {
 #: reductions that carry a running maximum and a sum of exponentials rescaled to it
 ONLINE = ("logsumexp", "logsum", "expsum")
 
+#: ops that say whether something holds, of numbers of any dtype; another op whose result is bool
+#: computes with bools, whatever its literals (``alpha`` of a sum)
+QUESTIONS = frozenset(
+    ("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf", "isposinf", "isneginf", "signbit")
+) | {"logical_and", "logical_or", "logical_xor", "logical_not"}
+
 _LIMITS = {
     "int64": (-(2**63), 2**63 - 1),
     "int32": (-(2**31), 2**31 - 1),
@@ -39,7 +45,7 @@ _LIMITS = {
 
 def computing_type(v: Value) -> str:
     """The dtype a pointwise op's operands are converted to."""
-    if v.dtype == "bool":
+    if v.dtype == "bool" and v.op in QUESTIONS:
         return computing_dtype(common_dtype(v.inputs, v.args))
     if v.dtype in FLOATING:
         for a in v.inputs:

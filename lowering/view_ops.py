@@ -254,6 +254,8 @@ def _full(b: Builder, val: torch.Tensor, size: Any, value: Any, *_: Any) -> Valu
         raise Declined("fill value is no number")
     if negative_zero(value):
         raise Declined("negative zero as a literal")
+    if val.dtype == torch.uint8 and isinstance(value, int):
+        value %= 256
     return b.full(_shape(val), value, dtype_name(val.dtype))
 
 

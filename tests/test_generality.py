@@ -320,6 +320,21 @@ def test_statistics_of_another_row(fn: Callable[[Tensor], Any], length: int) -> 
         assert_same_values(a, b.float(), rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("multiprocessors", [0, 132])
+def test_statistics_of_another_column_behind_a_cast(multiprocessors: int) -> None:
+    """The patch is computed where it is read, and is a cast of what reads the first column's."""
+
+    def fn(x: Tensor) -> tuple[Tensor, Tensor]:
+        positive = x.sum(0) > 0
+        first = torch.slice_scatter(positive, positive.narrow(0, 0, 1) * 1, 0, 0, 1)
+        return first, first + 1
+
+    x = rand(16, 6)
+    got, _ = lower(fn, x, multiprocessors=multiprocessors)
+    for a, b in zip(got, fn(x), strict=True):
+        assert torch.equal(a, b)
+
+
 # kernels beside each other ------------------------------------------------------------------------
 
 
