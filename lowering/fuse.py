@@ -367,8 +367,8 @@ class Fuser:
         if not group.shares:
             length = product(group.sizes[a] for a in group.reduced)
             rows = product(group.sizes[a] for a in group.parallel)
-            most = self.multiprocessors
-            group.share(v.shape[0] if group.column else sweep_parts(rows, length, most))
+            wanted = v.shape[0] if group.column else sweep_parts(rows, length, self.multiprocessors)
+            group.share(wanted)
         set_shares(v, group.shares)
 
     def _frame_operand(self, group: Group, a: Value, frame: Frame) -> None:

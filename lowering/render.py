@@ -225,7 +225,6 @@ class Renderer(Accumulators, Loops):
 
     def _prologue(self) -> Size:
         """Program ids -> x (and y), their masks and the atoms; returns the grid."""
-        self.lines.depth = 1
         add, x = self.lines.add, self.tile.x
         pid = "tl.program_id(0).to(tl.int64)" if self.wide64 else "tl.program_id(0)"
         rows = product(self.sizes[a] for a in self.parallel)

@@ -187,11 +187,10 @@ def _run(run: dict[str, Any]) -> Run:
 
 def _launch(launch: dict[str, Any]) -> Launch:
     operands = [Operand(*operand) for operand in launch["args"]]
-    args = launch["kernel"], launch["name"], Operand(*launch["grid"]), operands, launch["flag"]
+    how = launch["flag"], launch["waits"]
+    args = launch["kernel"], launch["name"], Operand(*launch["grid"]), operands, *how
     problem = launch.get("problem")
-    if problem is None:
-        return Launch(*args, waits=launch["waits"])
-    return Multiply(*args, problem=Problem.of(problem))
+    return Launch(*args) if problem is None else Multiply(*args, problem=Problem.of(problem))
 
 
 def _restored(source: dict[str, Any]) -> Source:

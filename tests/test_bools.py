@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import bools, compile_, gems_only, ints
+from helpers import DEVICE, bools, compile_, gems_only, ints
 from machine_code import assembly, sources
-from opcheck import trace
+from opcheck import overload, trace
 from torch import Tensor
 
 from gems_compile.kernels.op import BODIES
@@ -59,7 +59,7 @@ def test_of_two_compiled_for_a_gpu(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("op", [torch.amax, torch.amin, torch.any, torch.all])
 def test_reduced(op: Callable[..., Tensor], value: bool, shape: tuple[int, int]) -> None:
     """Lanes beyond the row's end are none of it."""
-    x = torch.full(shape, value).to(bools(1).device)
+    x = torch.full(shape, value, device=DEVICE)
     for dim, given in ((1, x), (0, x.t().contiguous())):
         assert bool((compile_(lambda t, dim=dim: op(t, dim).float())(given) == value).all())
     torch._dynamo.reset()
@@ -83,13 +83,12 @@ def test_which_ops_are_questions() -> None:
     for op in BODIES.values():
         if op.kind != "pointwise" or not op.overloads[0].startswith("aten."):
             continue
-        schemas = [getattr(torch.ops.aten, o.split(".")[1]) for o in op.overloads]
-        overload = getattr(schemas[0], op.overloads[0].split(".")[2])
-        tensors = [a for a in overload._schema.arguments if str(a.type) == "Tensor"]
-        more = [a for a in overload._schema.arguments if not a.has_default_value()]
+        one = overload(op.overloads[0])
+        tensors = [a for a in one._schema.arguments if str(a.type) == "Tensor"]
+        more = [a for a in one._schema.arguments if not a.has_default_value()]
         try:
             given = [torch.ones(2)] * len(tensors) + [1.0] * (len(more) - len(tensors))
-            result = overload(*given)
+            result = one(*given)
         except (RuntimeError, TypeError, IndexError):
             continue  # of integers alone, or with operands of its own kinds
         if result.dtype == torch.bool:

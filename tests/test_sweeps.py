@@ -13,6 +13,7 @@ from test_fuse import fused
 from torch import Tensor
 
 import gems_compile
+from gems_compile.lowering.parts import sweep_parts
 
 pytestmark = gems_only
 
@@ -34,6 +35,24 @@ def test_norm_gradients_in_one_pass(shape: tuple[int, ...]) -> None:
     x, dy, w = rand(*shape), rand(*shape) / 16, rand(shape[-1])  # sums of a size near 1
     report = fused(layer_norm_gradients, x, dy, w, *saved(x), kernels=2)
     assert "tl.range" in report.sources[0].text
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "wanted"),
+    [
+        (8192, 4096, 256),
+        (16384, 4096, 261),
+        (264, 4096, 264),
+        (265, 4096, 133),
+        (100, 4096, 100),
+        (8192, 8192, 131),
+        (131072, 128, 264),
+        (0, 4096, 0),
+    ],
+)
+def test_as_few_programs_as_end_in_the_same_step(rows: int, length: int, wanted: int) -> None:
+    """Where a step is of one row; with several, as many as there is room for."""
+    assert sweep_parts(rows, length, 132) == wanted
 
 
 @pytest.mark.parametrize("width", [128, 256, 768, 1024, 4096])
