@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 # NumPy warns of what masked lanes compute (0 / 0, log(0)); a GPU does not
-_QUIET = ("binary_op", "ternary_op", "unary_op", "create_idiv", "create_rsqrt")
+_QUIET = ("create_dot", "binary_op", "ternary_op", "unary_op", "create_idiv", "create_rsqrt")
 
 
 def repair() -> None:
@@ -25,6 +25,7 @@ def repair() -> None:
     - A loop's bound may be a scalar that NumPy holds in an array: Triton 3.6 with NumPy 2.4.
     - A scan or a reduction with a function of ours combines whole rows, not one element after
       another.
+    - Matrices of bfloat16 are multiplied as such, not their bits.
     - bfloat16 is added atomically, each sum rounded, and so is one number to many places.
     - ``triton.language`` is patched once a kernel, and not again in each call of a device function:
       half of an interpreted kernel's time.
@@ -136,6 +137,18 @@ def _repair_builder(interpreter: Any, builder: Any) -> None:
         ]
         return atomic_rmw(self, op, *whole, *how)
 
+    create_dot = builder.create_dot
+
+    def create_wide_dot(self: Any, a: Any, b: Any, *how: Any) -> Any:
+        wide = (
+            interpreter.TensorHandle(_widened(t.data), tl.float32)
+            if t.dtype.scalar == tl.bfloat16
+            else t
+            for t in (a, b)
+        )
+        return create_dot(self, *wide, *how)
+
+    builder.create_dot = create_wide_dot
     builder.binary_op = typed_binary_op
     for name in _QUIET:
         setattr(builder, name, _quiet(getattr(builder, name)))
@@ -190,9 +203,16 @@ def _add_bfloat16(places: Any, values: Any, mask: Any) -> Any:
             here, true, zero = places[k].reshape(1), np.ones(1, bool), np.zeros(1, np.uint16)
             found = interpreter.load(here, true, zero, np.dtype(np.uint16))
             old[k] = found[0]
-            both = (np.append(found, values[k]).astype(np.uint32) << 16).view(np.float32)
+            both = _widened(np.append(found, values[k]))
             interpreter.store(here, _bfloat16_bits(both[:1] + both[1:]), true)
     return old
+
+
+def _widened(bits: Any) -> Any:
+    """bfloat16 numbers, given as bits, as float32."""
+    import numpy as np
+
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def _bfloat16_bits(data: Any) -> Any:

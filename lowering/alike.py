@@ -57,7 +57,7 @@ def _taken_over(source: Source, first: _Description, own: _Description) -> Sourc
         source.grid,
         source.meta,
         source.computes,
-        replace(source.body, group=own.group, params=params),
+        source.body and replace(source.body, group=own.group, params=params),
         like=source,
         own=values,
         bound=source.bound,

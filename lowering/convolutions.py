@@ -46,8 +46,12 @@ class Convolution:
         self.images: list[Node] = [args[k] for k in images]
         self.weight: Node = args[weight]
         self.input = self.images[-1]
-        self.stride, self.transposed, self.groups = args[stride], args[transposed], args[groups]
+        self.stride, self.padding, self.dilation = args[stride : stride + 3]
+        self.transposed, self.groups = args[transposed], args[groups]
         self.backward = node.target is BACKWARD
+        #: which gradients are asked for: of the input, of the weight, of the bias
+        self.wanted: list[bool] = list(args[-1]) if self.backward else []
+        self.bias: Node | None = None if self.backward else args[2]
 
     @property
     def results(self) -> Any:

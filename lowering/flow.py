@@ -25,7 +25,7 @@ def is_widening(v: Value) -> bool:
 
 ALL = -1
 #: the place of an operand that is not read element for element
-_READ_ELSEWHERE = {"gather": 0, "patch": 1, "concat": ALL}
+_READ_ELSEWHERE = {"gather": 0, "patch": 1, "concat": ALL, "whole": ALL}
 
 
 def find_readers(program: Program) -> dict[Value, list[tuple[Value, bool]]]:
@@ -64,6 +64,7 @@ def drop_unread(program: Program, escapes: set[Value]) -> None:
 def find_escapes(program: Program, graph: Any) -> set[Value]:
     """Values that must be in memory: ATen reads them, the graph returns them or writes them."""
     escapes = {base_of(v.params[0]) for v in program.values if v.kind == "store"}
+    escapes.update(b for v in program.values if v.kind == "whole" for b in v.bases)
     for node in graph.nodes:
         if node.op == "output" or node in program.aten:
             for source in node.all_input_nodes:

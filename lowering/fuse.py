@@ -10,7 +10,7 @@ from .closure import Closure
 from .flow import copies_alone, drop_unread, find_escapes, find_readers, order_edges
 from .folds import fold_parts
 from .frames import align, aligned_operands, frame_for
-from .group import SHARE, Group, atoms_of
+from .group import MAX_POINTERS, SHARE, Group, atoms_of, pointers
 from .indexing import contiguous_strides, is_static, product
 from .inline import Inliner
 from .ir import Value, base_of, is_dense
@@ -25,10 +25,10 @@ from .translate import Program
 from .views import Frame
 
 MAX_MEMBERS = 96
-MAX_POINTERS = 40
 #: values further apart than this do not share a kernel only because they read the same data
 SIBLING_DISTANCE = 24
 WRITES = "one writes memory that the other reads"
+WHOLE = "one of them is written as a whole"
 #: one program does this many elements as fast as a whole GPU would
 SMALL = 16384
 
@@ -154,6 +154,11 @@ class Fuser:
     def _place(self, v: Value) -> None:
         producers, siblings = self._candidates(v)
         joined: Group | None = None
+        if v.kind == "whole":
+            self._open(v)
+            for group in producers:
+                self._note(group, v, WHOLE)
+            return
         for group in (*producers, *siblings):
             if joined is None:
                 frame = frame_for(group, v)
@@ -200,6 +205,8 @@ class Fuser:
         self, group: Group, v: Value, frame: Frame | None, sibling: bool = False
     ) -> str | None:
         """Why v cannot join the group, or None."""
+        if group.whole:
+            return WHOLE
         if len(group.members) >= MAX_MEMBERS:
             return f"the group has {MAX_MEMBERS} members already"
         if frame is None:
@@ -346,7 +353,8 @@ class Fuser:
                 if not group.reduced:
                     group.set_reduced(frame[v.params[0]])
                     group.column = is_column(v)
-            if v.kind not in ("gather", "concat"):
+            group.whole = v.kind == "whole"
+            if v.kind not in ("gather", "concat", "whole"):
                 for a in aligned_operands(v):
                     if a.shape == v.shape:
                         self._frame_operand(group, a, frame)
@@ -390,6 +398,8 @@ class Fuser:
 
     def _merge(self, one: Group, two: Group, v: Value) -> str | None:
         """Move the members of ``two`` into ``one`` (both feed v), or say why not."""
+        if two.whole:  # nothing joined one
+            return WHOLE
         if len(one.members) + len(two.members) > MAX_MEMBERS:
             return f"together they have more than {MAX_MEMBERS} members"
         frame = frame_for(two, v)
@@ -488,12 +498,3 @@ def _reductions_first(group: Group) -> tuple[bool, int]:
 def _alike(r: Value, v: Value) -> bool:
     """Whether r is v, or a reduction that shares its operand and its kernel (a max's place)."""
     return r is v or (r.kind == v.kind == "reduce" and (r.args, r.params) == (v.args, v.params))
-
-
-def pointers(group: Group, v: Value) -> int:
-    """An upper bound of the tensors the kernel would touch."""
-    most = len(v.inputs) + group.operands + len(group.members) // 2
-    if most <= MAX_POINTERS:
-        return most
-    seen = {base_of(a) for m in (*group.members, v) for a in m.inputs}
-    return len(seen - set(group.members)) + sum(1 for m in group.members if m.node is not None) // 2

@@ -209,3 +209,13 @@ class Storage:
     def is_fixed(self, node: fx.Node) -> bool:
         """Whether the memory is the caller's (an input or a constant), not made by the graph."""
         return self.root[node].op in ("placeholder", "get_attr")
+
+
+def kernel_device(gm: fx.GraphModule, kind: str) -> torch.device:
+    """The device of the graph's kernels: the first one of type ``kind`` that occurs."""
+    for node in gm.graph.nodes:
+        val = node.meta.get("val")
+        for tensor in val if isinstance(val, (tuple, list)) else [val]:
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == kind:
+                return tensor.device
+    return torch.device(kind)

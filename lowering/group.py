@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .indexing import Size, is_static, product, quotient
-from .ir import Value
+from .ir import Value, base_of
 from .views import Frame, take_inner
 
 #: the atom that counts shares
 SHARE = "share"
+#: tensors of a kernel
+MAX_POINTERS = 40
 
 
 class Group:
@@ -36,6 +38,7 @@ class Group:
         self.column = False  # the reduced atoms are not the contiguous ones
         self.shares = 0  # of the rows, where columns are reduced in two steps
         self.scans = False  # some member is a scan along the reduced atoms, in their order
+        self.whole = False  # its only member has a kernel that is written as a whole
         self.outputs: list[Value] = []
         self.stores: dict[Value, Value] = {}  # copy into an input -> that input
         self.tied: set[Value] = set()  # members that a program has for its own row only
@@ -190,3 +193,12 @@ class Plan:
     written: set[Value] = field(default_factory=set)  # inputs that ATen nodes write
     escapes: set[Value] = field(default_factory=set)  # values that ATen reads or the graph returns
     drawn: set[Any] = field(default_factory=set)  # nodes whose random seed the host draws
+
+
+def pointers(group: Group, v: Value) -> int:
+    """An upper bound of the tensors that the group's kernel would touch with v in it."""
+    most = len(v.inputs) + group.operands + len(group.members) // 2
+    if most <= MAX_POINTERS:
+        return most
+    seen = {base_of(a) for m in (*group.members, v) for a in m.inputs}
+    return len(seen - set(group.members)) + sum(1 for m in group.members if m.node is not None) // 2

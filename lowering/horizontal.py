@@ -30,9 +30,9 @@ from .indexing import Index, is_static, product
 from .ir import BITS
 from .kept import KEPT
 from .order import needs_of, schedule
-from .render import HEADER, Renderer
+from .render import Renderer
 from .schedule import Tile, pointwise_tile
-from .source import Lines, Source
+from .source import HEADER, Lines, Source
 from .tiling import TilingOfMany
 from .translate import Program
 from .transposed import Transposed, transposed_of

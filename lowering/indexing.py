@@ -249,3 +249,12 @@ def _grows(p: Size, q: Size, more_p: bool, more_q: bool) -> bool:
     if quotient(p, q) is not None:
         return not more_q
     return more_p
+
+
+def ceil_div(size: Size, block: int) -> Size:
+    """ceil(size / block); of a symbolic size, as a sympy floor division."""
+    if is_static(size):
+        return -(-size // block)
+    from torch.utils._sympy.functions import FloorDiv
+
+    return FloorDiv(size + (block - 1), block)

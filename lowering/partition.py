@@ -16,6 +16,7 @@ from .batch_norm import APPLY, take_batch_norms_apart
 from .channels_last import Decision, decide
 from .conv_bias import take_biases_apart
 from .graph import RETURNED, calls_of, output_node, viewed
+from .images import take_images
 from .options import Options
 from .overload import name_of
 from .packed import pack_saved
@@ -41,6 +42,7 @@ def partition(
     if options is not None:
         decided(decide(joint, options))
         take_biases_apart(joint, options)
+        take_images(joint, options.target.multiprocessors)
     align_products(joint)  # before it is split: what is saved for backward keeps its rows
     take_batch_norms_apart(joint)
     take_poolings(joint)

@@ -18,8 +18,8 @@ from .emit import Emitter
 from .group import Group
 from .indexing import NeedSplit, is_static, product
 from .ir import Value
-from .render import HEADER, Renderer
-from .source import Lines, Source
+from .render import Renderer
+from .source import HEADER, Lines, Source
 
 MOST_PIECES = 8
 #: elements that lie side by side in each piece, so that programs read and write whole lines

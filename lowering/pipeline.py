@@ -29,9 +29,10 @@ from .executor import Writer
 from .flow import find_escapes, written_by_aten
 from .foreach import take_foreach_apart
 from .fuse import Fuser
-from .graph import output_node
+from .graph import kernel_device, output_node
 from .group import Group, Plan
 from .horizontal import Combined, Part, combine, find_parts, may_share
+from .images import take_images
 from .indexing import is_static, product
 from .ir import SIXTEEN_BIT, Value, base_of
 from .joined import join_products
@@ -57,6 +58,7 @@ from .tiling import Tiling
 from .translate import Program, Translator, op_of
 from .tune import Tuned, Tuner, hints_of
 from .updates import take_updates_apart
+from .whole import whole_source
 
 log = logging.getLogger("gems_compile.lowering")
 
@@ -135,11 +137,13 @@ class Compilation:
         self.deny: dict[Node, str] = {}  # left to ATen, and why
         self.apart: set[Node] = set()  # of kernels that share no launch
         observe("aten", gm)
-        self.device = kernel_device(gm, options)
+        self.device = kernel_device(gm, options.target.device)
         self.facts = facts_of(gm, report.kind, report.outside) if options.cudagraphs else None
         if report.kind == "inference":  # others were one graph when it was decided for them
             report.layout = decide(gm, options)
             biases = take_biases_apart(gm, options)
+            if take_images(gm, options.target.multiprocessors):
+                observe("take_images", gm)
             if take_poolings(gm):
                 observe("take_poolings", gm)
             if report.layout.copies or report.layout.weights or biases:
@@ -366,6 +370,8 @@ def source_for(
     group: Group, inlined: set[Value], options: Options, written: Collection[Value] = ()
 ) -> Source:
     """One kernel's text."""
+    if group.whole:
+        return whole_source(group, options, written)
     target = options.target
     rows = product(group.sizes[a] for a in group.parallel)
     is_reduction = any(m.reduces or m.kind == "scan" for m in group.members)
@@ -417,6 +423,8 @@ def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
         return False
     if any(_is_worth_it(base_of(a), fuser) for a in member.inputs) or _is_faster(member):
         return False
+    if any(reader.kind == "whole" for reader, _ in fuser.readers.get(member, ())):
+        return False  # ATen pads in two steps
     if member.kind in ("pointwise", "cast") and (changes_layout(member) or leaves_gaps_out(member)):
         return False
     if member.kind in ("cast", "store") and base_of(member.args[0]).kind == "full":
@@ -467,16 +475,6 @@ def _is_worth_it(v: Value, fuser: Fuser) -> bool:
         return False
     size = product(v.args[0].shape) if v.kind == "partial" else 0
     return len(home.members) > 1 or not is_static(size) or size >= MUCH
-
-
-def kernel_device(gm: GraphModule, options: Options) -> torch.device:
-    """The device of the graph's kernels: the first one of the target's type that occurs."""
-    for node in gm.graph.nodes:
-        val = node.meta.get("val")
-        for tensor in val if isinstance(val, (tuple, list)) else [val]:
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == options.target.device:
-                return tensor.device
-    return torch.device(options.target.device)
 
 
 class _Clock:

@@ -15,7 +15,7 @@ from .flight import elements_of_a_thread, stores_more
 from .folds import define, parts_of, render_fold, render_load
 from .fours import axis_of_fours, is_plain, whole_axis
 from .group import SHARE
-from .indexing import Index, Size, is_one, is_static, product, simplify
+from .indexing import Index, Size, ceil_div, is_one, is_static, product, simplify
 from .ir import SIXTEEN_BIT, Value
 from .loops import Loops, shared_first
 from .pairs import join_sums
@@ -32,12 +32,10 @@ from .schedule import (
     sweep_tile,
     transpose_tile,
 )
-from .source import NUMBER, POINTER, WAIT, Lines, Source
+from .source import HEADER, NUMBER, POINTER, WAIT, Lines, Source
 from .square import axes_of, square_prologue
 from .walk import for_every_row, render_sweep, sweep_prologue
 from .writes import render_put
-
-HEADER = "import triton\nimport triton.language as tl\n"
 
 
 class Renderer(Accumulators, Loops):
@@ -241,7 +239,7 @@ class Renderer(Accumulators, Loops):
         if self.sweeps:
             return sweep_prologue(self, pid)
         column = "[:, None]" if self.rank == 2 else ""
-        blocks = -(-rows // x) if is_static(rows) else _ceil_div(rows, x)
+        blocks = ceil_div(rows, x)
         if self.shares:
             add(f"{SHARE} = {pid} // {self.body_size(blocks)}")
             pid = f"{pid} % {self.body_size(blocks)}"
@@ -466,13 +464,6 @@ class Renderer(Accumulators, Loops):
 
     def _barrier(self, instr: Instr) -> None:
         self.lines.add("tl.debug_barrier()")
-
-
-def _ceil_div(size: Size, block: int) -> Size:
-    """ceil(size / block) for a symbolic size, as a sympy floor division."""
-    from torch.utils._sympy.functions import FloorDiv
-
-    return FloorDiv(size + (block - 1), block)
 
 
 @functools.cache

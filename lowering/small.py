@@ -25,8 +25,7 @@ from .held import Held, Needs, may_move, waits
 from .horizontal import MOST_ARGUMENTS, Combined, branch
 from .indexing import is_static, product
 from .ir import BITS, Value
-from .render import HEADER
-from .source import POINTER, WAIT, Lines, Source
+from .source import HEADER, POINTER, WAIT, Lines, Source
 
 #: bytes that a kernel moves in less time than a launch takes
 SMALL = 2**22

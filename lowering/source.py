@@ -26,6 +26,9 @@ POINTER = {
     "int64": "*i64",
 }
 
+#: how every text begins
+HEADER = "import triton\nimport triton.language as tl\n"
+
 #: the role of a parameter that is the number of a seed (``seeds.py``)
 NUMBER = "number"
 

@@ -23,6 +23,7 @@ from .repeats import Repeats
 from .spelling import parameters
 from .view_ops import VIEWS, negative_zero
 from .views import Permute, Reshape
+from .whole import WHOLE, lower_whole
 from .writes import WRITES, lower_store
 
 
@@ -136,7 +137,7 @@ class Translator:
             raise Declined("not an ATen operator")
         name = name_of(node.target)
         view, op = VIEWS.get(name), OPS.get(name)
-        if view is None and op is None and name not in WRITES:
+        if view is None and op is None and name not in WRITES and name not in WHOLE:
             raise Declined("no kernel is declared for it")
         self._check_tensors(node, val, composite=op is not None and op.kind == "composite")
         args = map_arg(schema_args(node), self._operand)
@@ -144,6 +145,10 @@ class Translator:
             store = lower_store(self._for_node(node), node, args)
             store.node = node
             return store
+        if name in WHOLE:
+            value = self._add(lower_whole(name, args, val))
+            value.node = node
+            return value
         if view is not None:
             return self._bind_view(view(self.builder, val, *args), node, val)
         assert op is not None  # or there is a view, see above

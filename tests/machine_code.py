@@ -33,8 +33,8 @@ def wide_sources(fn: Callable[..., Any], *args: Tensor) -> list[Source]:
     return sources(trace(fn, *args), alone=False)
 
 
-def assembly(source: Source, folder: Path, kind: str = "ptx") -> str:
-    """A kernel compiled for sm_90, without a GPU, as one of Triton's texts.
+def assembly(source: Source, folder: Path, kind: str = "ptx", arch: int = 90) -> str:
+    """A kernel compiled for a GPU of NVIDIA's, without one, as one of Triton's texts.
 
     In a process of its own: here Triton is its interpreter. ``folder``: for its files.
     """
@@ -48,11 +48,12 @@ def assembly(source: Source, folder: Path, kind: str = "ptx") -> str:
         "    print(kernel.asm[sys.argv[3]])\n"
         "    return kernel\n"
         "triton.compile = keep\n"
-        "worker.compile_file(sys.argv[1], json.loads(sys.argv[2]), ['cuda', 90, 32])\n"
+        "target = ['cuda', int(sys.argv[4]), 32]\n"
+        "worker.compile_file(sys.argv[1], json.loads(sys.argv[2]), target)\n"
     )
     path = folder / f"{source.name}.py"
     path.write_text(source.text)
-    run = [sys.executable, "-c", code, str(path), json.dumps(source.meta), kind]
+    run = [sys.executable, "-c", code, str(path), json.dumps(source.meta), kind, str(arch)]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(run, check=True, env=env, timeout=300, capture_output=True, text=True)
     return done.stdout
