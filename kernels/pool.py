@@ -15,6 +15,8 @@ from .op import T, call, composite
 
 #: elements of a window that are written out, one by one
 MOST_TAPS = 16
+#: further before a window's first element, along an axis, than the other axis can make up for
+NEVER = -256
 
 
 def define(library: Any) -> None:
@@ -175,15 +177,13 @@ def max_pool2d_backward(
         for axis, k, s, p in zip(axes, kernel, stride, padding, strict=True)
     )
     nothing, total = b.full((), 0.0, "float32"), None
-    for row, down, in_rows in rows:
-        for column, across, in_columns in columns:
+    for row, down in rows:
+        for column, across in columns:
             where = [(axes[0], row), (axes[1], column)]
             within = b.gather(places, where, [*along, None, None], shape, wrap=False)
             given = b.gather(gradient, where, [*along, None, None], shape, wrap=False)
             asked = b.add(b.mul(down, kernel[1]), across, 1)
             chosen = b.call("eq", b.cast(within, "int32"), asked, dtype="bool")
-            for inside in (in_rows, in_columns):
-                chosen = b.call("logical_and", chosen, inside, dtype="bool")
             part = b.where(chosen, b.cast(given, "float32"), nothing)
             total = part if total is None else b.add(total, part, 1)
     return b.cast(total, gradient.dtype)
@@ -193,7 +193,8 @@ def _windows_over(
     b: Any, shape: Any, windows: int, axis: int, kernel: int, stride: int, padding: int
 ) -> Any:
     """For the windows that may reach over an element: (which one, as which of the window's
-    elements, whether it does), along an axis."""
+    elements), along an axis. A window that does not reach is asked for what none has: then there is
+    one comparison for each element, and what windows reach is found once a line."""
     place = b.add(b.cast(b.iota(shape, axis), "int32"), padding, 1)  # no table to be loaded
     last = b.call("floor_divide", place, stride)
     rest = b.sub(place, b.mul(last, stride), 1)
@@ -205,4 +206,5 @@ def _windows_over(
             b.call("lt", window, windows, dtype="bool"),
         ):
             reaches = b.call("logical_and", reaches, bound, dtype="bool")
-        yield b.clamp(window, 0, windows - 1), element, reaches
+        element = b.where(reaches, element, b.full((), NEVER, "int32"))
+        yield b.clamp(window, 0, windows - 1), element
