@@ -245,7 +245,6 @@ class _Images:
         how = taps, [rows, window.row(_filled(channels))], list(window.stride), self.shares
         target = torch.ops.gems.image_weight_parts.default
         parts = self._call(target, conv.images[0], images, *how)
-        parts = self._cut(self._cut(parts, 3, taps), 4, channels)
-        whole = self._call(aten.sum.dim_IntList, parts, [0])
+        whole = self._call(aten.sum.dim_IntList, parts, [0])  # of whole lines
         whole = self._call(aten._to_copy.default, whole, dtype=weight.dtype)
-        return self._permute(whole, 0, 3, 1, 2)
+        return self._permute(self._cut(self._cut(whole, 2, taps), 3, channels), 0, 3, 1, 2)

@@ -22,6 +22,7 @@ from .overload import name_of
 from .packed import pack_saved
 from .pooling import take_poolings
 from .products import align_products
+from .strided_convolutions import take_strided
 
 
 def partition(
@@ -43,6 +44,7 @@ def partition(
         decided(decide(joint, options))
         take_biases_apart(joint, options)
         take_images(joint, options.target.multiprocessors)
+    take_strided(joint)
     align_products(joint)  # before it is split: what is saved for backward keeps its rows
     take_batch_norms_apart(joint)
     take_poolings(joint)

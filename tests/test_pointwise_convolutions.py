@@ -1,4 +1,5 @@
-"""Convolutions of one tap, in channels-last, are matrix products."""
+"""Convolutions of one tap, in channels-last, are matrix products; so are gradients of those that
+stride."""
 
 from __future__ import annotations
 
@@ -147,3 +148,68 @@ def test_images_of_one_pixel_and_none():
         with torch.no_grad():
             got, wanted = torch.compile(module, backend=backend)(x), module(x)
         torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
+
+
+class Shortcut(nn.Module):
+    """A block whose shortcut strides, behind a batch norm."""
+
+    def __init__(self, stride: int | tuple[int, int]) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(16)
+        self.deep = nn.Conv2d(16, 32, 3, stride=stride, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(16, 32, 1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(x))
+        return self.deep(x) * 2 + self.shortcut(x)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("stride", "size"), [(2, (6, 8)), (2, (7, 9)), (3, (8, 7)), ((1, 2), (5, 6)), ((3, 1), (4, 3))]
+)
+def test_gradients_of_what_strides(stride, size, dynamic):
+    """A product, whose pixels the kernel that adds it up reads between zeros."""
+    torch.manual_seed(0)
+    module = Shortcut(stride).to(DEVICE, torch.bfloat16, memory_format=torch.channels_last)
+    x = torch.randn(4, 16, *size, device=DEVICE, dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    backend = Gems()
+    compiled = torch.compile(module, backend=backend, dynamic=dynamic)
+
+    def step(program, x: Tensor) -> list[Tensor]:
+        if dynamic:
+            torch._dynamo.mark_static(x, [2, 3])
+        y = program(x.requires_grad_())
+        weights = torch.linspace(-1, 1, y.numel(), device=DEVICE).view(y.shape)
+        wanted = [x, *module.parameters()]
+        return list(torch.autograd.grad((y.double() * weights).sum(), wanted))
+
+    got, wanted = step(compiled, x.clone()), step(module, x.clone())
+    module.double()
+    for a, b, best in zip(got, wanted, step(module, x.double()), strict=True):
+        assert a.stride() == b.stride()
+        assert error(a, best) <= 1.5 * error(b, best) + 2e-3
+    backward = backend.reports[-1]
+    assert (called(backend, "mm"), called(backend, "convolution_backward")) == (1, 2)
+    assert not any("constant_pad" in op or "slice" in op for op in backward.aten)
+
+
+def test_zeros_between_windows_are_zeros():
+    """Whatever lies where no window reached: a pixel that is no number stays where it is."""
+    torch.manual_seed(0)
+    module = nn.Conv2d(8, 16, 1, stride=2, bias=False)
+    module = module.to(DEVICE, torch.bfloat16, memory_format=torch.channels_last)
+    x = torch.randn(2, 8, 5, 6, device=DEVICE, dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+
+    def gradient(program) -> Tensor:
+        given = x.clone().requires_grad_()
+        y = program(given * 2)
+        weights = torch.ones_like(y)
+        weights[0, 0, 0, 0] = float("inf")
+        return torch.autograd.grad(y, given, weights)[0]
+
+    got, wanted = gradient(torch.compile(module, backend="gems")), gradient(module)
+    torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2, equal_nan=True)
+    assert bool((got[:, :, 1::2] == 0).all()) and bool((got[:, :, :, 1::2] == 0).all())
