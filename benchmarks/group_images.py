@@ -71,6 +71,36 @@ def batch_norm_inference_relu(
     return F.relu(F.batch_norm(x, mean, var, weight, bias))
 
 
+PHOTOS = {(64, 3, 224, 224): (2, 3, 32, 16)}
+
+
+@group(
+    "stem",
+    PHOTOS,
+    lambda b, c, h, w: [
+        T((b, c, h, w), grad=False, channels_last=True),
+        T((64, c, 7, 7), channels_last=True),
+    ],
+    forward=("other", lambda b, c, h, w: 2 * b * (c * h * w + 64 * (h // 2) * (w // 2))),  # x; y
+    backward=("other", lambda b, c, h, w: 2 * b * (c * h * w + 64 * (h // 2) * (w // 2))),  # x, dy
+)
+def stem(x: Tensor, weight: Tensor) -> Tensor:
+    """A ResNet's first convolution, and the gradient of its weight."""
+    return F.conv2d(x, weight, stride=2, padding=3)
+
+
+@group(
+    "patches",
+    PHOTOS,
+    lambda b, c, h, w: [T((b, c, h, w), grad=False), T((768, c, 16, 16)), T((768,))],
+    forward=("other", lambda b, c, h, w: 2 * b * h * w * (c + 3)),  # x; y, of 768 in 256 pixels
+    backward=("other", lambda b, c, h, w: 2 * b * h * w * (c + 3)),  # x, dy
+)
+def patches(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What a vision transformer makes of an image: a row of numbers for each patch."""
+    return F.conv2d(x, weight, bias, stride=16).flatten(2).transpose(1, 2) * 2
+
+
 @group(
     "group_norm_silu",
     {(8, 320, 64, 64): (2, 20, 4, 4)},
