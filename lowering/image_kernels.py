@@ -22,7 +22,7 @@ from .indexing import Size, ceil_div, is_static, product
 from .ir import BITS, Declined, Value
 from .source import HEADER, POINTER, WAIT, Lines, Source
 
-#: bits of the places in a tensor that numbers of 32 bits count
+#: elements of a tensor from which on 32 bits do not count its places
 NARROW = 2**31
 #: elements of an accumulator, which 4 warps hold
 ACCUMULATOR = 16384
@@ -102,12 +102,11 @@ def convolution(v: Value, target: Target) -> Source:
     w: Windows = v.params
     written: Any = v.shape[1]
     pixels = product((v.shape[0], w.height, w.width))
-    columns = min(128, _power(written))
+    columns = max(LEAST_ROW, min(128, _power(written)))
     across = -(-written // columns)
-    tall = ACCUMULATOR // columns
+    tall = min(256 if w.terms > 64 else 128, ACCUMULATOR // columns)
     while is_static(pixels) and tall > 64 and pixels * across < 2 * tall * target.multiprocessors:
         tall //= 2
-    tall = min(tall, 256)
     step = min(32, _power(w.terms))
     text = _Text(v, target, ("x", "weight", "out"))
     add = text.add

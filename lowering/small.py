@@ -48,7 +48,7 @@ def may_join(groups: Sequence[Group], apart: Collection[Node]) -> set[Group]:
 
 
 def _is_small(group: Group) -> bool:
-    if not is_static(*group.sizes.values()) or has_stores(group):
+    if group.whole or not is_static(*group.sizes.values()) or has_stores(group):
         return False
     if sum(map(_bytes, group.outputs)) > SMALL:
         return False

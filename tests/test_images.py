@@ -239,6 +239,24 @@ def test_places_beyond_32_bits(monkeypatch):
     assert len(texts) == 2 and all("tl.program_id(0).to(tl.int64)" in text for text in texts)
 
 
+def test_a_kernel_that_fails(monkeypatch):
+    """The op runs as ATen, with a warning, and gives the same numbers."""
+
+    def fail(value, target):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setenv("GEMS_STRICT", "0")
+    for name in whole._WRITERS:
+        monkeypatch.setitem(whole._WRITERS, name, fail)
+    module, x = made("resnet", BFLOAT16, torch.channels_last)
+    backend = Gems()
+    got = step(torch.compile(module, backend=backend), module, x, False)
+    for a, b in zip(got, step(module, module, x, False), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+    failures = [why for report in backend.reports for why in report.failures]
+    assert len(failures) == 2 and all("no such instruction" in why for why in failures)
+
+
 @pytest.mark.parametrize("arch", [80, 86, 90])
 def test_machine_code(arch, tmp_path, monkeypatch):
     """Both kernels are made of matrix instructions, and fit on every target."""
