@@ -28,7 +28,7 @@ MAX_MEMBERS = 96
 #: values further apart than this do not share a kernel only because they read the same data
 SIBLING_DISTANCE = 24
 WRITES = "one writes memory that the other reads"
-WHOLE = "one of them is written as a whole"
+WHOLE = "the kernel of one of them is written as a whole"
 #: one program does this many elements as fast as a whole GPU would
 SMALL = 16384
 
