@@ -15,7 +15,7 @@ from warmcheck import results, said
 
 from gems_compile.backend import Gems
 from gems_compile.kernels.op import T
-from gems_compile.lowering import constants, pipeline
+from gems_compile.lowering import constants, images, pipeline
 from gems_compile.lowering.binaries import Binaries
 from gems_compile.lowering.rewrites import TABLE
 from gems_compile.lowering.whole_graphs import FROM_CACHE, KEPT
@@ -347,3 +347,27 @@ def test_a_function_in_a_file(tmp_path, grad):
         torch.manual_seed(1)
         for one, two in zip(found, step(called), strict=True):
             torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_kernels_written_as_a_whole(dynamic: bool, monkeypatch) -> None:
+    """A ResNet's first layers, whose convolution is a kernel of ours."""
+    monkeypatch.setattr(images, "DEVICES", {"cpu", "cuda"})
+    layout = torch.channels_last
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        return module.to(DEVICE, torch.bfloat16, memory_format=layout)
+
+    def step(module: nn.Module) -> list[torch.Tensor]:
+        x = rand(3, 3, 18, 20, dtype=torch.bfloat16).contiguous(memory_format=layout)
+        if dynamic:
+            torch._dynamo.mark_dynamic(x, 0)
+        y = module(x)
+        y.float().square().sum().backward()
+        return [y, *gradients(module)]
+
+    first, _ = same(step, make)
+    names = [source.name for report in first for source in report.sources]
+    assert {"image_convolution", "image_weight_parts"} <= set(names)
