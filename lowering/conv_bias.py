@@ -16,7 +16,7 @@ from torch import fx
 from .convolutions import BACKWARD, FORWARD
 from .graph import is_tensor, is_view, value_of
 from .options import Options
-from .rewrite import call_on_fakes
+from .rewrite import call_before, call_on_fakes
 from .strides import by_kernel, is_channels_last
 
 aten = torch.ops.aten
@@ -94,9 +94,7 @@ def _add(graph: fx.Graph, node: fx.Node) -> None:
 def _sum(graph: fx.Graph, node: fx.Node) -> None:
     args: Any = node.args
     pick = next(u for u in node.users if u.target is operator.getitem and u.args[1] == 2)
-    with graph.inserting_before(node):
-        total = graph.call_function(aten.sum.dim_IntList, (args[0], [0, 2, 3]))
-    total.meta = {**pick.meta, "val": call_on_fakes(total)}
+    total = call_before(node, aten.sum.dim_IntList, args[0], [0, 2, 3])
     pick.replace_all_uses_with(total)
     graph.erase_node(pick)
     node.args = (*args[:-1], [*args[-1][:2], False])

@@ -21,7 +21,7 @@ from torch import fx
 from .convolutions import FEW, Convolution, convolution_of
 from .graph import value_of
 from .image_kernels import LEAST_ROW, MOST_TERMS
-from .rewrite import call_on_fakes
+from .rewrite import call_before
 from .strides import is_channels_last, is_contiguous
 
 aten = torch.ops.aten
@@ -130,10 +130,7 @@ class _Images:
     # nodes ---------------------------------------------------------------------------------------
 
     def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        with self.graph.inserting_before(self.at):
-            node = self.graph.call_function(target, args, kwargs)
-        node.meta = {**self.at.meta, "val": call_on_fakes(node)}
-        return node
+        return call_before(self.at, target, *args, **kwargs)
 
     def _clone(self, x: fx.Node, layout: torch.memory_format) -> fx.Node:
         return self._call(aten.clone.default, x, memory_format=layout)

@@ -11,6 +11,7 @@ Here they are a padding that the reader's kernel does without. 64 images, bfloat
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import fx
 from . import pointwise_convolutions
 from .convolutions import BACKWARD, Convolution, convolution_of
 from .graph import is_view, value_of
-from .rewrite import call_on_fakes
+from .rewrite import call_before
 from .strides import by_kernel, is_channels_last
 
 aten = torch.ops.aten
@@ -75,12 +76,7 @@ def _take(graph: fx.Graph, conv: Convolution) -> None:
     lines, columns = (int(n) for n in value_of(conv.images[0]).shape[2:])
     down, across = list(conv.stride) * (3 - len(conv.stride))
 
-    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        with graph.inserting_before(conv.node):
-            made = graph.call_function(target, args, kwargs)
-        made.meta = {**node.meta, "val": call_on_fakes(made)}
-        return made
-
+    call = functools.partial(call_before, conv.node)
     given = call(aten.permute.default, conv.images[0], [0, 2, 3, 1])
     matrix = call(aten.view.default, conv.weight, [written, read])
     product = call(aten.mm.default, call(aten.view.default, given, [-1, written]), matrix)
