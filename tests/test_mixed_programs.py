@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from opcheck import SEED
 from torch import Tensor
 
+import gems_compile
 from gems_compile.kernels.target import current_target
 
 pytestmark = gems_only
@@ -301,15 +302,24 @@ def assert_alike(got: Tensor, wanted: Tensor, near: float) -> None:
     assert (a - b).abs().max().item() <= near * (1 + b.abs().max().item())
 
 
-@pytest.mark.parametrize(("dynamic", "count"), [(False, 30), (True, 10)], ids=["static", "dynamic"])
+def run(program: Program, how: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+    if how == "eager":
+        with gems_compile.use_gems():
+            return program(*inputs)
+    torch._dynamo.reset()
+    return compile_(program.__call__, dynamic=how == "dynamic")(*inputs)
+
+
+@pytest.mark.parametrize(("how", "count"), [("static", 30), ("dynamic", 10), ("eager", 15)])
 @pytest.mark.parametrize("multiprocessors", [0, 132])
-def test_mixed_programs(dynamic: bool, count: int, multiprocessors: int, monkeypatch) -> None:
+def test_mixed_programs(how: str, count: int, multiprocessors: int, monkeypatch) -> None:
+    """Compiled, and by the same kernels behind eager PyTorch."""
     target = current_target()
     if target.name == "interpreter":
         target = dataclasses.replace(target, multiprocessors=multiprocessors)
         monkeypatch.setattr("gems_compile.backend.current_target", lambda vendor=None: target)
 
-    @seed(SEED + multiprocessors + dynamic)
+    @seed(SEED + multiprocessors + len(how))
     @settings(
         max_examples=count,
         deadline=None,
@@ -319,10 +329,9 @@ def test_mixed_programs(dynamic: bool, count: int, multiprocessors: int, monkeyp
     )
     @given(programs())
     def check(program: Program) -> None:
-        torch._dynamo.reset()
         theirs, ours = ([twin(x, DEVICE) for x in program.inputs] for _ in range(2))
         wanted = program(*theirs)
-        got = compile_(program.__call__, dynamic=dynamic)(*ours)
+        got = run(program, how, ours)
         near = max(NEAR.get(x.dtype, 0) for x in program.values)
         for a, b in zip((*got, *ours), (*wanted, *theirs), strict=True):
             assert_alike(a, b, near)
