@@ -26,6 +26,7 @@ def repair() -> None:
     - A scan or a reduction with a function of ours combines whole rows, not one element after
       another.
     - Matrices of bfloat16 are multiplied as such, not their bits.
+    - ``~x`` of unsigned integers: NumPy 2 makes no such number of -1.
     - bfloat16 is added atomically, each sum rounded, and so is one number to many places.
     - ``triton.language`` is patched once a kernel, and not again in each call of a device function:
       half of an interpreted kernel's time.
@@ -148,7 +149,17 @@ def _repair_builder(interpreter: Any, builder: Any) -> None:
         )
         return create_dot(self, *wide, *how)
 
+    all_ones = builder.get_all_ones_value
+
+    def get_all_ones_value(self: Any, type: Any) -> Any:
+        bits = type.scalar.primitive_bitwidth
+        if bits == 1 or not type.scalar.is_int_unsigned():
+            return all_ones(self, type)
+        unsigned = f"uint{bits}"
+        return interpreter.TensorHandle(~np.zeros(1, unsigned), type.scalar)
+
     builder.create_dot = create_wide_dot
+    builder.get_all_ones_value = get_all_ones_value
     builder.binary_op = typed_binary_op
     for name in _QUIET:
         setattr(builder, name, _quiet(getattr(builder, name)))

@@ -59,11 +59,11 @@ def row_prod(x):
 
 @triton.jit
 def row_amax(x):
-    """Largest of each row; NaN if the row has one."""
+    """Largest of each row; NaN if the row has one. (Triton's is of 32 bits at least.)"""
     if x.dtype.is_floating():
         return tl.reduce(x, 1, larger, keep_dims=True)
     else:
-        return tl.max(x, 1, keep_dims=True)
+        return tl.max(x, 1, keep_dims=True).to(x.dtype)
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def row_amin(x):
     if x.dtype.is_floating():
         return tl.reduce(x, 1, smaller, keep_dims=True)
     else:
-        return tl.min(x, 1, keep_dims=True)
+        return tl.min(x, 1, keep_dims=True).to(x.dtype)
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def row_all(x):
 @triton.jit
 def only(x):
     """The one element of a tile [1, 1], as a number."""
-    return tl.sum(tl.sum(x, 1), 0)
+    return tl.sum(tl.sum(x, 1), 0).to(x.dtype)
 
 
 @triton.jit

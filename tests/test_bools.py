@@ -94,3 +94,36 @@ def test_which_ops_are_questions() -> None:
         if result.dtype == torch.bool:
             found.add(op.name)
     assert found == set(QUESTIONS)
+
+
+NARROW = [torch.bool, torch.uint8, torch.int8, torch.int16]
+WITH_REDUCED: dict[str, Callable[[Tensor], Tensor]] = {
+    "amax": lambda x: (x.amax(1, keepdim=True) + x).float(),
+    "amin": lambda x: (x.amin(1, keepdim=True) + x).float(),
+    "amax of columns": lambda x: (x.amax(0) + x).float(),
+    "amin of columns": lambda x: (x.amin(0) + x).float(),
+    "amax of all": lambda x: (x.amax() + x).float(),
+    "max": lambda x: (x.max(1)[0][:, None] + x).float(),
+    "any": lambda x: (x.any(1, keepdim=True) + x).float(),
+    "not": lambda x: (~x.amin(1, keepdim=True) + ~x).float(),
+    "doubled": lambda x: (x.amax(1) + x.amax(1)).float(),
+    "sum": lambda x: (x.sum(1, keepdim=True, dtype=x.dtype) + x).float(),
+}
+
+
+@pytest.mark.parametrize("shape", [(5, 33), (3, 40_000), (700, 64)], ids=str)
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("name", WITH_REDUCED)
+def test_what_is_reduced_stays_narrow(
+    name: str, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    """A kernel that goes on with it adds bools as bools, and bytes wrap as eager's do."""
+    if dtype == torch.bool:
+        x = bools(*shape)
+        x[:, 0], x[1] = True, False
+    else:
+        largest = torch.iinfo(dtype).max
+        x = ints(*shape, low=largest - 9, high=largest, dtype=dtype)
+        x[0, 0] = torch.iinfo(dtype).min
+    step = WITH_REDUCED[name]
+    assert torch.equal(compile_(step)(x), step(x))
