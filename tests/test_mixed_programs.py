@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any
 
 import pytest
 import torch
@@ -151,12 +150,12 @@ class Program:
 
 
 def filled(rng: Random, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    drawn = torch.Generator().manual_seed(rng.randrange(2**16))
+    random = torch.Generator().manual_seed(rng.randrange(2**16))
     if dtype == torch.bool:
-        return torch.rand(shape, generator=drawn) > 0.5
+        return torch.rand(shape, generator=random) > 0.5
     if not dtype.is_floating_point:
-        return torch.randint(-20, 20, shape, generator=drawn).to(dtype)
-    return torch.randn(shape, generator=drawn).to(dtype)
+        return torch.randint(-20, 20, shape, generator=random).to(dtype)
+    return torch.randn(shape, generator=random).to(dtype)
 
 
 def laid_out(rng: Random, x: Tensor) -> Tensor:
@@ -262,9 +261,7 @@ def extend(rng: Random, program: Program) -> None:
             program.write(name, into, at)
 
 
-@st.composite
-def programs(draw: Any) -> Program:
-    rng = draw(st.randoms(use_true_random=False))
+def drawn(rng: Random) -> Program:
     shape = [rng.choice(SIZES) for _ in range(rng.randint(1, 4))]
     while torch.Size(shape).numel() > MOST:
         shape.pop()
@@ -327,7 +324,7 @@ def test_mixed_programs(how: str, count: int, multiprocessors: int, monkeypatch)
         suppress_health_check=list(HealthCheck),
         print_blob=True,
     )
-    @given(programs())
+    @given(st.randoms(use_true_random=False).map(drawn))
     def check(program: Program) -> None:
         theirs, ours = ([twin(x, DEVICE) for x in program.inputs] for _ in range(2))
         wanted = program(*theirs)
