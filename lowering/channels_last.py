@@ -18,7 +18,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from .convolutions import BACKWARD, Convolution, bytes_of, convolution_of, saved_bytes, why_not
+from .convolutions import (
+    BACKWARD,
+    Convolution,
+    bytes_of,
+    convolution_of,
+    saved_bytes,
+    were_measured,
+    why_not,
+)
 from .graph import Storage, is_tensor, is_view, output_node, same, value_of
 from .options import Options
 from .rewrite import is_fake
@@ -87,7 +95,7 @@ def lay_out_convolutions(gm: fx.GraphModule, target: Any, layout: str = "auto") 
         return Decision()
     if layout == "keep":
         return Decision("layouts kept, as asked")
-    if layout == "auto" and not _has_fast_kernels(target):
+    if layout == "auto" and not were_measured(target):
         return Decision(f"layouts kept: nothing was measured on {target.label}")
     training = any(c.backward for c in found)
     slow = {c.node: why_not(c, training) if layout == "auto" else None for c in found}
@@ -130,10 +138,6 @@ def _why_kept(
 
 def _mb(count: float) -> str:
     return f"{count / 1e6:.0f} MB"
-
-
-def _has_fast_kernels(target: Any) -> bool:
-    return target.name == "nvidia" and isinstance(target.arch, int) and target.arch >= 80
 
 
 class Trial:

@@ -17,7 +17,7 @@ from .convolutions import BACKWARD, FORWARD
 from .graph import is_tensor, is_view, value_of
 from .options import Options
 from .rewrite import call_before, call_on_fakes
-from .strides import by_kernel, is_channels_last
+from .strides import by_kernel, is_channels_last, read_by_kernels
 
 aten = torch.ops.aten
 
@@ -46,7 +46,7 @@ def _may_add(node: fx.Node) -> bool:
         return False
     if not _is_plain(node, args[0]):
         return False
-    return all(map(_by_kernels, node.users))
+    return read_by_kernels(node)  # else ATen adds as well as we do
 
 
 def _may_sum(node: fx.Node) -> bool:
@@ -68,13 +68,6 @@ def _is_plain(node: fx.Node, x: fx.Node) -> bool:
     args: Any = node.args
     groups = args[8] if node.target is FORWARD else args[9]
     return groups == 1 or is_channels_last(value)
-
-
-def _by_kernels(reader: fx.Node) -> bool:
-    """Whether kernels alone read what the reader is given; else ATen adds as well as we do."""
-    if is_view(reader):
-        return all(map(_by_kernels, reader.users))
-    return reader.op == "call_function" and by_kernel(reader)
 
 
 def _add(graph: fx.Graph, node: fx.Node) -> None:

@@ -46,7 +46,7 @@ class Convolution:
         self.images: list[Node] = [args[k] for k in images]
         self.weight: Node = args[weight]
         self.input = self.images[-1]
-        self.stride, self.padding, self.dilation = args[stride : stride + 3]
+        self.stride, self.padding, self.dilation = map(_pair, args[stride : stride + 3])
         self.transposed, self.groups = args[transposed], args[groups]
         self.backward = node.target is BACKWARD
         #: which gradients are asked for: of the input, of the weight, of the bias
@@ -58,6 +58,16 @@ class Convolution:
         """The tensors that it writes, weights' gradients aside."""
         value: Any = self.node.meta.get("val")
         return [value[0] if isinstance(value, (tuple, list)) else value]
+
+
+def _pair(sizes: Any) -> list[Any]:
+    """(down, across), where one number may stand for both."""
+    return list(sizes) * (2 if len(sizes) == 1 else 1)
+
+
+def were_measured(target: Any) -> bool:
+    """Whether what is known of cuDNN's kernels holds on a target."""
+    return target.name == "nvidia" and isinstance(target.arch, int) and target.arch >= 80
 
 
 def convolution_of(node: Node) -> Convolution | None:
@@ -94,7 +104,7 @@ def saved_bytes(conv: Convolution) -> int:
     other layout. (It takes twice as long for that as bytes at full bandwidth.)"""
     x, w = value_of(conv.input), value_of(conv.weight)
     taps = [hint(k) for k in w.shape[2:]]
-    strides = [hint(s) for s in conv.stride] * (3 - len(conv.stride))
+    strides = [hint(s) for s in conv.stride]
     if taps == [1, 1] and strides == [1, 1] and hint(x.shape[2] * x.shape[3]) % 8 == 0:
         return 0  # a matrix product in either layout
     if hint(x.shape[1]) < FEW and taps == strides:

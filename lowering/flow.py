@@ -63,8 +63,12 @@ def drop_unread(program: Program, escapes: set[Value]) -> None:
 
 def find_escapes(program: Program, graph: Any) -> set[Value]:
     """Values that must be in memory: ATen reads them, the graph returns them or writes them."""
-    escapes = {base_of(v.params[0]) for v in program.values if v.kind == "store"}
-    escapes.update(b for v in program.values if v.kind == "whole" for b in v.bases)
+    escapes = set[Value]()
+    for v in program.values:
+        if v.kind == "store":
+            escapes.add(base_of(v.params[0]))
+        elif v.kind == "whole":
+            escapes.update(v.bases)
     for node in graph.nodes:
         if node.op == "output" or node in program.aten:
             for source in node.all_input_nodes:

@@ -20,6 +20,7 @@ from typing import Any
 from ..kernels.target import Target
 from .indexing import Size, ceil_div, is_static, product
 from .ir import BITS, Declined, Value
+from .schedule import power_of_two
 from .source import HEADER, POINTER, WAIT, Lines, Source
 
 #: elements of a tensor from which on 32 bits do not count its places
@@ -28,8 +29,8 @@ NARROW = 2**31
 ACCUMULATOR = 16384
 #: elements of a window, rows filled up: the most that an accumulator has columns for
 MOST_TERMS = 256
-#: elements of a row of a window: as many as a matrix product takes at once
-LEAST_ROW = 16
+#: as short as an axis of a matrix product may be: a row of a window is no shorter
+LEAST = 16
 WARPS = 4
 
 
@@ -102,12 +103,12 @@ def convolution(v: Value, target: Target) -> Source:
     w: Windows = v.params
     written: Any = v.shape[1]
     pixels = product((v.shape[0], w.height, w.width))
-    columns = max(LEAST_ROW, min(128, _power(written)))
+    columns = max(LEAST, min(128, power_of_two(written)))
     across = -(-written // columns)
     tall = min(256 if w.terms > 64 else 128, ACCUMULATOR // columns)
     while is_static(pixels) and tall > 64 and pixels * across < 2 * tall * target.multiprocessors:
         tall //= 2
-    step = min(32, _power(w.terms))
+    step = min(32, power_of_two(w.terms))
     text = _Text(v, target, ("x", "weight", "out"))
     add = text.add
     add(f"m = ({text.program} // {across}) * {tall} + tl.arange(0, {tall})")
@@ -139,9 +140,9 @@ def weight_parts(v: Value, target: Target) -> Source:
     gradient, images = v.inputs
     shares, written = v.shape[:2]
     pixels = product((gradient.shape[0], w.height, w.width))
-    wide = max(16, min(128, _power(w.terms)))  # of one product
+    wide = max(LEAST, min(128, power_of_two(w.terms)))  # of one product
     firsts = range(0, w.terms, wide)
-    rows = max(16, min(128, _power(written), ACCUMULATOR // (wide * len(firsts))))
+    rows = max(LEAST, min(128, power_of_two(written), ACCUMULATOR // (wide * len(firsts))))
     above = -(-written // rows)
     tall = 128 if w.terms <= 64 else 64
     bytes_a_stage = tall * (rows + wide * len(firsts)) * BITS[images.dtype] // 8
@@ -224,11 +225,6 @@ class _Text(Lines):
         own = "\nfrom gems_compile.kernels import dependents\n" if self.waits else ""
         head = f"{HEADER}{own}\n\n@triton.jit\ndef {name}({', '.join(signature)}):\n"
         return Source(name, head + self.text, params, grid, meta)
-
-
-def _power(n: int) -> int:
-    """The least power of two that is as large."""
-    return 1 << max(0, n - 1).bit_length()
 
 
 def _both(*masks: str) -> str:

@@ -63,7 +63,7 @@ class Value:
     store      -                     (values, index, ...): see Builder.store
     iota, full -                     literals
     random     -                     (seed, salt, threshold): see Builder.kept
-    whole      the kernel's name     Values in memory, what it must know in ``params``: see whole
+    whole      its overload          Values in memory, what it must know in ``params``: see whole
     """
 
     __slots__ = (

@@ -16,7 +16,7 @@ from torch import fx
 from ..kernels.product import VECTOR
 from .graph import Storage, is_view, value_of
 from .indexing import is_one, product, size_of
-from .rewrite import call_on_fakes
+from .rewrite import call_before
 from .translate import op_of
 
 aten = torch.ops.aten
@@ -62,9 +62,8 @@ def _join(graph: fx.Graph, cat: fx.Node, storage: Storage) -> bool:
     if len(along) > 1 or None in along:
         return False
     operands = [[n.args[k] for n in found] for k in (0, 1)]
+    joined = call_before(cat, torch.ops.gems.joined_products.default, *operands, *along)
     with graph.inserting_before(cat):
-        joined = graph.call_function(torch.ops.gems.joined_products.default, (*operands, *along))
-        joined.meta = {**cat.meta, "val": call_on_fakes(joined)}
         view = graph.call_function(aten.view.default, (joined, sizes))
         view.meta = dict(cat.meta)
     cat.replace_all_uses_with(view)

@@ -43,7 +43,7 @@ def partition(
     if options is not None:
         decided(decide(joint, options))
         take_biases_apart(joint, options)
-        take_images(joint, options.target.multiprocessors)
+        take_images(joint, options.target)
     take_strided(joint)
     align_products(joint)  # before it is split: what is saved for backward keeps its rows
     take_batch_norms_apart(joint)

@@ -142,7 +142,7 @@ class Compilation:
         if report.kind == "inference":  # others were one graph when it was decided for them
             report.layout = decide(gm, options)
             biases = take_biases_apart(gm, options)
-            if take_images(gm, options.target.multiprocessors):
+            if take_images(gm, options.target):
                 observe("take_images", gm)
             if take_poolings(gm):
                 observe("take_poolings", gm)

@@ -20,9 +20,9 @@ from torch import fx
 
 from . import pointwise_convolutions
 from .convolutions import BACKWARD, Convolution, convolution_of
-from .graph import is_view, value_of
+from .graph import same, value_of
 from .rewrite import call_before
-from .strides import by_kernel, is_channels_last
+from .strides import is_channels_last, read_by_kernels
 
 aten = torch.ops.aten
 
@@ -50,7 +50,7 @@ def _may_take(conv: Convolution) -> bool:
     if weight.device.type not in pointwise_convolutions.DEVICES:
         return False
     sizes = [*x.shape[1:], *weight.shape, *given.shape[2:]]
-    if not all(type(n) is int and n > 0 for n in sizes) or given.shape[0] == 0:
+    if not all(type(n) is int and n > 0 for n in sizes) or same(given.shape[0], 0):
         return False
     if (weight.stride(0), weight.stride(1)) != (weight.shape[1], 1):
         return False
@@ -60,13 +60,7 @@ def _may_take(conv: Convolution) -> bool:
     node = _gradient(conv)
     if node is None or not all(map(is_channels_last, (given, x, value_of(node)))):
         return False
-    return all(map(_by_kernels, node.users))
-
-
-def _by_kernels(reader: fx.Node) -> bool:
-    if is_view(reader):
-        return bool(reader.users) and all(map(_by_kernels, reader.users))
-    return reader.op == "call_function" and by_kernel(reader)
+    return read_by_kernels(node)
 
 
 def _take(graph: fx.Graph, conv: Convolution) -> None:
@@ -74,8 +68,7 @@ def _take(graph: fx.Graph, conv: Convolution) -> None:
     _, _, height, width = value_of(node).shape
     written, read = (int(n) for n in value_of(conv.weight).shape[:2])
     lines, columns = (int(n) for n in value_of(conv.images[0]).shape[2:])
-    down, across = list(conv.stride) * (3 - len(conv.stride))
-
+    down, across = conv.stride
     call = functools.partial(call_before, conv.node)
     given = call(aten.permute.default, conv.images[0], [0, 2, 3, 1])
     matrix = call(aten.view.default, conv.weight, [written, read])

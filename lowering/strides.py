@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from .convolutions import hint
-from .graph import all_same, is_tensor, mutated_arguments, same
+from .graph import all_same, is_tensor, is_view, mutated_arguments, same
 from .translate import op_of
 
 #: packets whose results do not depend on strides, and that take any; with pointwise ops and sums
@@ -116,6 +116,16 @@ def by_kernel(node: fx.Node) -> bool:
         source: Any = node.args[0]
         node = source
     return node.op == "call_function" and op_of(node.target) is not None
+
+
+def read_by_kernels(node: fx.Node) -> bool:
+    """Whether kernels alone read a node, or views of it."""
+    return all(
+        read_by_kernels(reader)
+        if is_view(reader)
+        else reader.op == "call_function" and by_kernel(reader)
+        for reader in node.users
+    )
 
 
 def same_strides(a: Any, b: Any) -> bool:

@@ -4,10 +4,11 @@ enough. They are groups of one value, which nothing joins."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from ..kernels.target import Target
 from . import image_kernels
 from .group import Group
 from .indexing import size_of
@@ -15,14 +16,22 @@ from .ir import Declined, Value, dtype_name
 from .options import Options
 from .source import Source
 
-#: overload -> what its kernel must know of the arguments
-WHOLE: dict[str, Callable[..., image_kernels.Windows]] = {
-    "gems.image_convolution.default": image_kernels.of_convolution,
-    "gems.image_weight_parts.default": image_kernels.of_weight_parts,
-}
-_WRITERS = {
-    "image_convolution": image_kernels.convolution,
-    "image_weight_parts": image_kernels.weight_parts,
+
+class Whole(NamedTuple):
+    """``facts``: what the kernel must know of a call's arguments; ``write``: its text."""
+
+    facts: Callable[..., Any]
+    write: Callable[[Value, Target], Source]
+
+
+#: by the overload
+WHOLE = {
+    "gems.image_convolution.default": Whole(
+        image_kernels.of_convolution, image_kernels.convolution
+    ),
+    "gems.image_weight_parts.default": Whole(
+        image_kernels.of_weight_parts, image_kernels.weight_parts
+    ),
 }
 
 
@@ -31,17 +40,16 @@ def lower_whole(name: str, args: Sequence[Any], result: torch.Tensor) -> Value:
     operands = [a for a in args if isinstance(a, Value)]
     if any(a.kind in ("view", "full", "iota") for a in operands):
         raise Declined("its kernel reads tensors that lie in memory as they are")
-    params = WHOLE[name](*args)
+    params = WHOLE[name].facts(*args)
     shape, strides = ([size_of(n) for n in ns] for ns in (result.shape, result.stride()))
-    op = name.split(".")[1]
     dtype = dtype_name(result.dtype)
-    return Value("whole", op, operands, shape, dtype, params=params, strides=strides)
+    return Value("whole", name, operands, shape, dtype, params=params, strides=strides)
 
 
 def whole_source(group: Group, options: Options, written: Collection[Value]) -> Source:
     """The text of such a group's kernel. ``written``: memory that ATen writes."""
     (value,) = group.members
-    source = _WRITERS[str(value.op)](value, options.target)
+    source = WHOLE[str(value.op)].write(value, options.target)
     unaligned = [n for n, role, what in source.params if role == "in" and what in written]
     source.meta.update(exact=options.exact, unaligned=unaligned)
     return source

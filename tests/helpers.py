@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
+
+from gems_compile.kernels.target import current_target
 
 BACKEND = os.environ.get("GEMS_TEST_BACKEND", "gems")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,6 +49,14 @@ def ints(*shape: int, high: int = 10, low: int = 0, dtype: torch.dtype = torch.i
 
 def bools(*shape: int) -> Tensor:
     return (torch.rand(*shape) > 0.5).to(DEVICE)
+
+
+def pretend_multiprocessors(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """The interpreter is planned for as a GPU with so many; a GPU stays what it is."""
+    target = current_target()
+    if target.name == "interpreter":
+        target = dataclasses.replace(target, multiprocessors=count)
+        monkeypatch.setattr("gems_compile.backend.current_target", lambda vendor=None: target)
 
 
 def compile_(fn: Callable, dynamic: bool | None = None, fullgraph: bool = True, **kwargs: Any):

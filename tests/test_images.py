@@ -6,11 +6,14 @@ import pytest
 import torch
 from helpers import DEVICE, gems_only
 from machine_code import assembly
+from opcheck import trace
 from torch import Tensor, nn
 
 from gems_compile.backend import Gems
 from gems_compile.kernels.target import compile_target
-from gems_compile.lowering import image_kernels, images, whole
+from gems_compile.lowering import image_kernels, images
+from gems_compile.lowering.convolutions import were_measured
+from gems_compile.lowering.whole import WHOLE
 
 pytestmark = gems_only
 BFLOAT16, HALF = torch.bfloat16, torch.float16
@@ -18,7 +21,7 @@ BFLOAT16, HALF = torch.bfloat16, torch.float16
 
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch):
-    monkeypatch.setattr(images, "DEVICES", {"cpu", "cuda"})
+    monkeypatch.setattr(images, "were_measured", lambda target: True)
 
 
 #: (channels read, channels written, how, image)
@@ -212,6 +215,24 @@ def test_what_stays_a_convolution(change):
     assert whole_kernels(backend) == []
 
 
+@pytest.mark.parametrize(
+    ("target", "measured"),
+    [(("nvidia", 90), True), (("nvidia", 75), False), (("amd", "gfx942"), False)],
+)
+def test_targets_that_were_measured(target, measured, monkeypatch):
+    """Elsewhere the library's convolutions stay."""
+    monkeypatch.setattr(images, "were_measured", were_measured)
+    conv = nn.Conv2d(3, 8, 4, stride=4, bias=False).to(BFLOAT16)
+    graph = trace(
+        lambda x, w: torch.ops.aten.convolution.default(
+            x, w, None, [4, 4], [0, 0], [1, 1], False, [0, 0], 1
+        ),
+        torch.empty(2, 3, 8, 8, dtype=BFLOAT16),
+        conv.weight.detach(),
+    )
+    assert images.take_images(graph, compile_target(*target)) == measured
+
+
 def test_images_that_already_have_their_frame():
     """Four channels, no padding, whole lines: nothing is copied."""
     torch.manual_seed(0)
@@ -246,8 +267,8 @@ def test_a_kernel_that_fails(monkeypatch):
         raise RuntimeError("no such instruction")
 
     monkeypatch.setenv("GEMS_STRICT", "0")
-    for name in whole._WRITERS:
-        monkeypatch.setitem(whole._WRITERS, name, fail)
+    for name, kernel in list(WHOLE.items()):
+        monkeypatch.setitem(WHOLE, name, kernel._replace(write=fail))
     module, x = made("resnet", BFLOAT16, torch.channels_last)
     backend = Gems()
     got = step(torch.compile(module, backend=backend), module, x, False)
@@ -263,9 +284,9 @@ def test_machine_code(arch, tmp_path, monkeypatch):
     module, x = made("resnet", BFLOAT16, torch.channels_last)
     target = compile_target("nvidia", arch)
     seen = []
-    for name, write in list(whole._WRITERS.items()):
-        noted = lambda v, t, w=write: seen.append((w, v)) or w(v, t)  # noqa: E731
-        monkeypatch.setitem(whole._WRITERS, name, noted)
+    for name, kernel in list(WHOLE.items()):
+        noted = lambda v, t, w=kernel.write: seen.append((w, v)) or w(v, t)  # noqa: E731
+        monkeypatch.setitem(WHOLE, name, kernel._replace(write=noted))
     backend = Gems()
     step(torch.compile(module, backend=backend), module, x, False)
     for write, value in seen:

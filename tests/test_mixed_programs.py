@@ -7,7 +7,6 @@ into them. A failure prints the program.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -15,14 +14,13 @@ from random import Random
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEVICE, compile_, gems_only
+from helpers import DEVICE, compile_, gems_only, pretend_multiprocessors
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from opcheck import SEED
 from torch import Tensor
 
 import gems_compile
-from gems_compile.kernels.target import current_target
 
 pytestmark = gems_only
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -311,10 +309,7 @@ def run(program: Program, how: str, inputs: Sequence[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("multiprocessors", [0, 132])
 def test_mixed_programs(how: str, count: int, multiprocessors: int, monkeypatch) -> None:
     """Compiled, and by the same kernels behind eager PyTorch."""
-    target = current_target()
-    if target.name == "interpreter":
-        target = dataclasses.replace(target, multiprocessors=multiprocessors)
-        monkeypatch.setattr("gems_compile.backend.current_target", lambda vendor=None: target)
+    pretend_multiprocessors(monkeypatch, multiprocessors)
 
     @seed(SEED + multiprocessors + len(how))
     @settings(

@@ -6,7 +6,6 @@ one of what fails. Another day has other programs; a failure prints how to have 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,13 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEVICE, compile_, gems_only
+from helpers import DEVICE, compile_, gems_only, pretend_multiprocessors
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from opcheck import SEED
 from torch import Tensor
-
-from gems_compile.kernels.target import current_target
 
 pytestmark = gems_only
 
@@ -204,10 +201,7 @@ def test_random_programs(
     dynamic: bool, count: int, grad: bool, multiprocessors: int, monkeypatch
 ) -> None:
     """As for a GPU with many multiprocessors too, for which reductions are cut in parts."""
-    target = current_target()
-    if target.name == "interpreter":
-        target = dataclasses.replace(target, multiprocessors=multiprocessors)
-        monkeypatch.setattr("gems_compile.backend.current_target", lambda vendor=None: target)
+    pretend_multiprocessors(monkeypatch, multiprocessors)
 
     @seed(SEED + multiprocessors)
     @settings(

@@ -352,7 +352,7 @@ def test_a_function_in_a_file(tmp_path, grad):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_kernels_written_as_a_whole(dynamic: bool, monkeypatch) -> None:
     """A ResNet's first layers, whose convolution is a kernel of ours."""
-    monkeypatch.setattr(images, "DEVICES", {"cpu", "cuda"})
+    monkeypatch.setattr(images, "were_measured", lambda target: True)
     layout = torch.channels_last
 
     def make() -> nn.Module:
