@@ -102,13 +102,29 @@ def static_launcher(
         from torch._inductor.runtime.static_triton_launcher import StaticallyLaunchedCudaKernel
 
         kernel = StaticallyLaunchedCudaKernel(_as_compiled(source, record))
-        kernel.load_kernel(device or 0)
+        with _current(device):
+            kernel.load_kernel(device or 0)
         return _direct(kernel)
     except torch.OutOfMemoryError:  # more shared memory than the device has: no way of launching
         raise
     except Exception as e:
         _slow_launches(source.name, e)
         return jit_launcher(source, path)
+
+
+@contextlib.contextmanager
+def _current(index: int | None) -> Iterator[None]:
+    """The GPU is current in the block, and so is its context, into which the driver loads kernels.
+
+    A graph's first call may come while another GPU is current, or from a thread that made no call
+    of CUDA's runtime yet, which has no context.
+    """
+    if index is None:
+        yield
+        return
+    with torch.cuda.device(index):
+        torch.cuda.is_current_stream_capturing()  # a call that is allowed at any time
+        yield
 
 
 def _slow_launches(name: str, why: Exception) -> None:

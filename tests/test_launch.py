@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from helpers import DEVICE, gems_only, rand
@@ -72,7 +74,7 @@ def test_torchs_launcher_takes_our_kernels(tmp_path, monkeypatch):
 
     monkeypatch.setattr(launcher.StaticallyLaunchedCudaKernel, "load_kernel", too_large)
     with pytest.raises(torch.OutOfMemoryError):  # the group becomes ATen's: Triton cannot either
-        private.static_launcher(source, record, str(path), 0)
+        private.static_launcher(source, record, str(path), None)
 
 
 @gems_only
@@ -82,6 +84,21 @@ def test_kernels_do_not_go_through_tritons_jit():
     # without a device: what other tests compiled for the interpreter
     mine = {key: launch for key, launch in _launchers.items() if key[1] is not None}
     assert mine and [key for key, launch in mine.items() if not hasattr(launch, "kernel")] == []
+
+
+@gems_only
+@pytest.mark.gpu
+def test_a_first_call_from_a_thread_of_its_own():
+    """Which has no context of CUDA's yet, and none is made by what the call itself does."""
+    known, found = set(_launchers), []
+    run = torch.compile(lambda x: torch.softmax(x * 3 - 1, -1) + 4, backend=Gems())
+    x = rand(9, 35)
+    thread = threading.Thread(target=lambda: found.append(run(x)))
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(found[0], torch.softmax(x * 3 - 1, -1) + 4)
+    new = [launch for key, launch in _launchers.items() if key not in known]
+    assert new and all(hasattr(launch, "kernel") for launch in new)
 
 
 @gems_only
