@@ -1,8 +1,9 @@
 """Every kernel compiles for every target, with no GPU: sm_80, sm_90 and gfx942.
 
 The kernels of all declared ops, of a set of fused programs and of the tiny models are written as
-for a GPU with many multiprocessors and compiled by the compiler's own workers. ``GEMS_TEST_FULL=1``
-takes every sample of the single ops, in three dtypes.
+for a GPU with many multiprocessors and compiled by the compiler's own workers: some of them a day,
+which the day's seed picks. ``GEMS_TEST_FULL=1`` takes all, and every sample of the single ops, in
+three dtypes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import test_models as models
 import torch
 import torch.nn.functional as F
 from machine_code import sources
-from opcheck import FULL, calls, make, one_node, overload, trace
+from opcheck import FULL, SEED, calls, make, one_node, overload, trace
 from torch import Tensor
 
 from gems_compile.backend import Gems
@@ -36,6 +37,9 @@ TARGETS = {
     "sm_90": ["cuda", 90, 32],
     "gfx942": ["hip", "gfx942", 64],
 }
+#: one of so many kernels is compiled a day
+SHARES = {"sm_80": 3, "sm_90": 1, "gfx942": 3}
+SHARES_OF_SINGLES = {"sm_90": 2, "gfx942": 3}
 
 
 # programs -----------------------------------------------------------------------------------------
@@ -271,9 +275,14 @@ def single() -> dict[str, Source]:
         return {s.key: s for s in _singles()}
 
 
+def models_of_the_day() -> list[str]:
+    """Every second one: to write all their kernels takes two minutes."""
+    return list(models.MODELS) if FULL else sorted(models.MODELS)[SEED % 2 :: 2]
+
+
 @functools.cache
 def of_models() -> dict[str, Source]:
-    """Kernels of a training step of each tiny model, static and with symbolic sizes.
+    """Kernels of a training step of the day's tiny models, static and with symbolic sizes.
 
     They are written, forward and backward, and then the model runs in eager mode.
     """
@@ -288,7 +297,7 @@ def of_models() -> dict[str, Source]:
     both = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
     with pytest.MonkeyPatch.context() as patch, both:
         patch.setattr("gems_compile.backend.current_target", lambda vendor: wide)
-        for name in models.MODELS:
+        for name in models_of_the_day():
             for dynamic in (False, True)[: 1 + (name in models.DYNAMIC)]:
                 torch._dynamo.reset()
                 run = torch.compile(models.build(name), backend=write_only, dynamic=dynamic)
@@ -327,14 +336,23 @@ def compile_all(kernels: dict[str, Source], target: list[Any], workers: Pool, fo
     assert not failed, f"{len(failed)} of {len(kernels)} failed, the first: {failed[0]}"
 
 
+def of_the_day(kernels: dict[str, Source], shares: int) -> dict[str, Source]:
+    """One of ``shares`` kernels, by their keys; another one tomorrow."""
+    if FULL:
+        return kernels
+    print(f"of {len(kernels)} kernels one in {shares}: GEMS_TEST_SEED={SEED}")
+    return {key: s for key, s in kernels.items() if (int(key[:8], 16) + SEED) % shares == 0}
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_fused_programs(target: str, workers: Pool, tmp_path: Path) -> None:
-    compile_all(fused(), TARGETS[target], workers, tmp_path)
+    compile_all(of_the_day(fused(), SHARES[target]), TARGETS[target], workers, tmp_path)
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])  # each takes a minute
+@pytest.mark.parametrize("target", SHARES_OF_SINGLES)
 def test_single_ops(target: str, workers: Pool, tmp_path: Path) -> None:
-    compile_all(single(), TARGETS[target], workers, tmp_path)
+    kernels = of_the_day(single(), SHARES_OF_SINGLES[target])
+    compile_all(kernels, TARGETS[target], workers, tmp_path)
 
 
 @pytest.mark.model
@@ -344,7 +362,7 @@ def test_models(workers: Pool, tmp_path: Path) -> None:
     for name, target in TARGETS.items():
         folder = tmp_path / name
         folder.mkdir()
-        compile_all(of_models(), target, workers, folder)
+        compile_all(of_the_day(of_models(), SHARES[name]), target, workers, folder)
 
 
 def test_dropout_moves_no_element_between_threads(workers: Pool, tmp_path: Path) -> None:
