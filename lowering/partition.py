@@ -20,6 +20,7 @@ from .images import take_images
 from .options import Options
 from .overload import name_of
 from .packed import pack_saved
+from .passes import drop_duplicates
 from .pooling import take_poolings
 from .products import align_products
 from .strided_convolutions import take_strided
@@ -55,7 +56,8 @@ def partition(
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             node.meta.setdefault("ac_graph_id", 0)
     how.setdefault("compiler", "inductor")
-    with private.known_to_partitioner(*_declared()):
+    drop_duplicates(joint, returned=False)
+    with private.known_to_partitioner(*_declared()), private.duplicates_are_gone():
         forward, backward = min_cut_rematerialization_partition(joint, inputs, **how)
     if inputs:  # else both are subgraphs of others
         pack_saved(forward, backward, how["num_fwd_outputs"])

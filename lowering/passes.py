@@ -168,11 +168,12 @@ def _before_widening(node: fx.Node, cast: fx.Node) -> fx.Node:
     return cast
 
 
-def drop_duplicates(gm: fx.GraphModule) -> int:
+def drop_duplicates(gm: fx.GraphModule, returned: bool = True) -> int:
     """Compute equal things once and drop what nobody reads; returns how many nodes went.
 
     Left alone: random, effectful and mutating ops, ops outside ATen, uninitialised memory, results
-    that somebody writes, and pairs of which both are returned (they were two tensors).
+    that somebody writes, and pairs of which both are returned (they were two tensors), or, without
+    ``returned``, one is: what backward reads of forward's results is no business of who has them.
     """
     storage = Storage(gm.graph)
     version: dict[fx.Node, int] = {}
@@ -189,7 +190,7 @@ def drop_duplicates(gm: fx.GraphModule) -> int:
         if is_symbolic(value := value_of(node)):
             symbols[node] = "symbol", str(value.node.expr)
         key = duplicate_key(node, storage, version, repeatable, symbols)
-        if key is None:
+        if key is None or (not returned and storage.root[node] in storage.escaping):
             continue
         first = seen.setdefault(key, node)
         if first is node or not _may_merge(first, node, storage):

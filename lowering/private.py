@@ -51,6 +51,14 @@ def known_to_partitioner(
         partitioners.get_default_op_list = known
 
 
+def duplicates_are_gone() -> contextlib.AbstractContextManager[None]:
+    """The min-cut partitioner looks for no duplicates of its own, for which torch 2.13 imports a
+    hundred of Inductor's modules: half a second of a process's first backward."""
+    from torch._functorch import config
+
+    return config.patch(cse=False) if hasattr(config, "cse") else contextlib.nullcontext()
+
+
 def backward_at_once() -> contextlib.AbstractContextManager[None]:
     """While a graph is compiled here its backward is, too, and not when it first runs: the kernels
     of both then compile together."""

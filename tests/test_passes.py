@@ -203,6 +203,20 @@ def test_lookalike_duplicates_stay() -> None:
     assert drop_duplicates(returned) == 0
 
 
+def test_what_is_returned_takes_no_other_results_place() -> None:
+    """In a joint graph: who has the result may write it, and backward reads its own."""
+
+    def program(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return aten.sin(x), aten.cos(aten.sin(x)), aten.neg(aten.cos(aten.sin(x)))
+
+    gm = traced(program, X)
+    wanted = gm(X)
+    assert drop_duplicates(gm, returned=False) == 1  # two sines that nobody has
+    assert all(map(torch.equal, gm(X), wanted))
+    assert drop_duplicates(gm) == 2
+    assert all(map(torch.equal, gm(X), wanted))
+
+
 def test_equal_symbols_are_one() -> None:
     def program(x: torch.Tensor) -> torch.Tensor:
         return x.view(-1) + torch.arange(x.shape[0] * x.shape[1], device=x.device)

@@ -50,6 +50,7 @@ def test_a_second_process_is_warm(tmp_path: Path, kind: str) -> None:
     cold = run(tmp_path, kind)
     assert cold["cache"] == ["kept"] and "emit" in cold["stages"] and len(cold["loaded"]) == 2
     assert any("dispatcher" in name for name in cold["torch"])
+    assert not cold["inductor"]
     assert_warm(run(tmp_path, kind), cold)
 
 

@@ -16,6 +16,8 @@ import gems_compile
 
 #: what is loaded when a graph is compiled: torch's table of decompositions, our declarations
 LATE = {"torch._inductor.decomposition", "gems_compile.kernels.scan"}
+#: what is never loaded, for it takes half a second
+INDUCTOR = {"torch._inductor.lowering", "torch._inductor.pattern_matcher"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -82,6 +84,7 @@ def main(kind: str, load: str = "", save: str = "") -> None:
         "torch": sorted(name for name in compilation_time_metrics if "aot" in name),
         "counters": dict(counters["aot_autograd"]),
         "loaded": sorted(LATE & set(sys.modules)),
+        "inductor": sorted(INDUCTOR & set(sys.modules)),
     }
     print(json.dumps(told))
 
