@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .backend import Gems
 from .config import vendor
 from .kernels.target import current_target
+from .lowering.copies import once
 from .lowering.whole_graphs import NOT_KEPT
 from .summary import ATEN, FREE, GraphSummary, summarize
 from .tables import Table, as_text
@@ -85,7 +86,7 @@ def _put_back(fn: Any) -> Iterator[None]:
         finally:
             with torch.no_grad():
                 for buffer, old in zip(buffers, saved, strict=True):
-                    buffer.copy_(old)
+                    once(buffer).copy_(once(old, buffer.stride()))
 
 
 def _backward(outputs: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import cuda_graphs, native, private
+from .copies import once
 from .cut import Captures
 from .kept import kept_in_channels_last
 from .profiled import profiled
@@ -25,7 +26,8 @@ def settle(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
         return tensor
     if any(s > 1 and a != b for s, a, b in zip(tensor.shape, tensor.stride(), stride, strict=True)):
         out = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
-        return out.copy_(tensor)
+        once(out).copy_(once(tensor, out.stride()))
+        return out
     return tensor if not tensor.data_ptr() & 15 else aligned(tensor)
 
 
@@ -36,7 +38,8 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     out = torch.empty(span, dtype=tensor.dtype, device=tensor.device)
     out = out.as_strided(tensor.shape, tensor.stride())
-    return out.copy_(tensor)
+    once(out).copy_(once(tensor))
+    return out
 
 
 def input_view(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ def own(*results: Any) -> list[Any]:
         stride = result.stride()
         copy = fresh[k] = _empty(result.device)((*result.size(),), stride, result.dtype)
         plain = 0 not in stride
-        into.append(copy if plain else _once(copy))
-        sources.append(result if plain else _once(result))
+        into.append(copy if plain else once(copy))
+        sources.append(result if plain else once(result))
     if len(into) <= FEW:  # the kernel of many tensors has few programs for one
         for to, source in zip(into, sources, strict=True):
             to.copy_(source)
@@ -76,9 +77,10 @@ def _span(tensor: torch.Tensor) -> int:
     return 1 + sum((n - 1) * s for n, s in zip(tensor.size(), tensor.stride(), strict=True))
 
 
-def _once(tensor: torch.Tensor) -> torch.Tensor:
-    """Each element once: of an axis that repeats one, the first."""
-    for axis, stride in enumerate(tensor.stride()):
+def once(tensor: torch.Tensor, strides: Sequence[int] | None = None) -> torch.Tensor:
+    """Each element once: of an axis that repeats one, by ``strides`` or its own, the first. A copy
+    into a tensor is one into this: ATen writes no element twice."""
+    for axis, stride in enumerate(tensor.stride() if strides is None else strides):
         if stride == 0 and tensor.size(axis) > 1:
             tensor = tensor.narrow(axis, 0, 1)
     return tensor

@@ -177,6 +177,21 @@ def test_view_that_aten_makes_is_of_its_input():
         assert torch.equal(x[:, k], torch.full_like(x[:, k], k))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_repeated_elements_off_a_boundary(dynamic):
+    """The copy on a 16-byte boundary repeats them too; ATen writes none of them twice."""
+    base, fn = rand(40), lambda x: (x * 2 + 1, x.sum(0))
+    compiled = compile_(fn, dynamic=dynamic)
+    for x in (
+        base[1:4].unsqueeze(1).expand(3, 5),
+        base[3:4].expand(6, 2),
+        base[1:].as_strided((4, 3), (1, 1)),
+        base[5:17].view(3, 1, 4).expand(3, 7, 4)[:, :, ::2],
+    ):
+        for got, want in zip(compiled(x), fn(x), strict=True):
+            torch.testing.assert_close(got, want)
+
+
 def test_swap_inputs():
     def fn(x, y):
         t = x.clone()

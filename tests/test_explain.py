@@ -443,3 +443,20 @@ def test_rich_shows_the_same_lines() -> None:
     assert console.file.getvalue() == table.text(60) + "\n"
     console.print(gems_compile.explain(lambda x: x.sin() + 1, rand(3)))
     assert "compiled by gems" in console.file.getvalue()
+
+
+def test_a_buffer_that_repeats_its_elements_is_put_back() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", rand(1).expand(4))
+            self.register_buffer("seen", torch.zeros(4, device=DEVICE))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen += 1
+            return x * self.scale + self.seen
+
+    model = Model()
+    before = model.scale.clone()
+    gems_compile.explain(model, rand(3, 4))  # ATen would refuse to write the buffer
+    assert torch.equal(model.scale, before) and model.seen.eq(0).all()
