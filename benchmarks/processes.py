@@ -129,7 +129,7 @@ def measured(tasks: list[dict[str, Any]], jobs: int, timeout: float) -> Iterator
 
 def write_bytecode() -> None:
     """As pip does for what it installs: no process that is measured compiles this checkout's
-    Python, also where PYTHONDONTWRITEBYTECODE would have each do it (0.3 s of a warm start)."""
+    Python, also where PYTHONDONTWRITEBYTECODE would have each do it (0.3 s on two cores)."""
     for package in ("gems_compile", "kernels", "lowering"):
         compileall.compile_dir(ROOT / package, quiet=2)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import cuda_graphs, native, private
-from .copies import once
+from .copies import once, span_of
 from .cut import Captures
 from .kept import kept_in_channels_last
 from .profiled import profiled
@@ -26,7 +26,7 @@ def settle(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
         return tensor
     if any(s > 1 and a != b for s, a, b in zip(tensor.shape, tensor.stride(), stride, strict=True)):
         out = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
-        once(out).copy_(once(tensor, out.stride()))
+        once(out).copy_(once(tensor, stride))
         return out
     return tensor if not tensor.data_ptr() & 15 else aligned(tensor)
 
@@ -35,8 +35,7 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, copied if its data does not start on a 16-byte boundary."""
     if not tensor.data_ptr() & 15:
         return tensor
-    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    out = torch.empty(span, dtype=tensor.dtype, device=tensor.device)
+    out = torch.empty(span_of(tensor), dtype=tensor.dtype, device=tensor.device)
     out = out.as_strided(tensor.shape, tensor.stride())
     once(out).copy_(once(tensor))
     return out

@@ -60,7 +60,7 @@ def own_together(*results: Any) -> list[Any]:
 def _copied(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Tensors of one storage, copied with what lies between them."""
     begins = [t.storage_offset() * t.itemsize for t in tensors]
-    ends = [b + _span(t) * t.itemsize for b, t in zip(begins, tensors, strict=True)]
+    ends = [b + span_of(t) * t.itemsize for b, t in zip(begins, tensors, strict=True)]
     low = min(begins) // ALIGNMENT * ALIGNMENT
     bytes_of = torch.empty(0, dtype=torch.uint8, device=tensors[0].device)
     fresh = bytes_of.set_(tensors[0].untyped_storage(), low, (max(ends) - low,), (1,)).clone()
@@ -72,7 +72,7 @@ def _copied(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     ]
 
 
-def _span(tensor: torch.Tensor) -> int:
+def span_of(tensor: torch.Tensor) -> int:
     """Elements from the first to the last."""
     return 1 + sum((n - 1) * s for n, s in zip(tensor.size(), tensor.stride(), strict=True))
 

@@ -52,21 +52,22 @@ def known_to_partitioner(
 
 
 def duplicates_are_gone() -> contextlib.AbstractContextManager[None]:
-    """The min-cut partitioner looks for no duplicates of its own, for which torch 2.13 imports a
-    hundred of Inductor's modules: half a second of a process's first backward."""
-    from torch._functorch import config
-
-    return config.patch(cse=False) if hasattr(config, "cse") else contextlib.nullcontext()
+    """The min-cut partitioner looks for no duplicates of its own, for which it imports a hundred of
+    Inductor's modules: half a second of a process's first backward."""
+    return _with_setting("cse", False)
 
 
 def backward_at_once() -> contextlib.AbstractContextManager[None]:
     """While a graph is compiled here its backward is, too, and not when it first runs: the kernels
     of both then compile together."""
+    return _with_setting("force_non_lazy_backward_lowering", True)
+
+
+def _with_setting(name: str, value: bool) -> contextlib.AbstractContextManager[None]:
+    """A setting of AOTAutograd's, in a torch that has it."""
     from torch._functorch import config
 
-    if hasattr(config, "force_non_lazy_backward_lowering"):
-        return config.patch(force_non_lazy_backward_lowering=True)
-    return contextlib.nullcontext()
+    return config.patch({name: value}) if hasattr(config, name) else contextlib.nullcontext()
 
 
 def donate_nothing() -> None:

@@ -14,7 +14,6 @@ if not torch.cuda.is_available():
 
 import copy
 import json
-from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -42,12 +41,13 @@ class Model(nn.Module):
         return x
 
 
-def train(run: Callable[[Tensor], Tensor], model: nn.Module, batches: list[Tensor]) -> list[Tensor]:
-    """The parameters after some steps of SGD."""
+def train(model: nn.Module, batches: list[Tensor], run: Any = None) -> list[Tensor]:
+    """The parameters after some steps of SGD; ``run`` is the model, compiled."""
+    call = model if run is None else run
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for x in batches:
         optimizer.zero_grad()
-        run(x).square().mean().backward()
+        call(x).square().mean().backward()
         optimizer.step()
     return [p.detach() for p in model.parameters()]
 
@@ -72,19 +72,16 @@ def main(rank: int, ranks: int, file: str) -> None:
         ids = [device.index] if gpus else None
         return DistributedDataParallel(model, device_ids=ids, bucket_cap_mb=1)
 
-    def trained(model: nn.Module, run: Any = None) -> list[Tensor]:
-        return train(model if run is None else run, model, batches)
-
-    wanted = trained(shared(copy.deepcopy(first)))
+    wanted = train(shared(copy.deepcopy(first)), batches)
     backend = Gems()
     model = shared(copy.deepcopy(first))
-    around = trained(model, torch.compile(model, backend=backend))
+    around = train(model, batches, torch.compile(model, backend=backend))
     graphs = len(backend.reports)
-    within = trained(shared(torch.compile(copy.deepcopy(first), backend=backend)))
+    within = train(shared(torch.compile(copy.deepcopy(first), backend=backend)), batches)
     found = {
         "around": farthest(around, wanted),
         "within": farthest(within, wanted),
-        "alone": farthest(trained(copy.deepcopy(first)), wanted),
+        "alone": farthest(train(copy.deepcopy(first), batches), wanted),
         "graphs": graphs,
         "kernels": sum(report.kernels for report in backend.reports),
     }

@@ -121,8 +121,6 @@ def test_a_stream_of_the_second() -> None:
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)  # what comes next on this stream must wait
         source = x + 1
-    torch.cuda.set_device(0)
-    with torch.cuda.stream(stream):
         torch.cuda.set_device(0)
         y = run(source)
     stream.synchronize()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,6 +80,29 @@ def test_torchs_launcher_takes_our_kernels(tmp_path, monkeypatch):
 
 
 @gems_only
+def test_a_kernel_is_loaded_while_its_device_is_current(monkeypatch):
+    """Whatever GPU is current where the graph is called: a stand-in notes which one is."""
+    launcher = pytest.importorskip("torch._inductor.runtime.static_triton_launcher")
+    current, loaded = [0], []
+
+    @contextlib.contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    kernel = SimpleNamespace(load_kernel=lambda index: loaded.append((index, current[-1])))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(launcher, "StaticallyLaunchedCudaKernel", lambda compiled: kernel)
+    monkeypatch.setattr(private, "_as_compiled", lambda source, record: None)
+    monkeypatch.setattr(private, "_direct", lambda kernel: kernel)
+    for index in (1, 3):
+        assert private.static_launcher(copy_source(), {}, "", index) is kernel
+    assert loaded == [(1, 1), (3, 3)] and current == [0]
+
+
+@gems_only
 @pytest.mark.gpu
 def test_kernels_do_not_go_through_tritons_jit():
     torch.compile(lambda x: torch.softmax(x + 1, -1) * 2, backend=Gems())(rand(7, 33))
@@ -89,7 +114,7 @@ def test_kernels_do_not_go_through_tritons_jit():
 @gems_only
 @pytest.mark.gpu
 def test_a_first_call_from_a_thread_of_its_own():
-    """Which has no context of CUDA's yet, and none is made by what the call itself does."""
+    """Which has no context of CUDA's yet."""
     known, found = set(_launchers), []
     run = torch.compile(lambda x: torch.softmax(x * 3 - 1, -1) + 4, backend=Gems())
     x = rand(9, 35)
