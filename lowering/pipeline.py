@@ -228,7 +228,7 @@ class Compilation:
         self.loads: dict[str, Loading] = {}  # the same, by what is loaded
         small = may_join(groups, self.apart)
         alike = Alike(fuser.inlined, written)
-        for group in groups:
+        for group in sorted(groups, key=Group.effort, reverse=True):
             try:
                 sources[group] = alike.source(
                     group, lambda group: source_for(group, fuser.inlined, options, written)

@@ -15,6 +15,7 @@ from helpers import DEVICE, check, gems_only, rand
 from torch import Tensor, nn
 
 from gems_compile.backend import Gems
+from gems_compile.lowering import pipeline
 
 pytestmark = gems_only
 
@@ -105,3 +106,23 @@ def test_masks_of_two_layers_differ() -> None:
     x = torch.ones(64, 64, device=DEVICE)
     one, two = torch.compile(fn, backend="gems", fullgraph=True)(x, x)
     assert not torch.equal(one == 0, two == 0)
+
+
+def test_what_compiles_longest_is_written_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And runs where the graph has it."""
+    written, source_for = [], pipeline.source_for
+
+    def write(group: Any, *more: Any) -> Any:
+        source = source_for(group, *more)
+        written.append(source.name)
+        return source
+
+    monkeypatch.setattr(pipeline, "source_for", write)
+
+    def fn(a: Tensor, w: Tensor) -> Tensor:
+        middle = F.gelu((a.neg().exp() @ w).softmax(-1) * 2 + a)
+        return (middle @ w).sin().cos()
+
+    found = [source.name for source in sources(fn, rand(8, 8), rand(8, 8))]
+    assert "exp" in found[0] and "softmax" in found[1] and "cos" in found[2]
+    assert written == [found[1], found[0], found[2]]

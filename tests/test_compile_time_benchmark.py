@@ -35,13 +35,17 @@ def test_the_warm_compile_in_the_middle_counts() -> None:
     assert bench.median([rows[0], failed, rows[2]]) is failed
 
 
-def test_warm_compiles_take_turns() -> None:
-    options = bench.arguments(
-        ["--small", "--models", "gpt2-train", "--layers", "", "--against", "b", "--warm", "2"]
-    )
-    found = [(task["start"], task["backend"]) for task in bench.tasks(options, Path("c"))]
-    turn = ["gems", "b"]
-    assert found == [(start, b) for start in ("cold", "warm", "warm") for b in turn]
+def test_backends_take_turns() -> None:
+    """A cold compile finds no caches, each warm one those of the first."""
+    times = ["--cold", "2", "--warm", "2"]
+    options = bench.arguments(["--models", "gpt2-train", "--layers", "", "--against", "b", *times])
+    tasks = bench.tasks(options, Path("c"))
+    turns = ("rehearsal", "cold", "cold", "warm", "warm")
+    found = [(task["start"], task["backend"]) for task in tasks]
+    assert found == [(start, backend) for start in turns for backend in ("gems", "b")]
+    caches = [task["caches"] for task in tasks if task["backend"] == "b"]
+    rehearsed, first, second, *warm = caches
+    assert len({rehearsed, first, second}) == 3 and warm == [first, first]
 
 
 @pytest.mark.slow
