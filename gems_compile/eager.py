@@ -23,7 +23,7 @@ from .config import vendor
 from .errors import UnknownOp, nearest
 from .forms import Form, forms_of
 from .kernels import load_ops
-from .kernels.composed import COMPOSED
+from .kernels.composed import COMPOSED, UPDATING
 from .kernels.op import OPS, Op
 from .kernels.target import Target, current_target
 from .one_op import Handler, aten_name
@@ -252,7 +252,7 @@ def why_not_replaced(name: str, target: Target) -> str | None:
     has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, overload.name())
     schema = overload._schema
     aliased = any(a.alias_info is not None for a in schema.returns)
-    if name not in _forms() and (schema.is_mutable or aliased):
+    if name not in _forms() and name not in UPDATING and (schema.is_mutable or aliased):
         return "it writes or returns an operand"
     if has("CompositeImplicitAutograd") and not has(target.dispatch_key):
         # ours at the device key would hide the decomposition that autograd differentiates

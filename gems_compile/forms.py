@@ -18,6 +18,7 @@ IN_PLACE, OUT = "in-place", "out="
 UNSERVED = {
     # they only copy
     "aten.clone.out",
+    "aten.lift_fresh_copy.out",
     "aten.squeeze_copy.out",
     "aten.view_copy.out",
     # what is not yet added up, or multiplied, would be written over
@@ -31,6 +32,9 @@ UNSERVED = {
     "aten.index_fill.int_Tensor_out",
     "aten.scatter_reduce_.two",
     "aten.scatter_reduce.two_out",
+    "aten.unfold_backward.out",
+    # a place for complex numbers
+    "aten.polar.out",
     # its saved statistics are empty
     "aten._native_batch_norm_legit_no_training.out",
 }

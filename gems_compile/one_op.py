@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .composed import composed_graph
+from .composed import composed_graph, told
 from .config import Config
 from .forms import Form, add_writes, functional_call, places, share_memory
+from .kernels.composed import UPDATING
 from .kernels.op import OPS
 from .kernels.target import Target
 from .lowering.private import forget_dispatch
+from .rules import ON_HOST
 from .worth import least_elements, why_not_worth
 
 log = logging.getLogger(__name__)
@@ -216,11 +218,15 @@ class Handler:
         self, variant: Variant, keyset: Any, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> None:
         """Compare with ATen's own results, once: FakeTensors promise other strides for some ops."""
+        if str(self.overload) in UPDATING:  # vectors, which are not updated twice
+            args = [a.clone() if isinstance(a, Tensor) and a.ndim == 1 else a for a in args]
         _here.off = True
         try:
             out = self._aten(keyset, args, kwargs)
         finally:
             _here.off = False
+        if self.overload in ON_HOST:
+            return
         eager = [layout_of(t) for t in ([out] if variant.single else out)]
         if eager != list(variant.layouts):
             variant.run, variant.why = None, f"ATen returns {eager}, its meta {variant.layouts}"
@@ -337,6 +343,8 @@ def compile_one(
     variant = Variant(None, False)
     for make in (one_node_graph, composed_graph):
         variant = _compiled(make(overload, args, kwargs, form), overload, target, config)
+        if variant.run is not None and overload in ON_HOST:
+            variant.run = told(variant.run)
         if variant.run is not None or str(functional) in OPS:
             break
     return variant
@@ -350,6 +358,7 @@ def _compiled(
     made: OneCall, overload: torch._ops.OpOverload, target: Target, config: Config
 ) -> Variant:
     from .backend import lowering_options
+    from .lowering.graph import is_view
     from .lowering.pipeline import compile_graph
     from .lowering.translate import is_empty
 
@@ -360,8 +369,9 @@ def _compiled(
     options = replace(lowering_options(config, target), alone=True, threads=0)
     run, report = compile_graph(gm, inputs, options, f"eager_{aten_name(overload)}")
     nodes = report.plan.aten if report.plan is not None else ()
-    empty = [n for n in nodes if is_empty(n.meta.get("val"))]  # a saved buffer that a GPU needs not
-    if report.launches and report.aten_calls == len(empty):
+    # a saved buffer that a GPU needs not, a view of the result
+    free = [n for n in nodes if is_empty(n.meta.get("val")) or is_view(n)]
+    if report.launches and report.aten_calls == len(free):
         (output,) = gm.graph.find_nodes(op="output")
         layouts = [layout_of(n and n.meta["val"]) for n in output.args[0]]
         return Variant(run, single, "", layouts)

@@ -50,6 +50,8 @@ def assert_accurate(
     ``usual`` tells eager's error on more data, for few results that eager may be lucky with.
     """
     got, eager, exact = got.detach().cpu(), eager.detach().cpu(), exact.detach().cpu()
+    if eager.is_complex():
+        got, eager, exact = (torch.view_as_real(t.resolve_conj()) for t in (got, eager, exact))
     if not eager.is_floating_point():
         wrong = (got != eager).nonzero().tolist()
         assert not wrong, f"{name}: {len(wrong)} of {eager.numel()} differ, first at {wrong[0]}"

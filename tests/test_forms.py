@@ -12,7 +12,7 @@ import pytest
 import torch
 from accuracy import assert_accurate
 from eagercheck import nothing_left, ours, whys  # noqa: F401
-from helpers import DEVICE, assert_same_metadata
+from helpers import DEVICE, assert_same_metadata, ints
 from opcheck import SEED, calls, make, overload, tensors
 from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
@@ -32,23 +32,31 @@ LARGEST = 5000  # elements of a sample: the interpreter is slow
 #: torch's ops whose samples come to them
 TORCHS = {
     "_chunk_cat",
+    "_native_batch_norm_legit",
     "_unsafe_masked_index",
+    "_upsample_bilinear2d_aa",
     "addmv",
     "addr",
     "alias_copy",
+    "allclose",
     "aminmax",
     "angle",
     "as_strided_copy",
+    "block_diag",
     "bucketize",
     "cat",
+    "cdist",
     "constant_pad_nd",
     "count_nonzero",
     "cumsum",
     "diag",
     "diag_embed",
+    "diagonal",
     "diagonal_copy",
+    "diagonal_scatter",
     "dist",
     "dot",
+    "equal",
     "expand_copy",
     "flip",
     "gather",
@@ -63,17 +71,26 @@ TORCHS = {
     "logsumexp",
     "max_pool2d_with_indices_backward",
     "mv",
+    "mvlgamma",
     "nanmean",
     "nansum",
     "narrow_copy",
+    "native_batch_norm",
     "nn.functional.adaptive_avg_pool1d",
     "nn.functional.adaptive_avg_pool2d",
+    "nn.functional.adaptive_avg_pool3d",
     "nn.functional.adaptive_max_pool2d",
+    "nn.functional.avg_pool2d",
+    "nn.functional.avg_pool3d",
+    "nn.functional.batch_norm",
     "nn.functional.binary_cross_entropy",
+    "nn.functional.binary_cross_entropy_with_logits",
     "nn.functional.channel_shuffle",
     "nn.functional.cross_entropy",
     "nn.functional.embedding",
+    "nn.functional.fold",
     "nn.functional.glu",
+    "nn.functional.grid_sample",
     "nn.functional.huber_loss",
     "nn.functional.interpolate",
     "nn.functional.logsigmoid",
@@ -91,11 +108,13 @@ TORCHS = {
     "nn.functional.upsample_bilinear",
     "norm",
     "permute_copy",
+    "polar",
     "renorm",
     "repeat",
     "roll",
     "rot90",
     "scatter_reduce",
+    "searchsorted",
     "select",
     "select_scatter",
     "slice",
@@ -107,6 +126,7 @@ TORCHS = {
     "trace",
     "tril",
     "triu",
+    "unfold",
     "unfold_copy",
     "vdot",
     "view_copy",
@@ -132,8 +152,71 @@ BY_HAND: dict[str, Any] = {
     "aten.im2col.default": lambda r: (r(2, 3, 8, 8), [3, 3], [1, 1], [1, 1], [2, 2]),
     "aten.slice_scatter.default": lambda r: (r(8, 4), r(3, 4), 0, 1, 7, 2),
     "aten._weight_norm_interface.default": lambda r: (r(4, 5), r(4, 1), 0),
+    "aten.mm.default": lambda r: (r(1, 33), r(17, 33).t()),
+    "aten.bmm.default": lambda r: (r(3, 17, 33), r(3, 33, 1)),
+    "aten.addmm.default": lambda r: (r(17), r(1, 33), r(17, 33).t()),
+    "aten.baddbmm.default": lambda r: (r(3, 1, 17), r(3, 1, 33), r(3, 17, 33).mT),
+    "aten.addbmm.default": lambda r: (r(5, 6), r(3, 5, 1), r(3, 1, 6)),
+    "aten._adaptive_avg_pool2d_backward.default": lambda r: (r(2, 3, 2, 5), r(2, 3, 6, 5)),
+    "aten._adaptive_avg_pool3d_backward.default": lambda r: (r(2, 3, 2, 1, 2), r(2, 3, 4, 3, 4)),
+    "aten._batch_norm_no_update.default": lambda r: (r(4, 3, 5), *norm_of(r, 3), 0.1, 1e-5),
+    "aten._batch_norm_with_update.default": lambda r: (r(4, 3, 5), *norm_of(r, 3), 0.1, 1e-5),
+    "aten._batch_norm_with_update_functional.default": lambda r: (
+        r(4, 3, 5),
+        *norm_of(r, 3),
+        0.1,
+        1e-5,
+    ),
+    "aten._is_all_true.default": lambda r: (r(4, 5) > -9,),
+    "aten._masked_scale.default": lambda r: (r(4, 5), (r(4, 5) > 0).byte(), 1.25),
+    "aten._unsafe_masked_index_put_accumulate.default": lambda r: (
+        r(9),
+        r(5) > 0,
+        [torch.arange(5, device=DEVICE)],
+        r(5),
+    ),
+    "aten._upsample_bicubic2d_aa.default": lambda r: (r(2, 3, 9, 7), [4, 12], False),
+    "aten._upsample_nearest_exact1d.default": lambda r: (r(2, 3, 7), [12], None),
+    "aten._upsample_nearest_exact2d.default": lambda r: (r(2, 3, 7, 9), [12, 4], None, None),
+    "aten._upsample_nearest_exact3d.default": lambda r: (r(2, 3, 4, 5, 3), [6, 2, 9]),
+    "aten._weight_norm_interface_backward.default": lambda r: (
+        *(r(4, 5), r(4, 5), r(4, 1)),
+        r(4, 1).abs() + 1,
+        0,
+    ),
+    "aten.lift_fresh_copy.default": lambda r: (r(4, 5),),
+    "aten.replication_pad1d_backward.default": lambda r: (r(2, 3, 9), r(2, 3, 6), [1, 2]),
+    "aten.replication_pad2d_backward.default": lambda r: (
+        r(2, 3, 9, 1),
+        r(2, 3, 6, 1),
+        [0, 0, 1, 2],
+    ),
+    "aten.replication_pad3d_backward.default": lambda r: (
+        r(2, 3, 4, 9, 8),
+        r(2, 3, 4, 6, 5),
+        [2, 1, 1, 2, 0, 0],
+    ),
+    "aten.scatter.reduce": lambda r: (r(4, 5), 0, ints(2, 5, high=4), r(2, 5)),
+    "aten.scatter.value_reduce": lambda r: (r(4, 5), 1, ints(4, 3, high=5), 2.0),
+    "aten.searchsorted.Scalar": lambda r: (r(9).sort()[0], 0.25),
+    "aten.searchsorted.Tensor": lambda r: (r(3, 9).sort()[0], r(3, 5)),
+    "aten.col2im.default": lambda r: (r(2, 12, 9), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]),
+    "aten._native_batch_norm_legit.no_stats": lambda r: (
+        *(r(4, 3, 5), r(3), r(3)),
+        *(True, 0.1, 1e-5),
+    ),
     "aten.affine_grid_generator.default": lambda r: (r(2, 2, 3), [2, 3, 4, 5], False),
 }
+#: and what they are given by name
+KEYWORDS = {
+    "aten.scatter.reduce": {"reduce": "add"},
+    "aten.scatter.value_reduce": {"reduce": "add"},
+}
+
+
+def norm_of(r: Any, channels: int) -> tuple[Tensor, ...]:
+    """A batch norm's weight, bias, and running mean and variance."""
+    return r(channels), r(channels), r(channels), r(channels).abs()
 
 
 class Captured(TorchDispatchMode):
@@ -180,7 +263,8 @@ def samples(name: str) -> list[Sample]:
     """Calls of a functional overload, in another order for another seed: a test takes the first,
     and further ones until a kernel serves one."""
     if name in BY_HAND:
-        return [(BY_HAND[name](lambda *shape: torch.randn(shape, device=DEVICE)), {})]
+        drawn = lambda *shape: torch.randn(shape, device=DEVICE)  # noqa: E731
+        return [(BY_HAND[name](drawn), KEYWORDS.get(name, {}))]
     if name in OPS:
         dtype = "float32" if "float32" in OPS[name].dtypes else OPS[name].dtypes[0]
         found = [make(call, dtype) for call in calls(name)]
@@ -207,11 +291,13 @@ def in_dtype(sample: Sample, dtype: torch.dtype) -> Sample:
 
 
 def exactly(fn: Any, sample: Sample, results: list[Tensor]) -> list[Tensor]:
-    """In float64, or what there is where ATen does not know of it."""
+    """The results and the operands after the call in float64, or what there is where ATen does not
+    know of it."""
+    wide = in_dtype(sample, torch.float64)
     try:
-        return tensors(fn(*in_dtype(sample, torch.float64)[0], **sample[1]))
+        return tensors((fn(*wide[0], **wide[1]), wide))
     except (RuntimeError, TypeError):
-        return [t.double() for t in results]
+        return [t.double() if t.is_floating_point() else t for t in results]
 
 
 # what declared ones make up ----------------------------------------------------------------------
@@ -227,16 +313,20 @@ def test_composed(name: str, dtype: torch.dtype) -> None:
         if k >= 4 and served:
             break
         sample = in_dtype(sample, dtype)
+        own, wide = copied(sample), copied(sample)
         try:
-            want = tensors(fn(*sample[0], **sample[1]))
+            want = fn(*sample[0], **sample[1])
         except (RuntimeError, TypeError):  # not in this dtype
             continue
         before = ours(one_op.aten_name(fn))
         with gems_compile.use_gems(only=[name]):
-            got = tensors(fn(*sample[0], **sample[1]))
-        assert len(got) == len(want)
+            got = fn(*own[0], **own[1])
+        if isinstance(want, bool):
+            assert got is want
         served += ours(one_op.aten_name(fn)) > before
-        exact = exactly(fn, sample, want)
+        got, want = tensors((got, own)), tensors((want, sample))  # with what was written
+        assert len(got) == len(want)
+        exact = exactly(fn, wide, want)
         # 4 ulps of the largest: eager is lucky with few sums of few terms
         for i, (a, b, c) in enumerate(zip(got, want, exact, strict=True)):
             assert_same_metadata(a, b, f"result {i}")
