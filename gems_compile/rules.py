@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .ordering import ORDERING
 from .resampling import RESAMPLING
 
 aten = torch.ops.aten
@@ -29,7 +30,7 @@ class Whole(Exception):
 
 def rules() -> dict[Any, Callable[..., Any]]:
     """The rule of each overload that has one."""
-    return _RULES | RESAMPLING
+    return _RULES | ORDERING | RESAMPLING
 
 
 def wide(x: Tensor) -> Tensor:

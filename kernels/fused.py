@@ -57,13 +57,14 @@ def register_torch_ops() -> None:
     torch.library.register_fake(
         "gems::batch_norm_apply", lambda x, *_: torch.empty_like(x), lib=library
     )
-    from . import dropout, images, packed, pool, product, rows
+    from . import dropout, images, packed, pool, product, rows, sorting
 
     images.define(library)
     packed.define(library)
     pool.define(library)
     product.define(library)
     rows.define(library)
+    sorting.define(library)
     dropout.define(library)
     _LIBRARY = library
 

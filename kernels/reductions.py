@@ -205,6 +205,8 @@ def best_start(x, LARGEST: tl.constexpr):
             return tl.full(x.shape, float("-inf"), x.dtype)
         return tl.full(x.shape, float("inf"), x.dtype)
     bits: tl.constexpr = x.dtype.primitive_bitwidth
+    if x.dtype.is_int_unsigned():
+        return tl.full(x.shape, 0 if LARGEST else 2**bits - 1, x.dtype)
     if LARGEST:
         return tl.full(x.shape, -(2 ** (bits - 1)), x.dtype)
     return tl.full(x.shape, 2 ** (bits - 1) - 1, x.dtype)

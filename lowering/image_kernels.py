@@ -21,7 +21,7 @@ from ..kernels.target import Target
 from .indexing import Size, ceil_div, is_static, product
 from .ir import BITS, Declined, Value
 from .schedule import power_of_two
-from .source import HEADER, POINTER, WAIT, Lines, Source
+from .source import WAIT, Lines, Source, whole_kernel
 
 #: elements of a tensor from which on 32 bits do not count its places
 NARROW = 2**31
@@ -217,14 +217,9 @@ class _Text(Lines):
     def source(self, name: str, tensors: Any, pixels: Size, grid: Size) -> Source:
         roles = ("in", "in", "out")
         params: list[Any] = list(zip(self.names, roles, tensors, strict=True))
-        signature = {n: POINTER[t.dtype] for n, _, t in params}
         if not is_static(pixels):
             params.append(("pixels", "size", pixels))
-            signature["pixels"] = "i64"
-        meta = {"name": name, "signature": signature, "constants": {}, "num_warps": WARPS}
-        own = "\nfrom gems_compile.kernels import dependents\n" if self.waits else ""
-        head = f"{HEADER}{own}\n\n@triton.jit\ndef {name}({', '.join(signature)}):\n"
-        return Source(name, head + self.text, params, grid, meta)
+        return whole_kernel(name, self, params, grid, WARPS, self.waits)
 
 
 def _both(*masks: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,3 +112,21 @@ class Lines:
         """``computes``, where the text stands below ``head``."""
         above = head.count("\n")
         return {above + place: value for place, value in self.computes.items()}
+
+
+def whole_kernel(
+    name: str,
+    lines: Lines,
+    params: list[Any],
+    grid: Size,
+    warps: int,
+    waits: bool,
+    imports: Sequence[str] = (),
+) -> Source:
+    """A kernel that is written as a whole, of its body; ``imports`` are modules of ``kernels``."""
+    signature = {n: "i64" if role == "size" else POINTER[t.dtype] for n, role, t in params}
+    meta = {"name": name, "signature": signature, "constants": {}, "num_warps": warps}
+    used = ", ".join(sorted({*imports, *(["dependents"] if waits else [])}))
+    own = f"\nfrom gems_compile.kernels import {used}\n" if used else ""
+    head = f"{HEADER}{own}\n\n@triton.jit\ndef {name}({', '.join(signature)}):\n"
+    return Source(name, head + lines.text, params, grid, meta)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..kernels.target import Target
-from . import image_kernels
+from . import image_kernels, sorting
 from .group import Group
 from .indexing import size_of
 from .ir import Declined, Value, dtype_name
@@ -32,6 +32,7 @@ WHOLE = {
     "gems.image_weight_parts.default": Whole(
         image_kernels.of_weight_parts, image_kernels.weight_parts
     ),
+    "gems.numbered_rows.default": Whole(sorting.of_rows, sorting.rows),
 }
 
 

@@ -36,7 +36,19 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("gems_
         interpreter.repair()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("gems")
+    what = "one sample of each of torch's ops, in three dtypes"
+    group.addoption("--quick", action="store_true", help=what)
+    what = "where eager mode is compared with ATen: on the same device (default), or on the CPU"
+    group.addoption("--ref", choices=("device", "cpu"), default="device", help=what)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    # what is collected depends on them, so the modules of tests ask when they are imported
+    if config.getoption("--quick"):
+        os.environ["GEMS_TEST_QUICK"] = "1"
+    os.environ.setdefault("GEMS_TEST_REF", config.getoption("--ref"))
     for text in (
         "ignore:.*does not have a deterministic implementation.*:UserWarning",
         "ignore:.*Deterministic behavior was enabled.*:UserWarning",

@@ -38,6 +38,8 @@ aten = torch.ops.aten
 #: which samples a run takes; another number every day, and ids of tests name it
 SEED = int(os.environ.get("GEMS_TEST_SEED") or datetime.date.today().toordinal())
 FULL = os.environ.get("GEMS_TEST_FULL") == "1"
+QUICK = os.environ.get("GEMS_TEST_QUICK") == "1"  # ``--quick``
+REF = os.environ.get("GEMS_TEST_REF", "device")  # ``--ref``
 #: sample arguments that are the name of a dtype
 DTYPES = ("float16", "bfloat16", "float32", "float64", "int32", "int64", "bool")
 

@@ -24,6 +24,7 @@ from gems_compile import eager, forms, one_op
 from gems_compile.kernels.composed import COMPOSED
 from gems_compile.kernels.op import OPS
 from gems_compile.kernels.target import current_target
+from gems_compile.ordering import ORDERING
 
 Sample = tuple[tuple[Any, ...], dict[str, Any]]
 aten = torch.ops.aten
@@ -65,14 +66,17 @@ TORCHS = {
     "index_fill",
     "index_reduce",
     "isin",
+    "kthvalue",
     "linalg.cross",
     "linalg.vecdot",
     "linalg.vector_norm",
     "logsumexp",
     "max_pool2d_with_indices_backward",
+    "median",
     "mv",
     "mvlgamma",
     "nanmean",
+    "nanmedian",
     "nansum",
     "narrow_copy",
     "native_batch_norm",
@@ -118,10 +122,12 @@ TORCHS = {
     "select",
     "select_scatter",
     "slice",
+    "sort",
     "squeeze_copy",
     "stack",
     "t_copy",
     "take",
+    "topk",
     "torch.ops.aten._safe_softmax.default",
     "trace",
     "tril",
@@ -309,6 +315,8 @@ def test_composed(name: str, dtype: torch.dtype) -> None:
     if why := eager.why_not_replaced(name, current_target()):
         pytest.skip(why)
     fn, served = overload(name), 0
+    if fn in ORDERING and dtype == torch.bfloat16:
+        pytest.skip("elements that are equal stand in any order: see test_sorting.py")
     for k, sample in enumerate(samples(name)):
         if k >= 4 and served:
             break
