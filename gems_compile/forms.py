@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels.draws import DRAWS
+from .kernels.factories import OPTIONS
+
 IN_PLACE, OUT = "in-place", "out="
 #: forms of which the compiler takes no call
 UNSERVED = {
@@ -47,14 +50,17 @@ class Form:
 
 
 def forms_of(functional: torch._ops.OpOverload) -> Iterator[Form]:
-    """The overloads that torch has of this op, with the same arguments, that write the result."""
+    """The overloads that torch has of this op, with the same arguments, that write the result.
+    Those of a factory take no options."""
     schema = functional._schema
-    if schema.is_mutable or torch.Tag.nondeterministic_seeded in functional.tags:
+    if schema.is_mutable:
+        return
+    if torch.Tag.nondeterministic_seeded in functional.tags and str(functional) not in DRAWS:
         return
     if not schema.returns or any(str(r.type) != "Tensor" for r in schema.returns):
         return
-    base = functional.overloadpacket.__name__
-    wanted = [_signature(a) for a in schema.arguments]
+    base = functional.overloadpacket.__name__.removesuffix("_functional")
+    wanted = [_signature(a) for a in schema.arguments if a.name not in OPTIONS]
     if len(schema.returns) == 1 and wanted and wanted[0][1] == "Tensor":
         for overload in _overloads(f"{base}_"):
             if [_signature(a) for a in overload._schema.arguments] == wanted:
@@ -104,10 +110,17 @@ def why_not_written(written: Tensor, result: Tensor, same_dtype: bool) -> str | 
 def functional_call(
     form: Form, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[Sequence[Any], dict[str, Any]]:
-    """The arguments of ``functional`` that are those of a call of the form."""
+    """The arguments of ``functional`` that are those of a call of the form. A factory makes what
+    the place is."""
     if form.kind == IN_PLACE:
         return args, kwargs
-    return args, {name: value for name, value in kwargs.items() if name not in form.written}
+    given = {name: value for name, value in kwargs.items() if name not in form.written}
+    place = kwargs[form.written[0]]
+    chosen = {"dtype": place.dtype, "device": place.device}
+    names = {a.name for a in form.functional._schema.arguments} - {
+        a.name for a in form.overload._schema.arguments
+    }
+    return args, given | {name: chosen[name] for name in chosen if name in names}
 
 
 def add_writes(

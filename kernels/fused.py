@@ -57,7 +57,7 @@ def register_torch_ops() -> None:
     torch.library.register_fake(
         "gems::batch_norm_apply", lambda x, *_: torch.empty_like(x), lib=library
     )
-    from . import dropout, images, packed, pool, product, rows
+    from . import draws, dropout, images, packed, pool, product, rows
 
     images.define(library)
     packed.define(library)
@@ -65,6 +65,7 @@ def register_torch_ops() -> None:
     product.define(library)
     rows.define(library)
     dropout.define(library)
+    draws.define(library)
     _LIBRARY = library
 
 
