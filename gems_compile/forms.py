@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .kernels.draws import DRAWS
-from .kernels.factories import OPTIONS
+from .kernels.factories import FACTORIES, OPTIONS
 
 IN_PLACE, OUT = "in-place", "out="
 #: forms of which the compiler takes no call
@@ -60,7 +60,8 @@ def forms_of(functional: torch._ops.OpOverload) -> Iterator[Form]:
     if not schema.returns or any(str(r.type) != "Tensor" for r in schema.returns):
         return
     base = functional.overloadpacket.__name__.removesuffix("_functional")
-    wanted = [_signature(a) for a in schema.arguments if a.name not in OPTIONS]
+    options = OPTIONS if str(functional) in {*FACTORIES, *DRAWS} else ()
+    wanted = [_signature(a) for a in schema.arguments if a.name not in options]
     if len(schema.returns) == 1 and wanted and wanted[0][1] == "Tensor":
         for overload in _overloads(f"{base}_"):
             if [_signature(a) for a in overload._schema.arguments] == wanted:
@@ -112,15 +113,16 @@ def functional_call(
 ) -> tuple[Sequence[Any], dict[str, Any]]:
     """The arguments of ``functional`` that are those of a call of the form. A factory makes what
     the place is."""
-    if form.kind == IN_PLACE:
-        return args, kwargs
     given = {name: value for name, value in kwargs.items() if name not in form.written}
-    place = kwargs[form.written[0]]
-    chosen = {"dtype": place.dtype, "device": place.device}
-    names = {a.name for a in form.functional._schema.arguments} - {
-        a.name for a in form.overload._schema.arguments
-    }
-    return args, given | {name: chosen[name] for name in chosen if name in names}
+    own = {a.name: a for a in form.overload._schema.arguments}
+    place = kwargs[form.written[0]] if form.kind == OUT else args[0]
+    for argument in form.functional._schema.arguments[len(args) :]:
+        name = argument.name
+        if name not in own and name in ("dtype", "device"):
+            given[name] = getattr(place, name)
+        elif name not in given and not argument.has_default_value() and name in own:
+            given[name] = own[name].default_value  # ``bernoulli_()`` has one for p
+    return args, given
 
 
 def add_writes(

@@ -11,9 +11,7 @@ from torch import Tensor
 from .kernels.target import Target
 
 
-def why_native(
-    tensors: Sequence[Tensor], target: Target, options: dict[str, Any]
-) -> str | None:
+def why_native(tensors: Sequence[Tensor], target: Target, options: dict[str, Any]) -> str | None:
     """Why a call with these operands is ATen's, whatever the op is. ``options``: of a factory."""
     if options.get("pin_memory") or options.get("layout") not in (None, torch.strided):
         return "its result is pinned, or of a layout that is not strided"

@@ -111,7 +111,10 @@ class Bits:
 
 
 def _bits_of(x: Any) -> Bits:
-    return Bits(x.shape, x.stride(), x.device)
+    """For the elements of x, in its order of dims, without its gaps."""
+    import torch
+
+    return Bits(x.shape, torch.empty_like(x).stride(), x.device)
 
 
 def _name(dtype: Any) -> str:
