@@ -66,8 +66,10 @@ def eye(n: int, m: int | None = None, *, dtype: Any = None, **options: Any) -> A
     import torch
 
     dtype = torch.get_default_dtype() if dtype is None else dtype
-    where = {"dtype": torch.int64, "device": options.get("device")}
-    rows, columns = torch.arange(n, **where), torch.arange(n if m is None else m, **where)
+    rows, columns = (
+        torch.arange(count, dtype=torch.int64, device=options.get("device"))
+        for count in (n, n if m is None else m)
+    )
     return (rows.unsqueeze(-1) == columns).to(dtype)
 
 
