@@ -34,6 +34,10 @@ UNSERVED = {
     "aten.index_fill.int_Tensor_out",
     "aten.scatter_reduce_.two",
     "aten.scatter_reduce.two_out",
+    # ATen takes them apart into the functional op, which is served, and a copy
+    "aten.rand.generator_out",
+    "aten.randn.out",
+    "aten.randn.generator_out",
     # its saved statistics are empty
     "aten._native_batch_norm_legit_no_training.out",
 }
