@@ -24,8 +24,11 @@ from .errors import UnknownOp, nearest
 from .forms import Form, forms_of
 from .kernels import load_ops
 from .kernels.composed import COMPOSED, UPDATING
+from .kernels.draws import DRAWS
+from .kernels.factories import FACTORIES
 from .kernels.op import OPS, Op
 from .kernels.target import Target, current_target
+from .lowering.overload import find_overload
 from .one_op import Handler, aten_name
 from .worth import LEAST
 
@@ -156,15 +159,14 @@ def _declared() -> dict[str, torch._ops.OpOverload]:
     by its name as torch prints it."""
     load_ops()
     found = {}
-    for name in (*OPS, *COMPOSED):
-        namespace, base, overload = name.split(".")
-        if namespace != "aten":  # nobody calls ours or prims' in eager mode
+    for name in dict.fromkeys((*OPS, *COMPOSED, *FACTORIES, *DRAWS)):
+        if not name.startswith("aten."):  # nobody calls ours or prims' in eager mode
             continue
-        packet = getattr(torch.ops.aten, base, None)
-        if packet is None or overload not in packet.overloads():
+        overload = find_overload(name)
+        if overload is None:
             log.info("%s is skipped: torch %s has no such overload", name, torch.__version__)
             continue
-        found[name] = getattr(packet, overload)
+        found[name] = overload
     return found
 
 

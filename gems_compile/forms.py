@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels.draws import DRAWS
+from .kernels.factories import FACTORIES, OPTIONS
+
 IN_PLACE, OUT = "in-place", "out="
 #: forms of which the compiler takes no call
 UNSERVED = {
@@ -35,6 +38,10 @@ UNSERVED = {
     "aten.unfold_backward.out",
     # a place for complex numbers
     "aten.polar.out",
+    # ATen takes them apart into the functional op, which is served, and a copy
+    "aten.rand.generator_out",
+    "aten.randn.out",
+    "aten.randn.generator_out",
     # its saved statistics are empty
     "aten._native_batch_norm_legit_no_training.out",
 }
@@ -51,14 +58,18 @@ class Form:
 
 
 def forms_of(functional: torch._ops.OpOverload) -> Iterator[Form]:
-    """The overloads that torch has of this op, with the same arguments, that write the result."""
+    """The overloads that torch has of this op, with the same arguments, that write the result.
+    Those of a factory take no options."""
     schema = functional._schema
-    if schema.is_mutable or torch.Tag.nondeterministic_seeded in functional.tags:
+    if schema.is_mutable:
+        return
+    if torch.Tag.nondeterministic_seeded in functional.tags and str(functional) not in DRAWS:
         return
     if not schema.returns or any(str(r.type) != "Tensor" for r in schema.returns):
         return
-    base = functional.overloadpacket.__name__
-    wanted = [_signature(a) for a in schema.arguments]
+    base = functional.overloadpacket.__name__.removesuffix("_functional")
+    options = OPTIONS if str(functional) in {*FACTORIES, *DRAWS} else ()
+    wanted = [_signature(a) for a in schema.arguments if a.name not in options]
     if len(schema.returns) == 1 and wanted and wanted[0][1] == "Tensor":
         for overload in _overloads(f"{base}_"):
             if [_signature(a) for a in overload._schema.arguments] == wanted:
@@ -108,10 +119,18 @@ def why_not_written(written: Tensor, result: Tensor, same_dtype: bool) -> str | 
 def functional_call(
     form: Form, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[Sequence[Any], dict[str, Any]]:
-    """The arguments of ``functional`` that are those of a call of the form."""
-    if form.kind == IN_PLACE:
-        return args, kwargs
-    return args, {name: value for name, value in kwargs.items() if name not in form.written}
+    """The arguments of ``functional`` that are those of a call of the form. A factory makes what
+    the place is."""
+    given = {name: value for name, value in kwargs.items() if name not in form.written}
+    own = {a.name: a for a in form.overload._schema.arguments}
+    place = kwargs[form.written[0]] if form.kind == OUT else args[0]
+    for argument in form.functional._schema.arguments[len(args) :]:
+        name = argument.name
+        if name not in own and name in ("dtype", "device"):
+            given[name] = getattr(place, name)
+        elif name not in given and not argument.has_default_value() and name in own:
+            given[name] = own[name].default_value  # ``bernoulli_()`` has one for p
+    return args, given
 
 
 def add_writes(

@@ -22,9 +22,12 @@ from .composed import composed_graph, told
 from .config import Config
 from .forms import Form, add_writes, functional_call, places, share_memory
 from .kernels.composed import UPDATING
+from .kernels.dropout import drawing_from, source
 from .kernels.op import OPS
 from .kernels.target import Target
+from .lowering.overload import name_of
 from .lowering.private import forget_dispatch
+from .operands import why_native
 from .rules import ON_HOST
 from .worth import least_elements, why_not_worth
 
@@ -35,6 +38,7 @@ MAX_COMPILED = 256
 #: Descriptions remembered for one overload; most of them say "ATen".
 MAX_VARIANTS = 4096
 
+SEED = "gems.seed.default"
 NUMBERS = (bool, int, float, complex)
 PLAIN = (Tensor, Parameter)
 
@@ -85,6 +89,7 @@ class Handler:
         self._lock = threading.Lock()
         self._compiled = 0
         self._random = torch.Tag.nondeterministic_seeded in overload.tags
+        self._makes = any(a.name == "device" for a in _arguments(overload))  # what no operand tells
         self._lazy = _takes_lazily_negated(overload)
         self._full = Variant(None, False, f"more than {MAX_COMPILED} variants were compiled")
         # A thread may have looked our kernel up and wait for the GIL while another one unregisters
@@ -120,10 +125,17 @@ class Handler:
     def __call__(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
         if _here.off:
             return self._aten(keyset, args, kwargs)
+        if self._random and (generator := kwargs.get("generator")) is not None:
+            if generator.device.type != self.target.device:  # ATen has the error for it
+                return self._aten(keyset, args, kwargs)
+            with drawing_from(generator):  # kernels are the same whichever it is
+                return self(keyset, *args, **{**kwargs, "generator": None})
         if self.least and args[0].numel() < self.least:  # looking closer would cost more than it
             self.small += 1
             return self._aten(keyset, args, kwargs)
         parts: list[Any] = [self.least, *kwargs]
+        if self._makes:
+            parts += (torch.get_default_dtype(), self._current_device())
         tensors: list[Tensor] = []
         if not _describe(args, parts, tensors) or not _describe(kwargs.values(), parts, tensors):
             return self._aten(keyset, args, kwargs)
@@ -154,9 +166,15 @@ class Handler:
             _here.off = False
         return self._aten(keyset, args, kwargs)
 
+    def _current_device(self) -> int:
+        """What ``device="cuda"`` means now."""
+        return torch.cuda.current_device() if self.target.device == "cuda" else -1
+
     def _aten(self, keyset: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """ATen's kernel. The dispatcher gave us ``x + 2``'s wrapped number as a Python number."""
         native = self._native
+        if self._random and source.generator is not None and "generator" in kwargs:
+            kwargs = {**kwargs, "generator": source.generator}
         if not self._has_number(args, kwargs):
             return native.call_boxed(keyset, *args, **kwargs)
         return _with_numbers_as_tensors(lambda: native.call_boxed(keyset, *args, **kwargs))
@@ -185,7 +203,9 @@ class Handler:
                 return self.variants[key]
             if len(self.variants) >= MAX_VARIANTS:
                 return self._full
-            why = why_native(tensors, self.target)
+            why = why_native(tensors, self.target, kwargs if self._makes else {})
+            if not tensors and self._tensor_places:
+                why = "its operands are numbers"
             if why is None and self.least is not None:
                 why = why_not_worth(self.name, args)
             if why is None and self._compiled >= MAX_COMPILED:
@@ -297,35 +317,6 @@ def _describe(values: Iterable[Any], parts: list[Any], tensors: list[Tensor]) ->
     return True
 
 
-def why_native(tensors: Sequence[Tensor], target: Target) -> str | None:
-    """Why a call with these operands is ATen's, whatever the op is."""
-    devices = {t.device for t in tensors}
-    if len(devices) != 1 or next(iter(devices)).type != target.device:
-        return f"operands on {', '.join(sorted(map(str, devices)))}"
-    if tensors[0].numel() == 0:
-        return "its first operand is empty"
-    for t in tensors:
-        if t.is_complex():
-            return "complex numbers"
-        if t.data_ptr() & 15:
-            return "an operand is not aligned to 16 bytes, and a copy costs more than the kernel"
-        if _overlaps(t):
-            return "an operand overlaps itself"
-    return None
-
-
-def _overlaps(t: Tensor) -> bool:
-    """Whether two elements share memory otherwise than by ``expand``."""
-    reach = 0
-    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
-        if size == 1 or stride == 0:
-            continue
-        if stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False
-
-
 # compiling one -----------------------------------------------------------------------------------
 
 
@@ -369,8 +360,10 @@ def _compiled(
     options = replace(lowering_options(config, target), alone=True, threads=0)
     run, report = compile_graph(gm, inputs, options, f"eager_{aten_name(overload)}")
     nodes = report.plan.aten if report.plan is not None else ()
-    # a saved buffer that a GPU needs not, a view of the result
-    free = [n for n in nodes if is_empty(n.meta.get("val")) or is_view(n)]
+    # a saved buffer that a GPU needs not, a view of the result, a seed that the host does not draw
+    free = [
+        n for n in nodes if is_empty(n.meta.get("val")) or is_view(n) or name_of(n.target) == SEED
+    ]
     if report.launches and report.aten_calls == len(free):
         (output,) = gm.graph.find_nodes(op="output")
         layouts = [layout_of(n and n.meta["val"]) for n in output.args[0]]

@@ -19,6 +19,7 @@ OP_FILES = (
     "indexing",
     "scatter",
     "dropout",
+    "draws",
     "pool",
     "product",
 )

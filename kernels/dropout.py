@@ -7,6 +7,10 @@ Compile workers import this file without torch: torch is imported inside the fun
 
 from __future__ import annotations
 
+import contextlib
+import math
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from .op import T, call, composite
@@ -47,11 +51,33 @@ def define(library: Any) -> None:
     )
 
 
+class _Source(threading.local):
+    generator: Any = None
+
+
+#: the generator that this thread draws seeds from now, if not the device's default one
+source = _Source()
+
+
+@contextlib.contextmanager
+def drawing_from(generator: Any) -> Iterator[None]:
+    """Seeds of this thread come from a generator of the program's own."""
+    before, source.generator = source.generator, generator
+    try:
+        yield
+    finally:
+        source.generator = before
+
+
 def draw_seed(device: Any) -> Any:
-    """One 64-bit seed from the device's default generator."""
+    """One 64-bit seed from the device's default generator, or from ``source``'s.
+
+    What ``torch.randint`` draws; not through that, which eager mode may serve with a seed.
+    """
     import torch
 
-    return torch.randint(-(2**63), IN_MEMORY, (), dtype=torch.int64, device=device)
+    memory = torch.empty((), dtype=torch.int64, device=device)
+    return memory.random_(-(2**63), IN_MEMORY, generator=source.generator)
 
 
 #: by how much ``draw_seed`` moves a CUDA generator's offset
@@ -68,14 +94,16 @@ def number_drawn(seed: int, offset: int) -> int:
 
 
 def _mask(seed: Any, size: Any, p: float, salt: int) -> Any:
+    return drawn_words(seed + salt, size) >= threshold(p)
+
+
+def drawn_words(key: Any, size: Any) -> Any:
+    """The word of each place of a contiguous tensor, as int64."""
     import torch
 
-    count = 1
-    for n in size:
-        count *= n
-    counter = torch.arange(-(-count // 4), device=seed.device)
-    words = torch.stack(_philox(seed + salt, counter), -1).reshape(-1)[:count]
-    return (words >= threshold(p)).reshape(size)
+    count = math.prod(size)
+    counter = torch.arange(-(-count // 4), device=key.device)
+    return torch.stack(_philox(key, counter), -1).reshape(-1)[:count].reshape(size)
 
 
 def threshold(p: float) -> int:

@@ -57,7 +57,7 @@ def register_torch_ops() -> None:
     torch.library.register_fake(
         "gems::batch_norm_apply", lambda x, *_: torch.empty_like(x), lib=library
     )
-    from . import dropout, images, packed, pool, product, rows, sorting
+    from . import draws, dropout, images, packed, pool, product, rows, sorting
 
     images.define(library)
     packed.define(library)
@@ -66,6 +66,7 @@ def register_torch_ops() -> None:
     rows.define(library)
     sorting.define(library)
     dropout.define(library)
+    draws.define(library)
     _LIBRARY = library
 
 

@@ -27,19 +27,31 @@ def drawn(memory, number, first):
 
 @triton.jit
 def kept(seed, salt, place, threshold, fours, nvidia):
-    """Whether the word of each place is at least the threshold.
+    """Whether the word of each place is at least the threshold: see ``_words``."""
+    words = _words(seed, salt, place, fours, nvidia)
+    return words >= tl.full([], threshold, tl.uint32)
+
+
+@triton.jit
+def bits(seed, salt, place, count: tl.constexpr, fours, nvidia):
+    """The upper ``count`` bits, fewer than 32, of the word of each place: see ``_words``."""
+    return (_words(seed, salt, place, fours, nvidia) >> (32 - count)).to(tl.int32)
+
+
+@triton.jit
+def _words(seed, salt, place, fours, nvidia):
+    """The word of each place.
 
     ``fours``: the axis along which places come in runs of four from a multiple of four, so that a
     counter's words all are of use; None where there is no such axis. ``nvidia``: the kernel is one
     for NVIDIA's GPUs.
     """
     if fours is None:
-        words = _word_of_each(seed + salt, place, nvidia)
+        return _word_of_each(seed + salt, place, nvidia)
     elif len(place.shape) == 2 and fours == 0:
-        words = tl.trans(_words_of_fours(seed + salt, tl.trans(place), nvidia))
+        return tl.trans(_words_of_fours(seed + salt, tl.trans(place), nvidia))
     else:
-        words = _words_of_fours(seed + salt, place, nvidia)
-    return words >= tl.full([], threshold, tl.uint32)
+        return _words_of_fours(seed + salt, place, nvidia)
 
 
 @triton.jit

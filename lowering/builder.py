@@ -62,7 +62,11 @@ class Builder:
 
     def kept(self, shape: Sequence[Size], seed: Value, salt: int, threshold: int) -> Value:
         """Whether a random 32-bit word, a function of seed, salt and place, is at least that."""
-        return Value("random", None, (seed, salt, threshold), shape, "bool")
+        return Value("random", "kept", (seed, salt, threshold), shape, "bool")
+
+    def random_bits(self, shape: Sequence[Size], seed: Value, salt: int, bits: int) -> Value:
+        """The upper bits, fewer than 32, of such a word."""
+        return Value("random", "bits", (seed, salt, bits), shape, "int32")
 
     # reductions ----------------------------------------------------------------------------
 

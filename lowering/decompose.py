@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..kernels import load_ops
+from ..kernels.draws import DRAWS
 from ..kernels.dropout import native_dropout
+from ..kernels.factories import RULES as FACTORY_RULES
 from ..kernels.fused import register_torch_ops
 from ..kernels.op import OPS
 from ..kernels.softmax import decompose_log_softmax
+from .overload import find_overload
 
 #: modules of the rules in torch's tables as torch fills them
 OWNER = "torch."
@@ -165,8 +168,8 @@ def _table(own_rng: bool) -> dict[Any, Callable[..., Any]]:
 
 @functools.cache
 def whole_table() -> dict[Any, Callable[..., Any]]:
-    """Every rule of torch's but those of ops that the core reads: for an op that eager mode takes
-    apart, with no neighbour that would rather have it whole."""
+    """Every rule of torch's but those of ops that the core reads, and our own: for an op that eager
+    mode takes apart, with no neighbour that would rather have it whole."""
     from torch._decomp import decomposition_table
     from torch._inductor.decomposition import select_decomp_table
     from torch._ops import OpOverload
@@ -178,7 +181,10 @@ def whole_table() -> dict[Any, Callable[..., Any]]:
     written = {name.replace("_.", ".", 1) for name in SCATTERS}
     read = {*OPS, *VIEWS, *SCATTERS, *written}
     rules = {**decomposition_table, **select_decomp_table()}
-    return {op: r for op, r in rules.items() if isinstance(op, OpOverload) and str(op) not in read}
+    found = {op: r for op, r in rules.items() if isinstance(op, OpOverload) and str(op) not in read}
+    named = {**DRAWS, **FACTORY_RULES}
+    own = ((find_overload(name), rule) for name, rule in named.items())
+    return found | {op: rule for op, rule in own if op is not None}
 
 
 def added_rules() -> list[str]:

@@ -62,7 +62,8 @@ class Value:
     gather     -                     (base, index, ...): see Builder.gather
     store      -                     (values, index, ...): see Builder.store
     iota, full -                     literals
-    random     -                     (seed, salt, threshold): see Builder.kept
+    random     kept                  (seed, salt, threshold): see Builder.kept
+    random     bits                  (seed, salt, bits): see Builder.random_bits
     whole      its overload          Values in memory, what it must know in ``params``: see whole
     """
 

@@ -63,5 +63,5 @@ def emit_random(
     salt = f"salt{sum(n.startswith('salt') for n, _, _ in emitter.body.params)}"
     emitter.body.params.append((salt, "size", v.args[1]))  # an argument: equal layers, one kernel
     emitter.body.modules.add("random")
-    text = f"random.kept({seed}, {salt}, {{i0}}, {v.args[2]}, {{fours}}, {{nvidia}})"
+    text = f"random.{v.op}({seed}, {salt}, {{i0}}, {v.args[2]}, {{fours}}, {{nvidia}})"
     return emitter.line(section, text, [emitter._known(linear)], computes=v)

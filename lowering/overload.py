@@ -59,3 +59,13 @@ def name_of(target: Any) -> str:
     """As torch prints it; "" of what is no overload."""
     facts = facts_of(target)
     return facts.name if facts is not None else ""
+
+
+def find_overload(name: str) -> torch._ops.OpOverload | None:
+    """The overload that torch prints so; None where this torch has none."""
+    namespace, base, overload = name.split(".")
+    packet = getattr(getattr(torch.ops, namespace), base, None)
+    if packet is None or overload not in packet.overloads():
+        return None
+    found: torch._ops.OpOverload = getattr(packet, overload)
+    return found

@@ -214,9 +214,10 @@ class Compilation:
     def _attempt(self) -> tuple[Group, Exception] | None:
         """Plan, write and start to compile; what failed, and why."""
         gm, options, clock, report = self.gm, self.options, self.clock, self.report
-        program = Translator(self.device, self.deny, options.target.multiprocessors).run(gm.graph)
+        many = options.target.multiprocessors
+        program = Translator(self.device, self.deny, many, options.alone).run(gm.graph)
         clock.lap(report, "translate")
-        fuser = Fuser(program, gm.graph, options.target.multiprocessors)
+        fuser = Fuser(program, gm.graph, many)
         groups = fuser.run()
         store_copies(gm.graph, program, fuser)
         likely = may_share(groups) | may_stand_beside(groups)
@@ -240,7 +241,6 @@ class Compilation:
                 # it compiles while others are written
                 self._start(group, sources[group])
         candidates = [group for group in groups if group in likely]
-        many = options.target.multiprocessors
         parts = find_parts(candidates, sources, self.apart, many)
         others = [group for group in candidates if group not in parts]
         parts |= find_beside(others, sources, self.apart, fuser.inlined, many)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from ..kernels.dropout import DRAWN_AT_ONCE, IN_MEMORY, draw_seed, number_drawn
+from ..kernels.dropout import DRAWN_AT_ONCE, IN_MEMORY, draw_seed, number_drawn, source
 from . import native, private
 from .flow import flatten
 from .graph import value_of
@@ -121,7 +121,8 @@ def drawer(device: torch.device) -> Callable[[], tuple[torch.Tensor, int]]:
             return draw_seed(device), IN_MEMORY
         # The same state as another object: to set the default one's offset would also tell cuDNN
         # to make the state of its own dropout anew.
-        generator = torch.cuda.default_generators[index].graphsafe_get_state()
+        default = torch.cuda.default_generators[index]
+        generator = source.generator or default.graphsafe_get_state()
         with _lock:
             offset = generator.get_offset()
             generator.set_offset(offset + DRAWN_AT_ONCE)

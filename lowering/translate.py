@@ -63,10 +63,17 @@ def schema_args(node: Node) -> list[Any]:
 
 
 class Translator:
-    """Walks a graph once. ``device`` is where kernels run; ``deny`` nodes stay ATen calls."""
+    """Walks a graph once. ``device`` is where kernels run; ``deny`` nodes stay ATen calls;
+    ``alone``: a constant that is returned is a kernel's, too."""
 
-    def __init__(self, device: torch.device, deny: dict[Node, str], multiprocessors: int) -> None:
-        self.device, self.deny = device, deny
+    def __init__(
+        self,
+        device: torch.device,
+        deny: dict[Node, str],
+        multiprocessors: int,
+        alone: bool = False,
+    ) -> None:
+        self.device, self.deny, self.alone = device, deny, alone
         self.program = Program()
         self.builder = _Recorder(self.program.values, multiprocessors)
         self.repeats = Repeats()
@@ -280,6 +287,8 @@ class Translator:
     def _bind_view(self, result: Any, node: Node, val: Any) -> Any:
         if isinstance(result, (tuple, list)):
             return tuple(map(self._as_view, result))
+        if self.alone and result.kind == "full" and any(map(_keeps, node.users)):
+            return self._bind(result, node, val)
         if (result.kind == "full" and result.node is None) or (
             result.kind == "view" and result.node is None
         ):
@@ -299,6 +308,11 @@ class Translator:
     def _add(self, value: Value) -> Value:
         self.program.values.append(value)
         return value
+
+
+def _keeps(user: Node) -> bool:
+    """Whether what it takes is in memory from then on."""
+    return user.op == "output" or user.target is torch.ops.aten.copy_.default
 
 
 def _long_axes(v: Value) -> list[Size]:
@@ -381,6 +395,7 @@ for _name in (
     "full",
     "iota",
     "kept",
+    "random_bits",
     "_reduce",
     "_partial",
     "_scan",

@@ -18,6 +18,8 @@ import gems_compile
 from gems_compile import eager, one_op
 from gems_compile.errors import UnknownOp
 from gems_compile.kernels.composed import COMPOSED
+from gems_compile.kernels.draws import DRAWS
+from gems_compile.kernels.factories import FACTORIES
 from gems_compile.kernels.op import OPS
 from gems_compile.kernels.target import current_target
 
@@ -202,7 +204,8 @@ def test_rms_norm_keeps_its_gradient() -> None:
 
 def test_every_declared_overload_exists_in_this_torch() -> None:
     """At run time an unknown one is skipped; here it would be a typo of ours."""
-    missing = {n for n in (*OPS, *COMPOSED) if n.startswith("aten.")} - set(eager._overloads())
+    declared = (*OPS, *COMPOSED, *FACTORIES, *DRAWS)
+    missing = {n for n in declared if n.startswith("aten.")} - set(eager._overloads())
     assert not missing
     assert len(set(COMPOSED)) == len(COMPOSED) and not set(COMPOSED) & set(OPS)
 

@@ -27,6 +27,7 @@ from opcheck import FULL, SEED, calls, make, one_node, overload, trace
 from torch import Tensor
 
 from gems_compile.backend import Gems
+from gems_compile.kernels.draws import DRAWS
 from gems_compile.kernels.op import OPS
 from gems_compile.kernels.target import INTERPRETER
 from gems_compile.lowering.load import Pool
@@ -94,6 +95,13 @@ def batch_norm(x: Tensor, w: Tensor, b: Tensor, m: Tensor, v: Tensor) -> Any:
 def dropout(x: Tensor) -> Any:
     y, kept = torch.ops.aten.native_dropout.default(x, 0.1, True)
     return y + x, kept
+
+
+def numbers(x: Tensor) -> list[Tensor]:
+    """What eager mode draws in the dtype of x, and whole numbers."""
+    names = ("uniform", "normal_functional", "exponential", "cauchy", "log_normal")
+    floats = [DRAWS[f"aten.{name}.default"](x) for name in names]
+    return [*floats, DRAWS["aten.bernoulli.p"](x, 0.3), DRAWS["aten.randint.low"](-3, 9, x.shape)]
 
 
 def embed(tokens: Tensor, table: Tensor, places: Tensor, w: Tensor) -> Tensor:
@@ -171,6 +179,8 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Tensor, ...]]]]
         lambda: (rand(40, 2048), rand(40, 2056)),
     ),
     "dropout": (dropout, lambda: (rand(64, 512),)),
+    "numbers": (numbers, lambda: (rand(64, 512),)),
+    "wide numbers": (numbers, lambda: (rand(37, dtype=torch.float64),)),
     "transpose": (
         lambda x, y: (x.transpose(0, 1) * 2 + y).contiguous(),
         lambda: (rand(512, 256), rand(256, 512)),
