@@ -111,7 +111,7 @@ class Handler:
 
     def be_picky(self, picky: bool) -> None:
         """Serve only calls that measured faster than ATen's."""
-        self.least = least_elements(self.name) if picky else None
+        self.least = least_elements(self.name, self.target) if picky else None
 
     # a call --------------------------------------------------------------------------------------
 
@@ -185,7 +185,7 @@ class Handler:
                 return self._full
             why = why_native(tensors, self.target)
             if why is None and self.least is not None:
-                why = why_not_worth(self.name, args)
+                why = why_not_worth(self.name, args, self.target)
             if why is None and self._compiled >= MAX_COMPILED:
                 return self._full
             variant = Variant(None, False, why) if why else self._compile(args, kwargs)

@@ -113,7 +113,7 @@ def test_the_metadata(wheel: Path, tmp_path: Path) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     assert "Apache-2.0" in (metadata["License"], metadata["License-Expression"])
     assert metadata.get_all("License-File") == ["LICENSE"]
-    assert {"interpreter", "test", "bench", "dev"} == set(metadata.get_all("Provides-Extra"))
+    assert {"interpreter", "test", "config", "bench", "dev"} == set(metadata.get_all("Provides-Extra"))
     needed = {line for line in found.requires or () if "extra" not in line}
     assert needed == {"torch>=2.11", "triton>=3.6"}
     points = {(point.group, point.name): point.value for point in found.entry_points}
