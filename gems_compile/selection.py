@@ -9,6 +9,8 @@ A TOML file holds the keyword arguments of the call; so does a YAML file, if PyY
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -109,33 +111,34 @@ def _why_wrong(key: str, value: Any) -> str | None:
 
 
 def _toml(path: Path) -> Any:
+    reader = _installed("tomllib", "tomli")  # Python 3.10 has no tomllib
+    if reader is None:
+        raise OptionError(
+            f"{path}: Python 3.10 reads TOML with tomli, which is not installed: "
+            "pip install 'gems-compile[config]'"
+        )
     try:
-        import tomllib
-    except ImportError:  # Python 3.10
-        try:
-            import tomli as tomllib
-        except ImportError:
-            raise OptionError(
-                f"{path}: Python 3.10 reads TOML with tomli, which is not installed: "
-                "pip install 'gems-compile[config]'"
-            ) from None
-    with path.open("rb") as file:
-        try:
-            return tomllib.load(file)
-        except tomllib.TOMLDecodeError as error:
-            raise OptionError(f"{path} is no TOML: {error}") from None
+        return reader.loads(path.read_text(encoding="utf-8"))
+    except reader.TOMLDecodeError as error:
+        raise OptionError(f"{path} is no TOML: {error}") from None
 
 
 def _yaml(path: Path) -> Any:
-    try:
-        import yaml
-    except ImportError:
+    reader = _installed("yaml")
+    if reader is None:
         raise OptionError(
             f"{path}: YAML is read with PyYAML, which is not installed: "
             "pip install 'gems-compile[config]', or write it as TOML"
-        ) from None
-    with path.open("rb") as file:
-        try:
-            return yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            raise OptionError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        )
+    try:
+        return reader.safe_load(path.read_text(encoding="utf-8"))
+    except reader.YAMLError as error:
+        raise OptionError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+
+
+def _installed(*modules: str) -> Any:
+    """The first of these modules that there is, or None."""
+    for module in modules:
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(module)
+    return None
