@@ -48,10 +48,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Table:
-    """``target``'s measurements, by overload as ATen spells it; ``measured`` says on what."""
+    """``target``'s measurements, by overload as ATen spells it; ``measured`` on what, and how."""
 
     target: str
     measured: str
+    how: str
     ops: Mapping[str, Measured]
 
 
@@ -66,7 +67,7 @@ def table_of(label: str) -> Table:
     path = path_of(label)
     data = json.loads((path if path.exists() else path_of(STANDARD)).read_text())
     ops = {name: Measured(**row) for name, row in data["ops"].items()}
-    return Table(data["target"], data["measured"], ops)
+    return Table(data["target"], data["measured"], data["how"], ops)
 
 
 def on_unasked(name: str, target: Target) -> bool:
