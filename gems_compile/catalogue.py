@@ -123,22 +123,21 @@ def _default(name: str, target: Target | None, measured: Measured) -> tuple[bool
         return False, why
     if target.name == "interpreter":
         return True, "the interpreter: all are"
-    if measured.least is not None:
+    if measured.gains:
         return True, served(measured)
     return False, "ATen's is faster" if measured.ratios else "not measured"
 
 
 def served(measured: Measured) -> str:
     """Which calls are ours by default, in a few words."""
-    if measured.least is None:
-        return "none"
-    across = measured.least_across
-    texts = [
-        f"from {power(measured.least)} elements" if measured.least else "always",
-        f"rows of at most {power(measured.longest)}" if measured.longest is not None else "",
-        f"across rows from {power(across)}" if across is not None else "",
-    ]
-    return ", ".join(filter(None, texts))
+    least, longest, across = measured.least, measured.longest, measured.least_across
+    texts = []
+    if least is not None:
+        texts.append(f"from {power(least)} elements" if least else "always")
+        texts += [f"rows of at most {power(longest)}"] if longest is not None else []
+    if across is not None:
+        texts.append(f"across rows from {power(across)}")
+    return ", ".join(texts)
 
 
 def _range(ratios: Mapping[str, float]) -> str:

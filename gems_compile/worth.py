@@ -25,6 +25,8 @@ from .kernels.target import Target
 FOLDER = Path(__file__).parent / "defaults"
 #: whose table GPUs take that nobody has measured
 STANDARD = "nvidia:sm90"
+#: ops told apart by the dim that their second argument names: the last, or another
+WITH_DIM = ("_softmax", "_log_softmax")
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,10 @@ class Measured:
     """What is known of one overload on one target.
 
     least:        elements of its largest operand from which ours is at least as fast; None: nowhere
-    longest:      longer rows do not stay on the chip, and ATen's softmax loops over them faster
-    least_across: the same as ``least`` over another dim than the last, where ATen reads memory
-                  across rows
+    longest:      of ``WITH_DIM``: longer rows do not stay on the chip, and ATen's softmax loops
+                  over them faster
+    least_across: of ``WITH_DIM``: as ``least``, over another dim than the last, where ATen reads
+                  memory across rows
     ratios:       operand's shape -> time of ATen's call over ours
     note:         what else was measured
     """
@@ -44,6 +47,11 @@ class Measured:
     least_across: int | None = None
     ratios: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
+
+    @property
+    def gains(self) -> bool:
+        """Whether there are calls that ours serves faster."""
+        return self.least is not None or self.least_across is not None
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,11 @@ def path_of(label: str, folder: Path = FOLDER) -> Path:
 def table_of(label: str) -> Table:
     """The table of a target, by its label; of ``STANDARD`` where it has none."""
     path = path_of(label)
-    data = json.loads((path if path.exists() else path_of(STANDARD)).read_text())
+    return read_table(path if path.exists() else path_of(STANDARD))
+
+
+def read_table(path: Path) -> Table:
+    data = json.loads(path.read_text())
     ops = {name: Measured(**row) for name, row in data["ops"].items()}
     return Table(data["target"], data["measured"], data["how"], ops)
 
@@ -73,30 +85,32 @@ def table_of(label: str) -> Table:
 def on_unasked(name: str, target: Target) -> bool:
     """Whether there are calls of an overload that are ours though nobody asked for it by name."""
     row = table_of(target.label).ops.get(name)
-    return row is not None and row.least is not None
+    return row is not None and row.gains
 
 
 def least_elements(name: str, target: Target) -> int:
     """The fewest elements of its first operand with which any call of an overload may be ours."""
     row = table_of(target.label).ops.get(name)
-    if row is None or row.least is None:
-        return sys.maxsize
-    return row.least if row.least_across is None else min(row.least, row.least_across)
+    sizes = () if row is None else (row.least, row.least_across)
+    return min((size for size in sizes if size is not None), default=sys.maxsize)
 
 
 def why_not_worth(name: str, args: Sequence[Any], target: Target) -> str | None:
     """Why a call of an overload that nobody asked for by name stays ATen's, or None."""
     row = table_of(target.label).ops.get(name)
-    if row is None or row.least is None:
-        return "one kernel of ours gains nothing over ATen's"
+    nothing = "one kernel of ours gains nothing over ATen's"
+    if row is None:
+        return nothing
     largest = max((a.numel() for a in args if isinstance(a, Tensor)), default=0)
     least = row.least
-    if row.longest is not None and row.least_across is not None:
+    if name in WITH_DIM:
         x, dim = args[0], args[1]
         if dim % max(x.ndim, 1) != x.ndim - 1:
             least = row.least_across
-        elif x.shape[dim] > row.longest:
+        elif row.longest is not None and x.shape[dim] > row.longest:
             return f"a row has more than {row.longest} elements: ATen is faster"
+    if least is None:
+        return nothing
     if largest < least:
         return f"less than {least} elements: the call costs more than the kernel saves"
     return None
