@@ -165,7 +165,7 @@ POINTWISE: dict[str, Once] = {  # several pointwise ops, as torch's rules have i
     "bucketize.Tensor": lambda s: call(flat(s), Filled("sorted", (64,))),
     "isin.Tensor_Tensor": lambda s: call(places(s.flat, below=99), places(8, below=99)),
     "isin.Tensor_Scalar": lambda s: call(places(s.flat, below=99), 7),
-    "isin.Scalar_Tensor": lambda s: call(7, places(s.flat, below=99)),
+    "isin.Scalar_Tensor": lambda s: call(7, places(8, below=99)),
     "linalg_cross": lambda s: call(T(s.flat // 4, 3), T(s.flat // 4, 3)),
     "affine_grid_generator": lambda s: call(T(s.image[0], 2, 3), list(s.image), False),
     "addr": lambda s: call(T(*s.matrix), T(s.matrix[0]), T(s.matrix[1])),
@@ -202,9 +202,7 @@ INDEXING: dict[str, Once] = {
     "scatter.src": lambda s: call(T(*s.matrix), 1, distinct(*s.matrix), T(*s.matrix)),
     "scatter.value": lambda s: call(T(*s.matrix), 1, distinct(*s.matrix), 2.0),
     "scatter_add": lambda s: call(T(*s.matrix), 1, distinct(*s.matrix), T(*s.matrix)),
-    "scatter_reduce.two": lambda s: call(
-        T(*s.matrix), 1, distinct(*s.matrix), T(*s.matrix), "amax"
-    ),
+    "scatter_reduce.two": lambda s: call(T(*s.matrix), 1, distinct(*s.matrix), T(*s.matrix), "sum"),
     "index_put": lambda s: call(T(*s.table), [distinct(s.table[0])], T(*s.table)),
     "index_add": lambda s: call(T(*s.table), 0, _tokens(s), T(s.tokens, s.table[1])),
     "index_copy": lambda s: call(T(*s.table), 0, distinct(s.table[0]), T(*s.table)),
@@ -255,7 +253,7 @@ LAYOUT: dict[str, Once] = {
     "triu": lambda s: call(T(s.square, s.square)),
 }
 IMAGE: dict[str, Once] = {
-    "_adaptive_avg_pool2d": lambda s: call(T(*s.image), [n // 2 for n in s.image[2:]]),
+    "_adaptive_avg_pool2d": lambda s: call(T(*s.image), [n // 2 + 1 for n in s.image[2:]]),
     "channel_shuffle": lambda s: call(T(*s.image), 2),
     "pixel_shuffle": lambda s: call(T(*s.image), 2),
     "pixel_unshuffle": lambda s: call(T(*s.image), 2),

@@ -1,4 +1,4 @@
-"""``pytest benchmarks/test_reduction_perf.py -s``: times of the family "reduction", a test a case."""
+"""``pytest benchmarks/test_reduction_perf.py -s``: a test for each case of its family."""
 
 from __future__ import annotations
 

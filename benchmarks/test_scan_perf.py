@@ -1,4 +1,4 @@
-"""``pytest benchmarks/test_scan_perf.py -s``: times of the family "scan", a test a case."""
+"""``pytest benchmarks/test_scan_perf.py -s``: a test for each case of its family."""
 
 from __future__ import annotations
 
