@@ -6,7 +6,8 @@ ATen's kernel and ours are timed in turns in one process, in one of these modes:
     host    what the host spends on a call, while the device has less to do than its queue holds
     call    steady calls, the slower of the two: what a program sees, and what defaults follow
 
-FlagGems overrides the process's registrations, so it has a process of its own:
+A call goes through ``torch.ops``, which costs both sides the same few microseconds of the host's
+time. FlagGems overrides the process's registrations, so it has a process of its own:
 ``python -m benchmarks.op_timing '{"cases": [...], ...}'`` prints a line of JSON a case.
 """
 

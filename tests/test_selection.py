@@ -119,6 +119,17 @@ def test_a_file_holds_the_arguments(tmp_path: Path, name: str, text: str) -> Non
 
 
 @toml
+def test_the_file_of_the_documentation(tmp_path: Path, monkeypatch: Any) -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / "eager.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gems.toml").write_text(text.split("```toml\n")[1].split("```")[0])
+    with gems_compile.use_gems(config="gems.toml"):
+        assert on() == {"_softmax", "native_layer_norm", "native_layer_norm.out"}
+        rand(4, 5).softmax(-1)
+    assert Path("served.txt").read_text() == "_softmax 1\n"
+
+
+@toml
 def test_all_in_a_file(tmp_path: Path) -> None:
     path = written(tmp_path, "gems.toml", "all = true\n")
     gems_compile.enable(config=path)
