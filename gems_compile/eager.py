@@ -366,12 +366,14 @@ class _State:
         layers = self.layers()
         records = [(layer.names, layer.record) for layer in layers if layer.record is not None]
         asks = frozenset((layer.names, layer.asked) for layer in layers)
-        now = asks, tuple(record for _, record in records), frozenset(self.single)
+        named = [layer.names for layer in layers if layer.asked]
+        single = frozenset(n for n in self.single if not any(n in names for names in named))
+        now = asks, tuple(record for _, record in records), single
         if now == self.applied:
             return
         self.applied = None
-        wanted = now[2].union(*(layer.names for layer in layers))
-        asked = now[2].union(*(layer.names for layer in layers if layer.asked))
+        wanted = single.union(*(layer.names for layer in layers))
+        asked = single.union(*named)
         for name in self.registered.keys() - wanted:
             self.handlers[name].unregister(self.registered.pop(name))
         fresh = wanted - self.registered.keys()

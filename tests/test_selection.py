@@ -206,6 +206,16 @@ def test_a_block_whose_ops_are_on_touches_none_of_them(monkeypatch: Any) -> None
     assert not touched and ours("gelu") == 1
 
 
+def test_one_op_that_was_asked_for_touches_nothing(monkeypatch: Any) -> None:
+    gems_compile.enable(only=["gelu", "exp"])
+    touched: list[str] = []
+    for method in ("register", "unregister", "be_picky"):
+        monkeypatch.setattr(one_op.Handler, method, lambda self, *_: touched.append(self.name))
+    seen = eager._state.applied
+    gems_compile.ops.gelu(rand(4))
+    assert eager._state.applied is seen and not touched and ours("gelu") == 1
+
+
 def test_a_block_touches_what_changes_alone(monkeypatch: Any) -> None:
     gems_compile.enable()
     touched: list[str] = []
