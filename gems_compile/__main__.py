@@ -1,4 +1,4 @@
-"""``python -m gems_compile demo``, ``doctor`` or ``cache``."""
+"""``python -m gems_compile demo``, ``doctor``, ``ops`` or ``cache``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .demo import main as demo
 
         return demo(None if args.no_dump else args.dump, args.json)
+    if args.command == "ops":
+        from .catalogue import main as catalogue
+
+        return catalogue(args.json, args.markdown, args.only)
     from .doctor import main as doctor
 
     return doctor(args.json)
@@ -41,7 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="versions, target, cache, and a self-test")
     cache = commands.add_parser("cache", help="what the caches hold: kernels and whole graphs")
     cache.add_argument("--clear", action="store_true", help="remove it")
-    for command in (demo, doctor, cache):
+    ops = commands.add_parser("ops", help="what eager mode can serve, and what it does by default")
+    ops.add_argument("--markdown", action="store_true", help="print docs/ops.md")
+    ops.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="as enable(only=...) takes them"
+    )
+    for command in (demo, doctor, ops, cache):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

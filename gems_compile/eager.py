@@ -14,7 +14,7 @@ import os
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,18 +30,23 @@ from .kernels.op import OPS, Op
 from .kernels.target import Target, current_target
 from .lowering.overload import find_overload
 from .one_op import Handler, aten_name
-from .worth import LEAST
+from .selection import Names, PathLike, Record, Selection, selection
+from .worth import on_unasked
 
 log = logging.getLogger(__name__)
-
-Names = str | Iterable[str] | None
-Record = str | os.PathLike[str] | Callable[[str], Any] | None
 
 
 # what a person calls -----------------------------------------------------------------------------
 
 
-def enable(only: Names = None, exclude: Names = None, record: Record = None) -> None:
+def enable(
+    only: Names = None,
+    exclude: Names = None,
+    record: Record = None,
+    *,
+    all: bool = False,
+    config: PathLike | None = None,
+) -> None:
     """Let our kernels serve PyTorch's eager ops, in the whole process, until ``disable()``.
 
     only:    names as ATen spells them: ``"softmax"``, ``"add"`` (all its overloads),
@@ -49,10 +54,14 @@ def enable(only: Names = None, exclude: Names = None, record: Record = None) -> 
     exclude: names taken away from that
     record:  a path or a function: which ops were replaced, each named at its first call; a file
              gets the number of calls at the end
+    all:     serve every overload that has a kernel, whether that measured faster or not
+    config:  a TOML or YAML file that holds some of these arguments, for those not given here
     Raises:  UnknownOp for a name that is not declared, with the nearest ones
+             OptionError for arguments that contradict each other, or a mistake in the file
     A second call replaces the first one's selection.
     """
-    layer = _Layer(_select(only, exclude, "enable"), only is not None, record)
+    asked = selection("enable", only, exclude, record, all, config)
+    layer = _Layer(_select(asked, "enable"), asked.asked, asked.record)
     with _state.lock:
         old, _state.base = _state.base, layer
         _state.apply()
@@ -77,10 +86,18 @@ class use_gems(contextlib.ContextDecorator):
     several threads at once add up.
     """
 
-    def __init__(self, only: Names = None, exclude: Names = None, record: Record = None) -> None:
-        self._names = _select(only, exclude, "use_gems")
-        self._asked = only is not None
-        self._record = record
+    def __init__(
+        self,
+        only: Names = None,
+        exclude: Names = None,
+        record: Record = None,
+        *,
+        all: bool = False,
+        config: PathLike | None = None,
+    ) -> None:
+        asked = selection("use_gems", only, exclude, record, all, config)
+        self._names, self._asked = _select(asked, "use_gems"), asked.asked
+        self._record = asked.record
         self._open: list[tuple[int, _Layer]] = []
 
     def __enter__(self) -> use_gems:
@@ -211,9 +228,9 @@ def _by_name() -> dict[str, tuple[str, ...]]:
     return {spelled: tuple(names) for spelled, names in table.items()}
 
 
-def _names(given: Names, where: str) -> set[str]:
+def _names(given: frozenset[str], where: str) -> set[str]:
     out: set[str] = set()
-    for name in [given] if isinstance(given, str) else given or ():
+    for name in given:
         if name not in _by_name():
             close = nearest(name, [n for n in _by_name() if not n.startswith("aten")], at_most=3)
             raise UnknownOp(f"{where}: no op named {name!r} is declared{close}")
@@ -221,16 +238,27 @@ def _names(given: Names, where: str) -> set[str]:
     return out
 
 
-def _select(only: Names, exclude: Names, where: str) -> frozenset[str]:
-    """The overloads, by their names in OPS, that these arguments ask for on this target."""
-    target = current_target(vendor())
-    chosen = _names(only, f"{where}(only=...)")
+def _select(asked: Selection, where: str) -> frozenset[str]:
+    """The overloads, by their names in OPS, that are asked for on this target."""
+    return _chosen(asked.only, asked.exclude, asked.all, current_target(vendor()), where)
+
+
+@functools.lru_cache(maxsize=256)
+def _chosen(
+    only: frozenset[str] | None,
+    exclude: frozenset[str],
+    everything: bool,
+    target: Target | None,
+    where: str,
+) -> frozenset[str]:
+    """Found once for each selection; so each reason why an op is not replaced is logged once."""
+    chosen = _names(only or frozenset(), f"{where}(only=...)")
     dropped = _names(exclude, f"{where}(exclude=...)")
     if target is None:
         log.warning("no GPU and no interpreter (TRITON_INTERPRET=1): nothing is replaced")
         return frozenset()
     if only is None:
-        chosen = {n for n in _overloads() if _on_by_default(n, target)}
+        chosen = {n for n in _overloads() if everything or _on_by_default(n, target)}
     keep = set()
     for name in chosen - dropped:
         why = why_not_replaced(name, target)
@@ -244,7 +272,7 @@ def _select(only: Names, exclude: Names, where: str) -> frozenset[str]:
 def _on_by_default(name: str, target: Target) -> bool:
     if target.name == "interpreter":
         return True
-    return name not in _forms() and name.split(".")[1] in LEAST  # which no form was measured for
+    return on_unasked(aten_name(_overloads()[name]), target)
 
 
 @functools.cache
@@ -325,6 +353,9 @@ class _State:
         self.single: Counter[str] = Counter()  # overloads that calls of ``ops`` need now
         self.handlers: dict[str, Handler] = {}
         self.registered: dict[str, torch.library.Library] = {}
+        self.applied: object = None  # what ``apply`` has seen to; None: not known
+        self.watched: frozenset[str] = frozenset()  # those whose calls a record counts
+        self.picky: frozenset[str] = frozenset()  # those of which only faster calls are served
 
     def layers(self) -> list[_Layer]:
         """The layers that count: each thread's innermost block, or ``enable()``'s without any."""
@@ -333,8 +364,18 @@ class _State:
         return [] if self.base is None else [self.base]
 
     def apply(self) -> None:
+        """Look at what has changed alone: blocks are entered often, and there are 800 ops."""
         layers = self.layers()
-        wanted = {name for layer in layers for name in layer.names} | set(self.single)
+        records = [(layer.names, layer.record) for layer in layers if layer.record is not None]
+        asks = frozenset((layer.names, layer.asked) for layer in layers)
+        named = [layer.names for layer in layers if layer.asked]
+        single = frozenset(n for n in self.single if not any(n in names for names in named))
+        now = asks, tuple(record for _, record in records), single
+        if now == self.applied:
+            return
+        self.applied = None
+        wanted = single.union(*(layer.names for layer in layers))
+        asked = single.union(*named)
         for name in self.registered.keys() - wanted:
             self.handlers[name].unregister(self.registered.pop(name))
         fresh = wanted - self.registered.keys()
@@ -344,12 +385,18 @@ class _State:
                 warnings.filterwarnings("ignore", message="(?s).*Overriding a previously")
                 for name in fresh:
                     self.registered[name] = self.handler(name).register()
-        records = [(layer.names, layer.record) for layer in layers if layer.record is not None]
-        asked = set(self.single).union(*(layer.names for layer in layers if layer.asked))
-        for name in self.registered:
-            handler = self.handlers[name]
-            handler.watchers = tuple(r for names, r in records if name in names)
-            handler.be_picky(name not in asked and handler.target.name != "interpreter")
+        watched: frozenset[str] = frozenset().union(*(names for names, _ in records))
+        for name in wanted & (fresh | watched | self.watched):
+            self.handlers[name].watchers = tuple(r for names, r in records if name in names)
+        picky = wanted - asked if self._is_measured() else frozenset()
+        for name in wanted & (fresh | picky ^ self.picky):
+            self.handlers[name].be_picky(name in picky)
+        self.watched, self.picky, self.applied = watched, picky, now
+
+    def _is_measured(self) -> bool:
+        """Whether there is a default to be picky by: the interpreter serves whatever it can."""
+        target = current_target(vendor())
+        return target is not None and target.name != "interpreter"
 
     def handler(self, name: str) -> Handler:
         if name not in self.handlers:
@@ -366,7 +413,7 @@ _state = _State()
 
 
 def _function(name: str) -> Callable[..., Any]:
-    names = _names([name], "ops")
+    names = _names(frozenset([name]), "ops")
     packets = {_overloads()[n].overloadpacket for n in names}
     if len(packets) > 1:
         spelled = ", ".join(sorted(aten_name(_overloads()[n]) for n in names))

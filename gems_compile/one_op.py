@@ -118,7 +118,7 @@ class Handler:
 
     def be_picky(self, picky: bool) -> None:
         """Serve only calls that measured faster than ATen's."""
-        self.least = least_elements(self.name) if picky else None
+        self.least = least_elements(self.name, self.target) if picky else None
 
     # a call --------------------------------------------------------------------------------------
 
@@ -130,9 +130,11 @@ class Handler:
                 return self._aten(keyset, args, kwargs)
             with drawing_from(generator):  # kernels are the same whichever it is
                 return self(keyset, *args, **{**kwargs, "generator": None})
-        if self.least and args[0].numel() < self.least:  # looking closer would cost more than it
-            self.small += 1
-            return self._aten(keyset, args, kwargs)
+        if self.least:
+            first = args[0] if args else None  # a factory's is a size
+            if not isinstance(first, Tensor) or first.numel() < self.least:
+                self.small += 1  # looking closer would cost more than it
+                return self._aten(keyset, args, kwargs)
         parts: list[Any] = [self.least, *kwargs]
         if self._makes:
             parts += (torch.get_default_dtype(), self._current_device())
@@ -207,7 +209,7 @@ class Handler:
             if not tensors and self._tensor_places:
                 why = "its operands are numbers"
             if why is None and self.least is not None:
-                why = why_not_worth(self.name, args)
+                why = why_not_worth(self.name, args, self.target)
             if why is None and self._compiled >= MAX_COMPILED:
                 return self._full
             variant = Variant(None, False, why) if why else self._compile(args, kwargs)

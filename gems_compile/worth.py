@@ -4,67 +4,113 @@ On a GPU a call through Python costs 10 to 20 microseconds of the host's time mo
 so ours must save that on the device. One pointwise kernel moves the bytes that ATen's moves and
 saves nothing; softmax and the norms read a long row once where ATen reads it twice or more.
 
-Measured on an H200 with torch 2.11 in bfloat16, steady calls, host time included (ATen / ours):
-
-    softmax             8192 x 1024: 0.7   8192 x 4096: 2.4   4096 x 32768: 0.9   dim 0: 3 to 50
-    softmax backward    8192 x 1024: 1.3   8192 x 4096: 2.0   4096 x 32768: 1.3
-    log_softmax         8192 x 1024: 0.6   8192 x 4096: 2.5   4096 x 32768: 0.8
-    layer_norm          8192 x 1024: 0.6   8192 x 4096: 1.5   4096 x 32768: 1.1
-                        of ViT-B/16, 64 images (12608 x 768), within the model: 1.07 of a whole step
-    rms_norm            8192 x 1024: 0.4   8192 x 4096: 1.2   4096 x 32768: 1.1
-    rms_norm backward   8192 x 1024: 0.5   8192 x 4096: 1.0   4096 x 32768: 1.1
-    group_norm          8 x 256 x 32 x 32: 0.7   64 x 320 x 64 x 64: 2.2   (backward 1.1)
-    logsumexp           1 x 4096: 2.2   8192 x 1024: 2.9   8192 x 4096: 5.4   4096 x 32768: 3.7
-    var_mean            8192 x 1024: 0.4   8192 x 4096: 1.7
+The measurements are the tables ``defaults/*.json``, one a target, which ``python -m benchmarks.ops
+--write-table`` writes. A GPU without a table of its own takes that of ``STANDARD``.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-#: ATen name -> the least number of elements of its largest operand
-LEAST = {
-    "_softmax": 2**24,
-    "_softmax_backward_data": 2**23,
-    "_log_softmax": 2**24,
-    "native_layer_norm": 2**23,
-    "_fused_rms_norm": 2**24,
-    "_fused_rms_norm_backward": 2**24,
-    "native_group_norm": 2**24,
-    "native_group_norm_backward": 2**24,
-    "logsumexp": 0,
-    "var_mean": 2**24,
-}
-#: Longer rows do not stay on the chip; ATen's softmax loops over them faster than ours.
-LONGEST = {"_softmax": 16384, "_log_softmax": 16384}
-#: ATen's softmax over another dim than the last reads memory across rows.
-LEAST_ACROSS = 2**19
+from .kernels.target import Target
+
+FOLDER = Path(__file__).parent / "defaults"
+#: whose table GPUs take that nobody has measured
+STANDARD = "nvidia:sm90"
+#: ops told apart by the dim that their second argument names: the last, or another
+WITH_DIM = ("_softmax", "_log_softmax")
 
 
-def least_elements(name: str) -> int:
+@dataclass(frozen=True)
+class Measured:
+    """What is known of one overload on one target.
+
+    least:        elements of its largest operand from which ours is at least as fast; None: nowhere
+    longest:      of ``WITH_DIM``: longer rows do not stay on the chip, and ATen's softmax loops
+                  over them faster
+    least_across: of ``WITH_DIM``: as ``least``, over another dim than the last, where ATen reads
+                  memory across rows
+    ratios:       operand's shape -> time of ATen's call over ours
+    note:         what else was measured
+    """
+
+    least: int | None
+    longest: int | None = None
+    least_across: int | None = None
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def gains(self) -> bool:
+        """Whether there are calls that ours serves faster."""
+        return self.least is not None or self.least_across is not None
+
+
+@dataclass(frozen=True)
+class Table:
+    """``target``'s measurements, by overload as ATen spells it; ``measured`` on what, and how."""
+
+    target: str
+    measured: str
+    how: str
+    ops: Mapping[str, Measured]
+
+
+def path_of(label: str, folder: Path = FOLDER) -> Path:
+    """Where a target's table lies: ``defaults/nvidia-sm90.json``."""
+    return folder / f"{label.replace(':', '-')}.json"
+
+
+@functools.cache
+def table_of(label: str) -> Table:
+    """The table of a target, by its label; of ``STANDARD`` where it has none."""
+    path = path_of(label)
+    return read_table(path if path.exists() else path_of(STANDARD))
+
+
+def read_table(path: Path) -> Table:
+    data = json.loads(path.read_text())
+    ops = {name: Measured(**row) for name, row in data["ops"].items()}
+    return Table(data["target"], data["measured"], data["how"], ops)
+
+
+def on_unasked(name: str, target: Target) -> bool:
+    """Whether there are calls of an overload that are ours though nobody asked for it by name."""
+    row = table_of(target.label).ops.get(name)
+    return row is not None and row.gains
+
+
+def least_elements(name: str, target: Target) -> int:
     """The fewest elements of its first operand with which any call of an overload may be ours."""
-    base = name.split(".")[0]
-    least = LEAST.get(base, sys.maxsize)
-    return min(least, LEAST_ACROSS) if base in LONGEST else least
+    row = table_of(target.label).ops.get(name)
+    sizes = () if row is None else (row.least, row.least_across)
+    return min((size for size in sizes if size is not None), default=sys.maxsize)
 
 
-def why_not_worth(name: str, args: Sequence[Any]) -> str | None:
+def why_not_worth(name: str, args: Sequence[Any], target: Target) -> str | None:
     """Why a call of an overload that nobody asked for by name stays ATen's, or None."""
-    base = name.split(".")[0]
-    if base not in LEAST:
-        return "one kernel of ours gains nothing over ATen's"
+    row = table_of(target.label).ops.get(name)
+    nothing = "one kernel of ours gains nothing over ATen's"
+    if row is None:
+        return nothing
     largest = max((a.numel() for a in args if isinstance(a, Tensor)), default=0)
-    least = LEAST[base]
-    if base in LONGEST:
+    least = row.least
+    if name in WITH_DIM:
         x, dim = args[0], args[1]
         if dim % max(x.ndim, 1) != x.ndim - 1:
-            least = LEAST_ACROSS
-        elif x.shape[dim] > LONGEST[base]:
-            return f"a row has more than {LONGEST[base]} elements: ATen is faster"
+            least = row.least_across
+        elif row.longest is not None and x.shape[dim] > row.longest:
+            return f"a row has more than {row.longest} elements: ATen is faster"
+    if least is None:
+        return nothing
     if largest < least:
         return f"less than {least} elements: the call costs more than the kernel saves"
     return None

@@ -85,7 +85,7 @@ def test_a_trace_does_not_remember_our_kernels(name: str) -> None:
 
 
 def test_names() -> None:
-    resolve = lambda *names: eager._names(names, "enable")  # noqa: E731
+    resolve = lambda *names: eager._names(frozenset(names), "enable")  # noqa: E731
     assert resolve("softmax") == resolve("_softmax")
     assert resolve("softmax") == {"aten._softmax.default", "aten._softmax.out"}
     assert resolve("add.Tensor") == resolve("aten.add.Tensor") == resolve("aten::add.Tensor")
@@ -320,16 +320,23 @@ def test_a_result_laid_out_otherwise_is_atens(monkeypatch: Any) -> None:
 
 def test_what_is_worth_a_kernel() -> None:
     """The measured rule of the default on a GPU."""
-    from gems_compile.worth import LEAST, why_not_worth
+    from gems_compile.kernels.target import compile_target
+    from gems_compile.worth import least_elements, on_unasked, table_of, why_not_worth
 
+    h200 = compile_target("nvidia", 90)
     on = lambda *shape: torch.empty(shape, device="meta")  # noqa: E731
-    assert why_not_worth("_softmax", (on(8192, 4096), -1, False)) is None
-    assert "less than" in str(why_not_worth("_softmax", (on(128, 4096), -1, False)))
-    assert why_not_worth("_softmax", (on(128, 4096), 0, False)) is None
-    assert "a row has more" in str(why_not_worth("_log_softmax", (on(4096, 32768), 1, False)))
-    assert why_not_worth("logsumexp", (on(4), [0])) is None
-    assert "gains nothing" in str(why_not_worth("add.Tensor", (on(2**13, 2**13),)))
-    assert set(LEAST) <= {n.split(".")[1] for n in OPS}
+    why = lambda name, *args: why_not_worth(name, args, h200)  # noqa: E731
+    assert why("_softmax", on(8192, 4096), -1, False) is None
+    assert "less than 16777216" in str(why("_softmax", on(128, 4096), -1, False))
+    assert why("_softmax", on(128, 4096), 0, False) is None
+    assert least_elements("_softmax", h200) == 2**19
+    assert "a row has more" in str(why("_log_softmax", on(4096, 32768), 1, False))
+    assert why("logsumexp", on(4), [0]) is None
+    assert "gains nothing" in str(why("add.Tensor", on(2**13, 2**13)))
+    assert not on_unasked("add.Tensor", h200) and not on_unasked("_softmax.out", h200)
+    measured = table_of("nvidia:sm90").ops
+    assert set(measured) <= {eager.aten_name(o) for o in eager._declared().values()}
+    assert table_of("amd:gfx942") == table_of("nvidia:sm90")  # nobody has measured it
 
 
 # ops ---------------------------------------------------------------------------------------------

@@ -101,6 +101,7 @@ def test_the_wheel_holds_every_source_and_no_other_top_level_name(wheel: Path) -
     }
     assert {name for name in names if name.endswith(".py")} == sources
     assert {"gems_compile/py.typed", "gems_compile/lowering/native.c"} <= names
+    assert "gems_compile/defaults/nvidia-sm90.json" in names
     assert wheel.name == "gems_compile-0.1.0-py3-none-any.whl"
 
 
@@ -113,7 +114,8 @@ def test_the_metadata(wheel: Path, tmp_path: Path) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     assert "Apache-2.0" in (metadata["License"], metadata["License-Expression"])
     assert metadata.get_all("License-File") == ["LICENSE"]
-    assert {"interpreter", "test", "bench", "dev"} == set(metadata.get_all("Provides-Extra"))
+    extras = set(metadata.get_all("Provides-Extra"))
+    assert extras == {"interpreter", "test", "config", "bench", "dev"}
     needed = {line for line in found.requires or () if "extra" not in line}
     assert needed == {"torch>=2.11", "triton>=3.6"}
     points = {(point.group, point.name): point.value for point in found.entry_points}

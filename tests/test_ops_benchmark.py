@@ -1,0 +1,343 @@
+"""The benchmark of eager mode's ops: its cases, what it calls wrong, its rows, its table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from eagercheck import nothing_left  # noqa: F401
+from helpers import DEVICE
+from opcheck import SEED
+
+from gems_compile import eager, one_op
+from gems_compile.worth import Measured, path_of, read_table
+
+ops = pytest.importorskip("benchmarks.ops", reason="the benchmarks are not installed")
+op_cases = pytest.importorskip("benchmarks.op_cases")
+op_timing = pytest.importorskip("benchmarks.op_timing")
+op_defaults = pytest.importorskip("benchmarks.op_defaults")
+
+CASES = op_cases.cases(small=True)
+SETTING = op_timing.Setting("kernel", "float32", DEVICE, seconds=0.0, small=True)
+COPIES = op_timing.Copies(SETTING)
+FOLDER = Path(ops.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch: Any) -> None:
+    """One call tells as much as a thousand where time is none of the question."""
+    monkeypatch.setattr(op_timing.timing, "MIN_STEPS", 1)
+    monkeypatch.setattr(op_timing.timing, "WARM_UP_STEPS", 1)
+    monkeypatch.setattr(op_timing.timing, "BATCH_SECONDS", 0.0)
+    monkeypatch.setattr(op_timing, "TURNS", 1)
+
+
+# cases -------------------------------------------------------------------------------------------
+
+
+def test_nearly_every_op_is_timed() -> None:
+    assert len(op_cases.without_cases()) < len(eager._declared()) / 20
+    assert {case.family for case in CASES.values()} == set(op_cases.FAMILIES)
+    full = op_cases.cases()
+    assert {case.overload for case in full.values()} == {c.overload for c in CASES.values()}
+    assert full["add.Tensor-2^24"].elements() == 2**24 and "add.Tensor-16384" in full
+    assert {"sum.dim_IntList-8192x4096", "sum.dim_IntList-8192x4096-columns"} <= set(full)
+
+
+def test_every_case_is_a_call_that_aten_takes() -> None:
+    for name, case in CASES.items():
+        none = "_fused_rms_norm_backward", "_masked_scale"
+        if case.op in none and DEVICE == "cpu":  # it has none there
+            continue
+        try:
+            assert op_timing.tensors(op_timing.Measured(case, SETTING)()), name
+        except Exception as error:
+            pytest.fail(f"{name}: {error}")
+
+
+@pytest.mark.parametrize("family", op_cases.FAMILIES)
+def test_our_numbers_are_right(family: str) -> None:
+    """Of two cases of each family, others every day; some calls are ATen's."""
+    those = [case for case in CASES.values() if case.family == family]
+    for case in random.Random(SEED).sample(those, 2):
+        status = "failed: NotImplementedError"
+        if not (case.op == "_fused_rms_norm_backward" and DEVICE == "cpu"):
+            status, moved = op_timing.Measured(case, SETTING).check()
+            assert moved > 0
+        assert status == "ok" or not status.startswith("wrong"), f"{case.name}: {status}"
+
+
+def test_a_call_is_the_same_every_time() -> None:
+    case = CASES["gather-6x34"]
+    for a, b in zip(*(op_timing.Measured(case, SETTING).args for _ in range(2)), strict=True):
+        assert a is b or a == b if not isinstance(a, torch.Tensor) else torch.equal(a, b)
+
+
+def test_cases_by_name() -> None:
+    chosen = lambda text: [case.name for case in op_cases.chosen(text, True)]  # noqa: E731
+    assert chosen("gelu") == ["gelu-130", "gelu-34"]
+    assert chosen("gelu-34, mv") == ["gelu-34", "mv-6x34"]
+    assert {"addmv-6x34", "dot-130", "mv-6x34", "vdot-130"} <= set(chosen("product"))
+    assert "gelu-34" not in chosen("product")
+    assert len(chosen("")) == len(CASES)
+
+
+# what is wrong -----------------------------------------------------------------------------------
+
+
+def test_what_is_wrong() -> None:
+    why = op_timing.why_wrong
+    exact = torch.linspace(1, 2, 100, dtype=torch.float64)
+    a = exact.float()
+    assert why(a, a, exact) is None
+    assert why(a + 2e-7, a, exact) is None
+    assert "from float64" in why(a + 2e-6, a, exact)
+    assert "is torch.float16 [100]" in why(a.half(), a, exact)
+    assert "[99]" in why(a[1:], a, exact)
+    special = a.clone()
+    special[3], special[4] = float("nan"), float("inf")
+    assert why(special, special, special.double()) is None
+    assert "infinities" in why(a, special, special.double())
+    assert "infinities" in why(special, a, exact)
+    assert "infinities" in why(-special, special, special.double())
+    n = torch.arange(4)
+    assert why([n], [n], [n]) is None
+    assert "other values" in why([n + 1], [n], [n])
+
+
+def test_what_is_unlikely() -> None:
+    torch.manual_seed(0)
+    why = op_timing.why_unlikely
+    a, b = torch.rand(1000), torch.rand(1000)
+    assert why(a, b) is None
+    assert "has the mean" in why(a + 0.2, b)
+    assert "[500]" in why(a[:500], b)
+
+
+# rows --------------------------------------------------------------------------------------------
+
+
+def test_a_row() -> None:
+    row = op_timing.measure(CASES["gelu-34"], SETTING, COPIES)
+    assert row["status"] == "ok"
+    assert row["ratio"] == row["eager_us"] / row["gems_us"] > 0
+    assert row["gbps"] == pytest.approx(2 * 4 * 34 / row["gems_us"] / 1e3)
+    assert row["of_copy"] > 0 and (row["elements"], row["columns"]) == (34, 34)
+    assert row["how"] == ("wall" if DEVICE == "cpu" else "graph")
+
+
+@pytest.mark.parametrize("mode", ["host", "call"])
+def test_other_modes(mode: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(op_timing, "BATCHES", 1)
+    monkeypatch.setattr(op_timing, "BATCH", 2)
+    setting = dataclasses.replace(SETTING, mode=mode)
+    row = op_timing.measure(CASES["gelu-34"], setting, COPIES)
+    assert row["status"] == "ok" and row["gems_us"] > 0
+    assert ("gbps" in row) == (mode == "call")
+    assert op_timing.host_us(lambda: None, torch.device(DEVICE), 0.0) > 0
+
+
+def test_a_call_of_atens_has_no_times(monkeypatch: Any) -> None:
+    monkeypatch.setattr(
+        one_op, "compile_one", lambda *_: one_op.Variant(None, False, "no such luck")
+    )
+    row = op_timing.measure(CASES["gelu-34"], SETTING, COPIES)
+    assert row["status"] == "ATen's: no such luck" and "ratio" not in row
+
+
+def test_wrong_numbers_are_not_timed(monkeypatch: Any) -> None:
+    def wrong(*_: Any) -> one_op.Variant:
+        layout = one_op.layout_of(torch.empty(34))
+        return one_op.Variant(lambda given: [given[0] * 2], True, "", [layout])
+
+    monkeypatch.setattr(one_op, "compile_one", wrong)
+    row = op_timing.measure(CASES["gelu-34"], SETTING, COPIES)
+    assert row["status"].startswith("wrong: result 0 is") and "ratio" not in row
+
+
+def test_a_failing_call_is_a_row() -> None:
+    case = dataclasses.replace(CASES["gelu-34"], call=op_cases.call(op_cases.T(4), "nonsense"))
+    row = op_timing.measure(case, SETTING, COPIES)
+    assert row["status"].startswith("failed: RuntimeError")
+
+
+# the command -------------------------------------------------------------------------------------
+
+
+def run(*argv: str) -> int:
+    return ops.main(["--small", "--seconds", "0", "--dtype", "float32", *argv])
+
+
+def test_the_command(tmp_path: Path, capsys: Any) -> None:
+    found, plot, sink = (tmp_path / name for name in ("rows.json", "ops.svg", "ops.jsonl"))
+    outputs = ("--json", str(found), "--plot", str(plot), "--results", str(sink))
+    assert run("--ops", "gelu,mv", "--no-flag-gems", *outputs) == 0
+    rows = json.loads(found.read_text())
+    assert [row["case"] for row in rows] == ["gelu-130", "gelu-34", "mv-6x34"]
+    assert {"gpu", "target", "torch", "commit", "date"} <= set(rows[0])
+    assert [json.loads(line) for line in sink.read_text().splitlines()] == rows
+    text = capsys.readouterr().out
+    assert "pointwise, geometric mean (cases): " in text and "x eager (2)" in text
+    assert plot.exists() or "matplotlib is not installed" in text
+    if plot.exists():
+        assert all(row["case"] in plot.read_text() for row in rows)
+
+
+def test_a_png(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    row = {"status": "ok", "family": "norm", "case": "a", "ratio": 2.0}
+    ops.plot([row], tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        ops.plot([row | {"status": "failed"}], tmp_path / "y.png") == "no plot: no case was timed"
+    )
+
+
+def test_typos(capsys: Any) -> None:
+    assert run("--ops", "gleu") == 2
+    assert "no op named 'gleu' is declared; close to it: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("--write-table")
+    assert "--write-table takes --mode call, not kernel" in capsys.readouterr().err
+
+
+def test_the_list(capsys: Any) -> None:
+    assert run("--list", "--ops", "mv") == 0
+    assert "mv-6x34" in capsys.readouterr().out
+
+
+def test_a_failure_is_told(capsys: Any) -> None:
+    base = {"op": "gelu", "shape": "4", "family": "norm", "case": "gelu-4"}
+    assert ops.report([base | {"status": "ATen's: because"}]) == 0
+    assert ops.report([base | {"status": "wrong: result 0"}]) == 1
+    assert "gelu-4: wrong: result 0" in capsys.readouterr().out
+
+
+# FlagGems ----------------------------------------------------------------------------------------
+
+FAKE = """
+import contextlib
+import torch
+
+@contextlib.contextmanager
+def use_gems():
+    library = torch.library.Library("aten", "IMPL")
+    key = "CUDA" if torch.cuda.is_available() else "CPU"
+    library.impl("gelu", lambda x, *, approximate="none": x * torch.special.ndtr(x), key)
+    library.impl("exp", lambda x: x + 1, key)
+    try:
+        yield
+    finally:
+        library._destroy()
+"""
+
+
+def test_flag_gems_in_a_process_of_its_own(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """It is imported there alone: what it registers stays there."""
+    (tmp_path / "flag_gems.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert ops.has_flag_gems()
+    rows: list[dict[str, Any]] = [
+        {"case": "gelu-34", "status": "ok", "gems_us": 1.0},
+        {"case": "exp-34", "status": "ok", "gems_us": 1.0},
+        {"case": "mv-6x34", "status": "wrong", "gems_us": 1.0},
+    ]
+    assert ops.add_flag_gems(rows, SETTING) == "FlagGems: 1 of 2 cases timed"
+    gelu, exp, mv = rows
+    assert gelu["over_flag_gems"] == gelu["flag_gems_us"] > 0
+    assert exp["flag_gems"].startswith("wrong: result 0 is") and "over_flag_gems" not in exp
+    assert set(mv) == {"case", "status", "gems_us"}
+    assert "flag_gems" not in sys.modules
+
+
+def test_flag_gems_may_fail(monkeypatch: Any) -> None:
+    monkeypatch.setattr(ops.sys, "executable", "false")  # the command
+    rows = [{"case": "gelu-34", "status": "ok", "gems_us": 1.0}]
+    assert ops.add_flag_gems(rows, SETTING) == "FlagGems ended with status 1: no word"
+    assert "over_flag_gems" not in rows[0]
+
+
+# tables ------------------------------------------------------------------------------------------
+
+
+def timed(op: str, *found: tuple[str, int, float], across: bool = False) -> list[dict[str, Any]]:
+    facts = {"op": op, "status": "ok", "dtype": "bfloat16", "across": across}
+    return [
+        {**facts, "shape": s, "elements": n, "ratio": r, "columns": int(s.split("x")[-1])}
+        for s, n, r in found
+    ]
+
+
+@pytest.mark.parametrize(
+    "ratios, least",
+    [((0.5, 0.9), None), ((1.0, 2.0), 10), ((0.5, 2.0), 20), ((2.0, 0.9), None)],
+)
+def test_the_least_size(ratios: tuple[float, float], least: int | None) -> None:
+    rows = timed("gelu", ("2x10", 20, ratios[1]), ("1x10", 10, ratios[0]))
+    found = op_defaults.measured(rows)
+    assert found == Measured(least, ratios={"1x10": ratios[0], "2x10": ratios[1]})
+
+
+def test_the_sizes_of_a_softmax() -> None:
+    along = timed("_softmax", ("9x4", 36, 0.5), ("9x8", 72, 2.0), ("9x16", 144, 0.8))
+    over = timed("_softmax", ("9x4", 36, 3.0), across=True)
+    found = op_defaults.measured([*along, *over])
+    assert (found.least, found.longest, found.least_across) == (72, 8, 36)
+    assert op_defaults.measured(over).least is None
+    slow = op_defaults.measured(timed("_softmax", ("9x4", 36, 0.5)))
+    assert (slow.least, slow.longest, slow.gains) == (None, None, False)
+
+
+def test_a_table_is_written_and_added_to(tmp_path: Path) -> None:
+    where = {"target": "nvidia:sm80", "gpu": "NVIDIA A100", "torch": "2.13.0+cu129"}
+    slow = [*timed("gelu", ("1x10", 10, 0.504)), {"op": "exp", "status": "wrong"}]
+    path = op_defaults.write([*slow, *timed("sum", ("1x10", 10, 3.0))], where, tmp_path)
+    assert path == path_of("nvidia:sm80", tmp_path) == tmp_path / "nvidia-sm80.json"
+    table = read_table(path)
+    assert (table.target, table.measured) == ("nvidia:sm80", "NVIDIA A100, torch 2.13, bfloat16")
+    assert table.ops == {
+        "gelu": Measured(None, ratios={"1x10": 0.5}),
+        "sum": Measured(10, ratios={"1x10": 3.0}),
+    }
+    again = op_defaults.write(timed("sum", ("1x10", 10, 0.9)), where | {"torch": "2.14"}, tmp_path)
+    ops = read_table(again).ops
+    assert ops["sum"].least is None
+    assert ops["gelu"].note == "measured on NVIDIA A100, torch 2.13, bfloat16"
+
+
+def test_the_tables_of_the_package_are_as_they_are_written() -> None:
+    for path in sorted(path_of("nvidia:sm90").parent.glob("*.json")):
+        table = read_table(path)
+        facts = {"target": table.target, "measured": table.measured, "how": table.how}
+        assert path_of(table.target) == path
+        assert path.read_text() == op_defaults.text_of(facts, dict(table.ops))
+
+
+# pytest ------------------------------------------------------------------------------------------
+
+
+def test_each_family_has_a_file() -> None:
+    files = {f"test_{family}_perf.py" for family in op_cases.FAMILIES}
+    assert {path.name for path in FOLDER.glob("test_*.py")} == files
+    for family in op_cases.FAMILIES:
+        text = (FOLDER / f"test_{family}_perf.py").read_text()
+        assert f'test_{family} = performance_test("{family}")' in text
+
+
+def test_a_line(monkeypatch: Any) -> None:
+    perf = pytest.importorskip("benchmarks.perf")
+    row = {"case": "gelu-34", "mode": "call", "eager_us": 2.0, "gems_us": 1.0, "ratio": 2.0}
+    assert perf.line(row | {"status": "ok"}) == "gelu-34, call: 2.00 / 1.00 us = 2.00, - of a copy"
+    assert perf.line(row | {"status": "ATen's: why"}) == "gelu-34: ATen's: why"
+    test = perf.performance_test("product")
+    monkeypatch.setattr(perf, "measure", lambda *_: row | {"status": "wrong: result 0"})
+    with pytest.raises(AssertionError, match="wrong: result 0"):
+        test("mv-8192x4096", "kernel")
