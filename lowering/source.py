@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,16 @@ POINTER = {
 
 #: how every text begins
 HEADER = "import triton\nimport triton.language as tl\n"
+
+
+def preamble(bodies: Sequence[Any], also: Iterable[str] = ()) -> str:
+    """How the text of a kernel that is made of ``bodies`` begins: what they import (and ``also``),
+    and the users' functions that they call."""
+    modules = ", ".join(sorted(set(also).union(*(b.modules for b in bodies))))
+    imports = f"\nfrom gems_compile.kernels import {modules}\n" if modules else ""
+    texts = dict.fromkeys(text for b in bodies for text in b.definitions)
+    return HEADER + imports + "".join(f"\n\n{text}" for text in texts)
+
 
 #: the role of a parameter that is the number of a seed (``seeds.py``)
 NUMBER = "number"
