@@ -138,7 +138,7 @@ class Pointwise:
             place.copy_(result)
 
     def _check_place(self, place: Tensor, result: Tensor) -> None:
-        if place.shape != result.shape or not torch.can_cast(result.dtype, place.dtype):
+        if place.shape != result.shape or _rank(result.dtype) > _rank(place.dtype):
             raise AuthoringError(
                 f"{self.__name__}: the result is {_told(result)}, its place {_told(place)}; they "
                 "must have one shape, and the result's dtype must cast to the place's"
@@ -281,6 +281,11 @@ def _batched(op: Any, info: Any, places: Sequence[int | None], *values: Any) -> 
 def _batch_first(x: Tensor, place: int, rank: int) -> Tensor:
     x = x.movedim(place, 0)
     return x.reshape(x.shape[0], *[1] * (rank + 1 - x.ndim), *x.shape[1:])
+
+
+def _rank(dtype: torch.dtype) -> int:
+    """Which dtypes a dtype casts to, as ``torch.can_cast`` has it, which Dynamo cannot trace."""
+    return 2 if dtype.is_floating_point else int(dtype != torch.bool)
 
 
 def _told(tensor: Tensor) -> str:

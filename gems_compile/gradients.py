@@ -24,7 +24,7 @@ def facts_of_backward(name: str, backward: Any, tensors: Sequence[str]) -> tuple
                 f"{name}: its backward {backward.__name__} has {len(backward.rules)} outputs for "
                 f"{len(tensors)} tensors ({', '.join(tensors)}); it returns a gradient for each"
             )
-        return backward.op, str(backward.op)
+        return backward, str(backward.op)
     if not callable(backward) or hasattr(backward, "fn"):
         raise AuthoringError(
             f"{name}: its backward {backward!r} is neither a pointwise op nor a function of "
