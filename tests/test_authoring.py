@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -537,6 +538,16 @@ def test_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plus.served, "variants", {})
     with pytest.raises(AuthoringError, match="no GPU, and Triton's interpreter is off"):
         plus(rand(3), rand(3))
+
+
+def test_the_documentation_runs(tmp_path: Path) -> None:
+    gems_compile.gems.reset()
+    text = (Path(__file__).parent.parent / "docs/authoring.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    made = module(tmp_path, "\n".join(blocks))
+    x, y = rand(4, 5), rand(5)
+    assert_like(made.gelu_and_mul(x, y), plain(x, y))
+    assert_same_values(made.was_cut, made.x > 0.5)
 
 
 def test_what_python_shows() -> None:
