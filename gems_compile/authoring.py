@@ -133,8 +133,10 @@ class Pointwise:
         if not torch.compiler.is_compiling() and self.served.write(values, places):
             return
         made = self.op(*values)
-        for place, result in zip(places, made if len(places) > 1 else (made,), strict=True):
+        pairs = list(zip(places, made if len(places) > 1 else (made,), strict=True))
+        for place, result in pairs:
             self._check_place(place, result)
+        for place, result in pairs:
             place.copy_(result)
 
     def _check_place(self, place: Tensor, result: Tensor) -> None:
@@ -244,10 +246,10 @@ def _parameters(name: str, function: Callable[..., Any]) -> dict[str, str]:
 def _kind(name: str, parameter: inspect.Parameter) -> str:
     default, annotation = parameter.default, parameter.annotation
     spelled = getattr(annotation, "__name__", str(annotation))
-    if default is not parameter.empty and type(default) in KINDS:
-        return KINDS[type(default)]
     if spelled in KINDS.values():
         return spelled
+    if type(default) in KINDS:
+        return "Scalar" if type(default) is int else KINDS[type(default)]  # 1 may become 0.5
     if spelled.rpartition(".")[2] == "constexpr":
         return "Scalar"
     if default is parameter.empty:

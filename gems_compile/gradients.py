@@ -50,7 +50,7 @@ def _contents(function: Any, seen: set[int]) -> Any:
         if callable(what)
         else (key, repr(what) if isinstance(what, (bool, int, float, str)) else "")
         for key, what in sorted(named.items())
-        if not getattr(what, "__module__", "").startswith("torch")
+        if not (getattr(what, "__module__", None) or "").startswith("torch")
     ]
 
 

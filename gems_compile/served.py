@@ -56,7 +56,7 @@ class Served:
         )
         if not plain or share_memory(distinct) or self._run(values, places) is None:
             return False
-        torch.autograd.graph.increment_version(list(places))
+        torch.autograd.graph.increment_version([t for t in places if not t.is_inference()])
         return True
 
     # kernels -------------------------------------------------------------------------------------
@@ -109,6 +109,7 @@ class Served:
         return target
 
     def _compiled(self, values: Sequence[Any], places: Sequence[Tensor], target: Target) -> Variant:
+        self.results(values)  # raises what is wrong with shapes and dtypes
         overload, config = self.overload, replace(Config.from_call(), strict=True)
         names = tuple(f"out{k}" for k in range(len(places)))
         form = Form(overload, overload, OUT, names) if places else None

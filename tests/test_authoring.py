@@ -72,6 +72,8 @@ def test_a_number_is_part_of_the_kernel() -> None:
     for factor in (2.5, 3, -1e-3, 1e30):
         assert_like(scaled(x, factor), (x.double() * factor).float())
     assert_like(scaled(x, factor=2.0), x * 2.0)
+    for alpha in (2, 0.5):  # whatever number the default is
+        assert_like(plus(x, x, alpha), torch.add(x, x, alpha=alpha))
 
 
 @pytest.mark.parametrize(("one", "two"), [*itertools.product(DTYPES, DTYPES)])
@@ -165,6 +167,8 @@ def test_out() -> None:
     assert gelu_and_mul(x, y, out=out) is out and out._version > version
     assert_same_values(out, gelu_and_mul(x, y))
     assert out.stride() == (1, 4)
+    with torch.inference_mode():
+        assert_same_values(gelu_and_mul.inplace(x.clone(), y), out)
     outs = tuple(torch.empty(4, 5, device=DEVICE, dtype=d) for d in (None, None, torch.bool))
     assert three(x, y, out=outs) is outs
     for got, want in zip(outs, three(x, y), strict=True):
@@ -518,6 +522,14 @@ def test_mistakes_in_a_call(tmp_path: Path) -> None:
         plus(x, x, out=rand(5))
     with pytest.raises(AuthoringError, match=r"its place int64\[4, 5\]"):
         plus(x, x, out=ints(4, 5))
+    with pytest.raises(RuntimeError, match="broadcast"):
+        plus(x, rand(3))
+    with pytest.raises(
+        RuntimeError, match="'Tensor' for argument 'y' but instead found type 'float'"
+    ):
+        plus(x, 2.0)
+    with pytest.raises(AuthoringError, match="'a b' cannot stand in a kernel"):
+        gelu_and_mul(x, x, "a b")
     with pytest.raises(AuthoringError, match="out= has 2 tensors for 1 results"):
         plus(x, x, out=(x, x))
     with pytest.raises(AuthoringError, match="it takes x, y, alpha"):
