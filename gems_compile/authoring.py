@@ -66,6 +66,8 @@ def pointwise(
 class Pointwise:
     """A pointwise op: ``f(x, y, ..., out=None)``; ``f.op`` is torch's overload of it."""
 
+    __name__: str
+    __qualname__: str
     op: torch._ops.OpOverload
 
     def __init__(self, function: Any, promotion: Any, outputs: int, backward: Any) -> None:
@@ -111,6 +113,10 @@ class Pointwise:
 
     def __repr__(self) -> str:
         return f"<pointwise {self.op}>"
+
+    def __reduce__(self) -> str:
+        """A model that holds it is copied and pickled as with a function: by name."""
+        return self.__qualname__
 
     # calls ---------------------------------------------------------------------------------------
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import itertools
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -567,3 +569,5 @@ def test_what_python_shows() -> None:
     assert str(gelu_and_mul.op).startswith("gems_user.gelu_and_mul.v")
     assert authored.gelu_and_mul_backward.op is not gelu_and_mul.op
     assert "pointwise" in dir(gems_compile)
+    assert copy.deepcopy([gelu_and_mul]) == [gelu_and_mul]
+    assert pickle.loads(pickle.dumps(gelu_and_mul)) is gelu_and_mul
