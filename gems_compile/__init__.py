@@ -9,6 +9,7 @@ name below is loaded when it is first used.
     enable        put the same kernels behind eager PyTorch; ``disable`` and ``use_gems`` with it
     enabled_ops   the ops that ``enable`` has replaced
     ops           each declared op as a function: ``gems_compile.ops.gelu(x)``
+    pointwise     a decorator: a Triton function on tiles becomes an op that fuses
     Config        the settings, see docs/options.md
     vendor_name   the active target: "nvidia", "amd", "interpreter", a plug-in's name or "none"
 """
@@ -21,6 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .authoring import pointwise
     from .backend import gems, reports
     from .config import Config
     from .eager import disable, enable, enabled_ops, ops, use_gems
@@ -38,6 +40,7 @@ __all__ = [
     "explain",
     "gems",
     "ops",
+    "pointwise",
     "reports",
     "use_gems",
     "vendor_name",
@@ -51,6 +54,7 @@ _HOME = {
     "explain": "explain",
     "gems": "backend",
     "ops": "eager",
+    "pointwise": "authoring",
     "reports": "backend",
     "use_gems": "eager",
 }

@@ -19,6 +19,10 @@ class UnknownOp(GemsError, ValueError):
     """``enable(only=...)`` or ``ops.<name>`` names an op that no file declares."""
 
 
+class AuthoringError(GemsError, TypeError):
+    """A function that ``gems_compile.pointwise`` cannot take, or a call that it cannot serve."""
+
+
 class InternalError(GemsError, RuntimeError):
     """Our own mistake; raised under ``strict`` only, otherwise the group runs as ATen."""
 

@@ -139,7 +139,7 @@ class Handler:
         if self._makes:
             parts += (torch.get_default_dtype(), self._current_device())
         tensors: list[Tensor] = []
-        if not _describe(args, parts, tensors) or not _describe(kwargs.values(), parts, tensors):
+        if not describe(args, parts, tensors) or not describe(kwargs.values(), parts, tensors):
             return self._aten(keyset, args, kwargs)
         if self.form is not None and share_memory(tensors):
             return self._aten(keyset, args, kwargs)
@@ -224,7 +224,7 @@ class Handler:
     def _compile(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Variant:
         config = Config.from_call()
         try:
-            variant = _in_clean_thread(
+            variant = in_clean_thread(
                 lambda: compile_one(self.overload, args, kwargs, self.target, config, self.form)
             )
         except Exception as error:
@@ -292,7 +292,7 @@ def layout_of(t: Tensor | None) -> tuple[Any, ...] | None:
 # describing a call -------------------------------------------------------------------------------
 
 
-def _describe(values: Iterable[Any], parts: list[Any], tensors: list[Tensor]) -> bool:
+def describe(values: Iterable[Any], parts: list[Any], tensors: list[Tensor]) -> bool:
     """Append what a kernel is compiled for; False if one of the values is no plain tensor."""
     for value in values:
         kind = type(value)
@@ -309,7 +309,7 @@ def _describe(values: Iterable[Any], parts: list[Any], tensors: list[Tensor]) ->
             parts.append(value.hex())  # 0.0 equals -0.0 and 1, and a NaN not even itself
         elif kind is list or kind is tuple:
             parts.append(len(value))
-            if not _describe(value, parts, tensors):
+            if not describe(value, parts, tensors):
                 return False
         elif isinstance(value, Tensor):
             return False
@@ -439,7 +439,7 @@ def _items(graph: torch.fx.Graph, node: torch.fx.Node, val: Sequence[Any]) -> tu
     return tuple(out)
 
 
-def _in_clean_thread(make: Callable[[], Variant]) -> Variant:
+def in_clean_thread(make: Callable[[], Variant]) -> Variant:
     """Run in a thread of its own: no dispatch mode, autocast, vmap or tracing of the caller's."""
     found: list[Variant] = []
     failed: list[BaseException] = []

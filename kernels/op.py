@@ -87,6 +87,22 @@ class Op:
     doc: str = field(default="", compare=False)
 
 
+@dataclass(frozen=True, eq=False)
+class Authored(Op):
+    """A pointwise op that a user wrote: see ``gems_compile.authoring``.
+
+    ``text`` holds the functions of ``results``, one for each output, as a kernel's text has them:
+    compile workers cannot import the user's module. What ``promoted`` names is converted to the
+    computing dtype, a float where ``floating``; other tensors keep their own (16-bit floats widened
+    to float32).
+    """
+
+    text: str = ""
+    results: tuple[str, ...] = ()
+    promoted: tuple[str, ...] = ()
+    floating: bool = False
+
+
 OPS: dict[str, Op] = {}  # overload as torch prints it -> its op
 BODIES: dict[str, Op] = {}  # the op's own name -> op
 
@@ -99,6 +115,13 @@ def _declare(op: Op) -> None:
     if op.name in BODIES:
         raise ValueError(f"two ops are named {op.name}")
     BODIES[op.name] = op
+
+
+def declare_authored(op: Authored) -> None:
+    for overload in op.overloads:
+        OPS[overload] = op
+    for result in op.results:
+        BODIES[result] = op
 
 
 def _declarator(kind: str) -> Callable[..., Callable[[Any], Any]]:

@@ -76,6 +76,8 @@ class Body:
     derived: dict[str, tuple[str, Index, Size]] = field(default_factory=dict)
     params: list[tuple[str, str, Any]] = field(default_factory=list)  # (name, role, what)
     modules: set[str] = field(default_factory=set)
+    #: texts of users' functions that it calls, each once
+    definitions: dict[str, None] = field(default_factory=dict)
     unaligned: list[str] = field(default_factory=list)  # parameters that may begin anywhere
     wide: set[str] = field(default_factory=set)  # registers and derived atoms that vary along r
     folds: dict[str, int] = field(

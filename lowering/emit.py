@@ -16,7 +16,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from ..kernels.op import BODIES
+from ..kernels.op import BODIES, Authored
+from .authored import emit_authored
 from .body import Body, Instr, Window
 from .folds import fold
 from .group import Group
@@ -309,6 +310,8 @@ class Emitter:
     ) -> str:
         assert v.op is not None  # a name in BODIES, for a pointwise value
         op = BODIES[v.op]
+        if isinstance(op, Authored):
+            return emit_authored(self, v, op, coords, cond, level, section)
         compute = computing_type(v)
         names = parameters(op)
         args = []

@@ -22,9 +22,14 @@ def value_of(node: fx.Node) -> Any:
     return node.meta.get("example_value") if value is None else value
 
 
+#: where an op that the user wrote is called, on behalf of the user's line
+_CALLS_FOR_THE_USER = "gems_compile/authoring.py"
+
+
 def source_line(node: fx.Node) -> str:
     """The user's line that made the node: ``model.py:42  return self.ln(h)``, or ``""``."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    frames = [frame for frame in frames if not frame[0].endswith(_CALLS_FOR_THE_USER)]
     if not frames:
         return ""
     path, line, code = frames[-1]

@@ -32,7 +32,7 @@ from .kept import KEPT
 from .order import needs_of, schedule
 from .render import Renderer
 from .schedule import Tile, pointwise_tile
-from .source import HEADER, Lines, Source
+from .source import Lines, Source, preamble
 from .tiling import TilingOfMany
 from .translate import Program
 from .transposed import Transposed, transposed_of
@@ -351,10 +351,9 @@ def _meta(
 
 
 def _head(name: str, names: list[str], constants: list[str], parts: Sequence[Part]) -> str:
-    used = ", ".join(sorted(parts[0].renderer.body.modules))
-    imports = f"\nfrom gems_compile.kernels import {used}\n" if used else ""
+    begin = preamble([parts[0].renderer.body])
     params = ", ".join([*names, *(f"{c}: tl.constexpr" for c in constants)])
-    return f"{HEADER}{imports}\n\n@triton.jit\ndef {name}({params}):"
+    return f"{begin}\n\n@triton.jit\ndef {name}({params}):"
 
 
 def _select(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
+from .authored import is_authored
 from .flow import base_of, is_widening
 from .indexing import is_static, product
 from .ir import BITS, Value
@@ -44,7 +45,7 @@ CONSTANT = ("full", "iota")
 
 def op_cost(v: Value) -> int:
     """What computing one element costs, its operands given."""
-    return 4 if v.op in HEAVY else 2 if v.kind == "gather" else 1
+    return 4 if v.op in HEAVY or is_authored(v.op) else 2 if v.kind == "gather" else 1
 
 
 def column_feeds(program: Program, readers: Readers, escapes: set[Value]) -> set[Value]:

@@ -40,7 +40,7 @@ class Facts:
         self.fresh = self.memory == "new" and not self.written
         random = torch.Tag.nondeterministic_seeded in target.tags
         self.effect = schema.is_mutable or random
-        known = target.namespace in ("aten", "prims", "gems")
+        known = target.namespace in ("aten", "prims", "gems", "gems_user")
         self.pure = known and not self.effect and bool(schema.returns)
 
 

@@ -57,7 +57,7 @@ def partition(
             node.meta.setdefault("ac_graph_id", 0)
     how.setdefault("compiler", "inductor")
     drop_duplicates(joint, returned=False)
-    with private.known_to_partitioner(*_declared()), private.duplicates_are_gone():
+    with private.known_to_partitioner(*declared()), private.duplicates_are_gone():
         forward, backward = min_cut_rematerialization_partition(joint, inputs, **how)
     if inputs:  # else both are subgraphs of others
         pack_saved(forward, backward, how["num_fwd_outputs"])
@@ -78,7 +78,7 @@ def mark_returned(forward: GraphModule, backward: GraphModule, visible: int) -> 
 
 
 @functools.cache
-def _declared() -> tuple[frozenset[Any], frozenset[Any], frozenset[Any]]:
+def declared() -> tuple[frozenset[Any], frozenset[Any], frozenset[Any]]:
     """(ops that cost nothing to recompute inside a kernel, all that kernels take in, views)."""
     load_ops()
     found: dict[str, set[Any]] = {"pointwise": set(), "reduction": set(), "composite": set()}

@@ -19,7 +19,7 @@ from .group import Group
 from .indexing import NeedSplit, is_static, product
 from .ir import Value
 from .render import Renderer
-from .source import HEADER, Lines, Source
+from .source import Lines, Source, preamble
 
 MOST_PIECES = 8
 #: elements that lie side by side in each piece, so that programs read and write whole lines
@@ -114,12 +114,10 @@ def assembled(
     for piece in pieces:
         piece.write(masked=piece.numel % block != 0)
     kernel = _dispatch(pieces, counts, any(p.wide64 for p in pieces))
-    modules = ", ".join(sorted(set().union(*(p.body.modules for p in pieces))))
-    imports = f"\nfrom gems_compile.kernels import {modules}\n" if modules else ""
     heads = [f"def {p.name}({', '.join([*p.parameters(), 'x'])}):" for p in pieces]
     heads.append(f"def {name}({', '.join([n for n, _, _ in params])}, XBLOCK: tl.constexpr):")
     functions = [*(p.lines for p in pieces), kernel]
-    text, computes = HEADER + imports, dict[int, Value]()
+    text, computes = preamble([p.body for p in pieces]), dict[int, Value]()
     for head, lines in zip(heads, functions, strict=True):
         text += f"\n\n@triton.jit\n{head}\n"
         computes |= lines.below(text)

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from ..kernels import load_ops
 from ..kernels.fused import register_torch_ops
+from ..kernels.op import Authored
 from .alike import Alike
 from .beside import find_beside, may_stand_beside
 from .binding import bind
@@ -435,6 +436,8 @@ def _leave_alone(group: Group, program: Program, fuser: Fuser) -> bool:
     op = op_of(node.target)
     if node.target is operator.getitem or (op is not None and op.kind == "composite"):
         return False
+    if isinstance(op, Authored):
+        return False  # ATen has no kernel of it
     read = {base_of(a) for a in member.inputs}
     if member.kind == "store":
         read.add(base_of(member.params[0]))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from .accumulators import Accumulators
 from .aligned import aligned_of, begin, ends, inside, promise, store_ends, vector
+from .authored import name_of_authored
 from .body import Body, Instr, loads_first
 from .by_rows import row_of, row_prologue
 from .carried import Carried, carried_of, prologue, written
@@ -32,7 +33,7 @@ from .schedule import (
     sweep_tile,
     transpose_tile,
 )
-from .source import HEADER, NUMBER, POINTER, WAIT, Lines, Source
+from .source import NUMBER, POINTER, WAIT, Lines, Source, preamble
 from .square import axes_of, square_prologue
 from .walk import for_every_row, render_sweep, sweep_prologue
 from .writes import render_put
@@ -190,11 +191,9 @@ class Renderer(Accumulators, Loops):
         multiples = [n for n, what in sizes if not is_static(what) and is_multiple(what)]
         if multiples:
             meta["multiples"] = multiples
-        own = {"dependents"} if self.waits else set()
-        modules = ", ".join(sorted(self.body.modules | own))
-        imports = f"\nfrom gems_compile.kernels import {modules}\n" if modules else ""
         params = ", ".join([*names, *(f"{c}: tl.constexpr" for c in constants)])
-        head = f"{HEADER}{imports}\n\n@triton.jit\ndef {self.name}({params}):\n"
+        begin = preamble([self.body], ["dependents"] if self.waits else ())
+        head = f"{begin}\n\n@triton.jit\ndef {self.name}({params}):\n"
         return Source(
             self.name,
             head + self.lines.text,
@@ -475,7 +474,8 @@ def kernel_name(group_members: Sequence[Value]) -> str:
     words: list[str] = []
     for m in group_members:
         node = m.node
-        word = getattr(getattr(node, "target", None), "_opname", None) or m.op or m.kind
+        word = getattr(getattr(node, "target", None), "_opname", None) or name_of_authored(m.op)
+        word = word or m.op or m.kind
         word = _identifier(str(word))
         if word not in words and word not in ("view", "to_copy", "cast", "clone", "copy"):
             words.append(word)

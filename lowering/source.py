@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,16 @@ POINTER = {
 
 #: how every text begins
 HEADER = "import triton\nimport triton.language as tl\n"
+
+
+def preamble(bodies: Sequence[Any], also: Iterable[str] = ()) -> str:
+    """How the text of a kernel that is made of ``bodies`` begins: what they import (and ``also``),
+    and the users' functions that they call."""
+    modules = ", ".join(sorted(set(also).union(*(b.modules for b in bodies))))
+    imports = f"\nfrom gems_compile.kernels import {modules}\n" if modules else ""
+    texts = dict.fromkeys(text for b in bodies for text in b.definitions)
+    return HEADER + imports + "".join(f"\n\n{text}" for text in texts)
+
 
 #: the role of a parameter that is the number of a seed (``seeds.py``)
 NUMBER = "number"
@@ -126,7 +136,6 @@ def whole_kernel(
     """A kernel that is written as a whole, of its body; ``imports`` are modules of ``kernels``."""
     signature = {n: "i64" if role == "size" else POINTER[t.dtype] for n, role, t in params}
     meta = {"name": name, "signature": signature, "constants": {}, "num_warps": warps}
-    used = ", ".join(sorted({*imports, *(["dependents"] if waits else [])}))
-    own = f"\nfrom gems_compile.kernels import {used}\n" if used else ""
-    head = f"{HEADER}{own}\n\n@triton.jit\ndef {name}({', '.join(signature)}):\n"
+    begin = preamble([], [*imports, "dependents"] if waits else imports)
+    head = f"{begin}\n\n@triton.jit\ndef {name}({', '.join(signature)}):\n"
     return Source(name, head + lines.text, params, grid, meta)

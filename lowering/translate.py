@@ -12,7 +12,8 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from ..kernels.op import OPS, Op
+from ..kernels.op import OPS, Authored, Op
+from .authored import lower_authored
 from .builder import Builder
 from .indexing import Size, is_one, is_static, size_of
 from .ir import INTEGERS, SUPPORTED, Declined, SizeArg, Value, dtype_name
@@ -159,6 +160,10 @@ class Translator:
         if view is not None:
             return self._bind_view(view(self.builder, val, *args), node, val)
         assert op is not None  # or there is a view, see above
+        if isinstance(op, Authored):
+            results = val if isinstance(val, (tuple, list)) else (val,)
+            made = [self._add(v) for v in lower_authored(self._for_node(None), op, args, results)]
+            return self._bind(made if results is val else made[0], node, val)
         if op.declines is not None and (why := op.declines(*args)):
             raise Declined(why)
         if op.kind == "pointwise":
@@ -172,7 +177,7 @@ class Translator:
             self.program.recipes[node] = self.repeats.latest
         return self._bind(result, node, val)
 
-    def _for_node(self, node: Node) -> Builder:
+    def _for_node(self, node: Node | None) -> Builder:
         self.builder.origin = node
         return self.builder
 

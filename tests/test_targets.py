@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import authored
 import opcheck
 import pytest
 import test_models as models
@@ -373,6 +374,22 @@ def test_models(workers: Pool, tmp_path: Path) -> None:
         folder = tmp_path / name
         folder.mkdir()
         compile_all(of_the_day(of_models(), SHARES[name]), target, workers, folder)
+
+
+def test_functions_of_users(workers: Pool, tmp_path: Path) -> None:
+    """Whose text holds what workers cannot import; two results are computed together."""
+    graph = trace(
+        lambda dz, x, y: [t.relu() for t in authored.gelu_and_mul_backward(dz, x, y)],
+        *(rand(64, 1000) for _ in range(3)),
+    )
+    kernels = {s.key: s for s in sources(graph)}
+    (source,) = kernels.values()
+    for name, target in TARGETS.items():
+        (tmp_path / name).mkdir()
+        compile_all(kernels, target, workers, tmp_path / name)
+    made = Path(os.environ["TRITON_CACHE_DIR"]).rglob(f"{source.name}.ttir")
+    texts = [path.read_text() for path in made]
+    assert {text.count("erf") for text in texts} == {1}
 
 
 def test_dropout_moves_no_element_between_threads(workers: Pool, tmp_path: Path) -> None:
