@@ -9,6 +9,8 @@ name below is loaded when it is first used.
     enable        put the same kernels behind eager PyTorch; ``disable`` and ``use_gems`` with it
     enabled_ops   the ops that ``enable`` has replaced
     ops           each declared op as a function: ``gems_compile.ops.gelu(x)``
+    llm           the ops of language models: ``gems_compile.llm.rms_norm(x, weight)``
+    modules       the same as modules: ``gems_compile.modules.RMSNorm(4096)``
     Config        the settings, see docs/options.md
     vendor_name   the active target: "nvidia", "amd", "interpreter", a plug-in's name or "none"
 """
@@ -21,6 +23,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import llm, modules
     from .backend import gems, reports
     from .config import Config
     from .eager import disable, enable, enabled_ops, ops, use_gems
@@ -37,6 +40,8 @@ __all__ = [
     "enabled_ops",
     "explain",
     "gems",
+    "llm",
+    "modules",
     "ops",
     "reports",
     "use_gems",
@@ -54,9 +59,13 @@ _HOME = {
     "reports": "backend",
     "use_gems": "eager",
 }
+#: names that are modules
+_MODULES = ("llm", "modules")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name in _HOME:
         value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
         globals()[name] = value

@@ -19,6 +19,10 @@ class UnknownOp(GemsError, ValueError):
     """``enable(only=...)`` or ``ops.<name>`` names an op that no file declares."""
 
 
+class ArgumentError(GemsError, ValueError):
+    """An argument that a function of ``gems_compile.llm`` does not take."""
+
+
 class InternalError(GemsError, RuntimeError):
     """Our own mistake; raised under ``strict`` only, otherwise the group runs as ATen."""
 
