@@ -186,7 +186,7 @@ def cross_entropy(
     reduction: "mean" over the rows whose target is not ignore_index, "sum", or "none"
     Shapes:  logits [..., V] (classes last); target [...] of integers -> [] or [...]
     Dtypes:  float16, bfloat16, float32, float64; the loss is float32 at least
-    Backward reads logits and one number a row; nothing else is saved.
+    Backward reads logits and two numbers a row; nothing else is saved.
     """
     number, cap = _check_loss(target, label_smoothing, reduction, softcap)
     if target.shape != logits.shape[:-1]:

@@ -21,35 +21,38 @@ def _capped(z: Tensor, softcap: float) -> Tensor:
 
 def _losses(
     logits: Tensor, target: Tensor, ignore_index: int, smoothing: float, softcap: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, log of the sum of exp, whether it counts) of each row."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each row its loss [N], max(z) [N, 1] and log(sum(exp(z - max(z)))) [N, 1], and whether it
+    counts [N]."""
     z = _capped(wide(logits), softcap)
-    lse = z.logsumexp(-1)
+    top, logsum = gems.log_softmax_stats.default(z, -1)
     counts = target != ignore_index
     place = torch.where(counts, target, 0).to(torch.int64).unsqueeze(-1)
-    goal = _capped(wide(logits.gather(-1, place)), softcap).squeeze(-1)
+    goal = _capped(wide(logits.gather(-1, place)), softcap)
     if smoothing:
-        goal = (1 - smoothing) * goal + smoothing * z.mean(-1)
-    return torch.where(counts, lse - goal, 0.0), lse, counts
+        goal = (1 - smoothing) * goal + smoothing * z.mean(-1, keepdim=True)
+    loss = (logsum - (goal - top)).squeeze(-1)
+    return torch.where(counts, loss, 0.0), top, logsum, counts
 
 
 def _dlogits(
     g: Tensor,
     logits: Tensor,
     target: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    logsum: Tensor,
     ignore_index: int,
     smoothing: float,
     softcap: float,
 ) -> Tensor:
     """The gradient of the logits, where that of each row's loss is g [N]."""
     z = _capped(wide(logits), softcap)
-    p = (z - lse.unsqueeze(-1)).exp()
-    column = torch.arange(logits.shape[-1], device=logits.device)
-    goal = torch.where(column == target.unsqueeze(-1), 1 - smoothing, 0.0)
+    d = ((z - top) - logsum).exp()
     if smoothing:
-        goal = goal + smoothing / logits.shape[-1]
-    d = (p - goal) * torch.where(target != ignore_index, g, 0.0).unsqueeze(-1)
+        d = d - smoothing / logits.shape[-1]
+    column = torch.arange(logits.shape[-1], device=logits.device)
+    d = torch.where(column == target.unsqueeze(-1), d - (1 - smoothing), d)
+    d = d * torch.where(target != ignore_index, g, 0.0).unsqueeze(-1)
     if softcap:
         d = d * (1 - (z / softcap).square())
     return d.to(logits.dtype)
@@ -57,7 +60,7 @@ def _dlogits(
 
 @own_op(
     "cross_entropy(Tensor logits, Tensor target, int ignore_index, float label_smoothing,"
-    " float softcap, int reduction) -> (Tensor loss, Tensor lse, Tensor count)"
+    " float softcap, int reduction) -> (Tensor loss, Tensor top, Tensor logsum, Tensor count)"
 )
 def cross_entropy(
     logits: Tensor,
@@ -66,24 +69,26 @@ def cross_entropy(
     label_smoothing: float,
     softcap: float,
     reduction: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss, lse, counts = _losses(logits, target, ignore_index, label_smoothing, softcap)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, top, logsum, counts = _losses(logits, target, ignore_index, label_smoothing, softcap)
     count = counts.to(loss.dtype).sum()
     if reduction != NONE:
         loss = loss.sum()
-    return loss / count if reduction == MEAN else loss, lse, count
+    return loss / count if reduction == MEAN else loss, top, logsum, count
 
 
 @gradient_of(
     cross_entropy,
-    "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor lse, Tensor count,"
-    " int ignore_index, float label_smoothing, float softcap, int reduction) -> Tensor dlogits",
+    "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, Tensor top, Tensor logsum,"
+    " Tensor count, int ignore_index, float label_smoothing, float softcap, int reduction)"
+    " -> Tensor dlogits",
 )
 def cross_entropy_backward(
     dloss: Tensor,
     logits: Tensor,
     target: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    logsum: Tensor,
     count: Tensor,
     ignore_index: int,
     label_smoothing: float,
@@ -91,7 +96,7 @@ def cross_entropy_backward(
     reduction: int,
 ) -> Tensor:
     g = dloss / count if reduction == MEAN else dloss
-    return _dlogits(g, logits, target, lse, ignore_index, label_smoothing, softcap)
+    return _dlogits(g, logits, target, top, logsum, ignore_index, label_smoothing, softcap)
 
 
 # with the projection -----------------------------------------------------------------------------
@@ -111,8 +116,8 @@ def cross_entropy_with_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The sum of the rows' losses, and the gradient of scale [] times that."""
     more = ignore_index, label_smoothing, softcap
-    loss, lse, _ = _losses(logits, target, *more)
-    return loss.sum(), _dlogits(scale, logits, target, lse, *more)
+    loss, top, logsum, _ = _losses(logits, target, *more)
+    return loss.sum(), _dlogits(scale, logits, target, top, logsum, *more)
 
 
 def _like_results(
@@ -180,8 +185,7 @@ def linear_cross_entropy(
     scale = count.to(total.dtype).reciprocal()
     for start in range(0, hidden.shape[0], chunk):
         part = slice(start, start + chunk)
-        logits = hidden[part] @ weight.t()
-        logits = logits if bias is None else logits.add_(bias)
+        logits = torch.nn.functional.linear(hidden[part], weight, bias)
         loss, dlogits = gems.cross_entropy_with_gradient.default(
             logits, target[part], scale, ignore_index, label_smoothing, softcap
         )

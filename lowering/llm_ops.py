@@ -212,16 +212,18 @@ def _rotated(
 def topk_softmax(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     left = torch.softmax(wide(logits), -1)
     expert = torch.arange(logits.shape[-1], device=logits.device)
-    weights, indices = [], []
+    best = []
     for _ in range(k):
-        weight, index = left.max(-1, keepdim=True)
-        left = torch.where(expert == index, -1.0, left)
-        weights.append(weight)
-        indices.append(index)
-    if renormalize:
-        total = sum(weights)
-        weights = [weight / total for weight in weights]
-    return torch.cat(weights, -1), torch.cat(indices, -1)
+        best.append(left.max(-1, keepdim=True))
+        left = torch.where(expert == best[-1].indices, -1.0, left)
+    total = sum(weight for weight, _ in best)
+    place = torch.arange(k, device=logits.device)
+    weights, indices = best[0]
+    for j, (weight, index) in enumerate(best):
+        weight = weight / total if renormalize else weight
+        weights = torch.where(place == j, weight, weights)
+        indices = torch.where(place == j, index, indices)
+    return weights, indices
 
 
 @gradient_of(
