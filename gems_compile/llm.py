@@ -184,6 +184,7 @@ def cross_entropy(
 
     label_smoothing: the target's share s is spread: loss = (1 - s) loss + s mean(-log softmax(z))
     reduction: "mean" over the rows whose target is not ignore_index, "sum", or "none"
+    A target that is neither that nor in [0, V) has a loss of NaN.
     Shapes:  logits [..., V] (classes last); target [...] of integers -> [] or [...]
     Dtypes:  float16, bfloat16, float32, float64; the loss is float32 at least
     Backward reads logits and two numbers a row; nothing else is saved.

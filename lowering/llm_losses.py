@@ -27,11 +27,13 @@ def _losses(
     z = _capped(wide(logits), softcap)
     top, logsum = gems.log_softmax_stats.default(z, -1)
     counts = target != ignore_index
-    place = torch.where(counts, target, 0).to(torch.int64).unsqueeze(-1)
+    # no kernel stops at a class that is none: its loss is NaN
+    exists = (target >= 0) & (target < logits.shape[-1])
+    place = torch.where(exists, target, 0).to(torch.int64).unsqueeze(-1)
     goal = _capped(wide(logits.gather(-1, place)), softcap)
     if smoothing:
         goal = (1 - smoothing) * goal + smoothing * z.mean(-1, keepdim=True)
-    loss = (logsum - (goal - top)).squeeze(-1)
+    loss = torch.where(exists, (logsum - (goal - top)).squeeze(-1), float("nan"))
     return torch.where(counts, loss, 0.0), top, logsum, counts
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_accurate, error_in_ulps, in_float64
-from helpers import DEVICE, FLOATS, compile_, gems_only, ints, no_new_graph, rand
+from helpers import DEVICE, FLOATS, assert_same_bits, compile_, gems_only, ints, no_new_graph, rand
 from llm_cases import CASES, Case, linear_cross_entropy, llama_norm
 from torch import Tensor
 
@@ -151,6 +151,15 @@ def test_torch_checks_the_ops(case: Case) -> None:
             torch.library.opcheck(op, tuple(fresh))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rotary_rounds_as_models_do(dtype: torch.dtype) -> None:
+    for case in CASES:
+        if case.name.startswith("rotary"):
+            args = case.make(dtype)
+            for k, (a, b) in enumerate(zip(case.fn(*args), case.reference(*args), strict=True)):
+                assert_same_bits(a.detach(), b.detach(), f"{case.name}, result {k}")
+
+
 def test_neighbours_fuse() -> None:
     def block(x: Tensor, residual: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
         y, h = llm.fused_add_rms_norm(x * 2, residual, weight)
@@ -241,6 +250,15 @@ def test_no_target_counts() -> None:
         loss, *grads = run(fn, args)
         assert loss.isnan()
         assert all(not g.any() for g in grads)
+
+
+@pytest.mark.parametrize("wrong", [-1, 8, 10**12])
+def test_a_class_that_is_none_is_nan(wrong: int) -> None:
+    target = ints(4, high=8)
+    target[1] = wrong
+    loss = llm.cross_entropy(rand(4, 8), target, reduction="none")
+    assert loss.isnan().tolist() == [False, True, False, False]
+    assert llm.linear_cross_entropy(rand(4, 3), rand(8, 3), target).isnan()
 
 
 def test_nothing_to_do() -> None:
