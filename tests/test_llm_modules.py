@@ -16,6 +16,14 @@ from gems_compile.errors import ArgumentError
 
 pytestmark = gems_only
 
+
+@pytest.fixture(autouse=True)
+def kernels_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As whoever imports `gems_compile.llm` has it; counts begin anew."""
+    monkeypatch.setattr("gems_compile.kernels.served._server", serve.serve)
+    serve._handlers.clear()
+
+
 WIDTH, HEADS, KEYS, HIDDEN, WORDS = 32, 4, 2, 48, 61
 SIZE = WIDTH // HEADS
 
