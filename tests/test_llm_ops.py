@@ -145,18 +145,16 @@ def test_torch_checks_the_ops(case: Case) -> None:
         ]
         if op.name() == "gems::rotary":  # whose tables have no gradient
             fresh[2:4] = [t.detach() for t in fresh[2:4]]
-        if op.name() == "gems::linear_cross_entropy" or not grads:
-            tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-            torch.library.opcheck(op, tuple(fresh), test_utils=tests)
-        else:
-            torch.library.opcheck(op, tuple(fresh))
+        tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+        if grads and case.name in ("silu_and_mul", "cross_entropy"):  # one each takes seconds
+            tests.append("test_aot_dispatch_dynamic")
+        torch.library.opcheck(op, tuple(fresh), test_utils=tests)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_rotary_rounds_as_models_do(dtype: torch.dtype) -> None:
+def test_rotary_rounds_as_models_do() -> None:
     for case in CASES:
         if case.name.startswith("rotary"):
-            args = case.make(dtype)
+            args = case.make(torch.bfloat16)
             for k, (a, b) in enumerate(zip(case.fn(*args), case.reference(*args), strict=True)):
                 assert_same_bits(a.detach(), b.detach(), f"{case.name}, result {k}")
 
