@@ -10,6 +10,8 @@ name below is loaded when it is first used.
     enabled_ops   the ops that ``enable`` has replaced
     ops           each declared op as a function: ``gems_compile.ops.gelu(x)``
     pointwise     a decorator: a Triton function on tiles becomes an op that fuses
+    llm           the ops of language models: ``gems_compile.llm.rms_norm(x, weight)``
+    modules       the same as modules: ``gems_compile.modules.RMSNorm(4096)``
     Config        the settings, see docs/options.md
     vendor_name   the active target: "nvidia", "amd", "interpreter", a plug-in's name or "none"
 """
@@ -22,6 +24,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import llm, modules
     from .authoring import pointwise
     from .backend import gems, reports
     from .config import Config
@@ -39,6 +42,8 @@ __all__ = [
     "enabled_ops",
     "explain",
     "gems",
+    "llm",
+    "modules",
     "ops",
     "pointwise",
     "reports",
@@ -58,9 +63,13 @@ _HOME = {
     "reports": "backend",
     "use_gems": "eager",
 }
+#: names that are modules
+_MODULES = ("llm", "modules")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name in _HOME:
         value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
         globals()[name] = value

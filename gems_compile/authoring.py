@@ -23,7 +23,7 @@ from .inlined import inlined, returned
 from .kernels.op import ALL, OPS, Authored
 from .lowering.authored import NAMESPACE, declare
 from .promotion import broadcast, read_rules, result_dtypes
-from .served import Served
+from .user_ops import UserOp
 
 #: types of parameters that are no tensors, as schemas spell them
 KINDS = {float: "float", int: "int", bool: "bool", str: "str"}
@@ -179,7 +179,7 @@ class Pointwise:
         name, qualified = self.__name__, f"{self.__name__}.{digest}"
         _library.define(self._schema(digest), tags=(torch.Tag.pt2_compliant_tag,))
         op = getattr(getattr(getattr(torch.ops, NAMESPACE), name), digest)
-        served = _served[op] = Served(op, name, self._results)
+        served = _served[op] = UserOp(op, name, self._results)
         _library.impl(qualified, served, "CompositeExplicitAutograd")
         full = f"{NAMESPACE}::{qualified}"
         torch.library.register_fake(full, self._fake, lib=_library)
@@ -228,7 +228,7 @@ class Pointwise:
         return tuple(made) if len(made) > 1 else made[0]
 
 
-_served: dict[torch._ops.OpOverload, Served] = {}
+_served: dict[torch._ops.OpOverload, UserOp] = {}
 
 
 def _parameters(name: str, function: Callable[..., Any]) -> dict[str, str]:

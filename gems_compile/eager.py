@@ -129,12 +129,7 @@ def stats() -> dict[str, dict[str, int]]:
     """Per overload that was ever called: ``ours`` and ``native`` calls, ``compiled`` variants."""
     out = {}
     for handler in list(_state.handlers.values()):
-        variants = [*list(handler.variants.values()), handler._full]
-        row = {
-            "ours": sum(v.calls for v in variants if v.run is not None),
-            "native": sum(v.calls for v in variants if v.run is None) + handler.small,
-            "compiled": sum(v.run is not None for v in variants),
-        }
+        row = handler.counts()
         if row["ours"] or row["native"]:
             out[handler.name] = row
     return out

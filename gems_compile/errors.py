@@ -23,6 +23,10 @@ class AuthoringError(GemsError, TypeError):
     """A function that ``gems_compile.pointwise`` cannot take, or a call that it cannot serve."""
 
 
+class ArgumentError(GemsError, ValueError):
+    """An argument that a function of ``gems_compile.llm`` does not take."""
+
+
 class InternalError(GemsError, RuntimeError):
     """Our own mistake; raised under ``strict`` only, otherwise the group runs as ATen."""
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .aten_kernel import native_kernel, with_numbers_as_tensors
 from .composed import composed_graph, told
 from .config import Config
 from .forms import Form, add_writes, functional_call, places, share_memory
@@ -104,10 +105,10 @@ class Handler:
     def register(self) -> torch.library.Library:
         """Put this handler at the device key, until ``unregister`` is given what this returns."""
         key = self.target.dispatch_key
-        self._native = _native_kernel(self.overload, key)
+        self._native = native_kernel(self.overload, key)
         library = torch.library.Library("aten", "IMPL")
         library.impl(self.name, self, key, with_keyset=True)
-        self._kept.append(_native_kernel(self.overload, key))
+        self._kept.append(native_kernel(self.overload, key))
         forget_dispatch(self.overload, key)
         return library
 
@@ -119,6 +120,15 @@ class Handler:
     def be_picky(self, picky: bool) -> None:
         """Serve only calls that measured faster than ATen's."""
         self.least = least_elements(self.name, self.target) if picky else None
+
+    def counts(self) -> dict[str, int]:
+        """``ours`` and ``native`` calls so far, and ``compiled`` variants."""
+        variants = [*list(self.variants.values()), self._full]
+        return {
+            "ours": sum(v.calls for v in variants if v.run is not None),
+            "native": sum(v.calls for v in variants if v.run is None) + self.small,
+            "compiled": sum(v.run is not None for v in variants),
+        }
 
     # a call --------------------------------------------------------------------------------------
 
@@ -179,7 +189,7 @@ class Handler:
             kwargs = {**kwargs, "generator": source.generator}
         if not self._has_number(args, kwargs):
             return native.call_boxed(keyset, *args, **kwargs)
-        return _with_numbers_as_tensors(lambda: native.call_boxed(keyset, *args, **kwargs))
+        return with_numbers_as_tensors(lambda: native.call_boxed(keyset, *args, **kwargs))
 
     def _has_number(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         given = len(args)
@@ -205,7 +215,7 @@ class Handler:
                 return self.variants[key]
             if len(self.variants) >= MAX_VARIANTS:
                 return self._full
-            why = why_native(tensors, self.target, kwargs if self._makes else {})
+            why = self._why_native(tensors, kwargs)
             if not tensors and self._tensor_places:
                 why = "its operands are numbers"
             if why is None and self.least is not None:
@@ -220,6 +230,9 @@ class Handler:
                 log.info("%s: %s; new ones run as ATen", self.name, self._full.why)
             self.variants[key] = variant
         return variant
+
+    def _why_native(self, tensors: Sequence[Tensor], options: dict[str, Any]) -> str | None:
+        return why_native(tensors, self.target, options if self._makes else {})
 
     def _compile(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Variant:
         config = Config.from_call()
@@ -361,10 +374,12 @@ def _compiled(
     # A pool of workers would take longer to start than one kernel to compile.
     options = replace(lowering_options(config, target), alone=True, threads=0)
     run, report = compile_graph(gm, inputs, options, f"eager_{aten_name(overload)}")
-    nodes = report.plan.aten if report.plan is not None else ()
-    # a saved buffer that a GPU needs not, a view of the result, a seed that the host does not draw
+    # what is absent, a saved buffer that a GPU needs not, a view of the result, a seed that the host
+    # does not draw
+    full = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)
+    called = {*full, *(report.plan.aten if report.plan is not None else ())}
     free = [
-        n for n in nodes if is_empty(n.meta.get("val")) or is_view(n) or name_of(n.target) == SEED
+        n for n in called if is_empty(n.meta.get("val")) or is_view(n) or name_of(n.target) == SEED
     ]
     if report.launches and report.aten_calls == len(free):
         (output,) = gm.graph.find_nodes(op="output")
@@ -461,34 +476,3 @@ def in_clean_thread(make: Callable[[], Variant]) -> Variant:
     if failed:
         raise failed[0]
     return found[0]
-
-
-# reaching ATen's kernel --------------------------------------------------------------------------
-
-
-def _native_kernel(overload: torch._ops.OpOverload, key: str) -> Any:
-    """The kernel that the dispatcher would call now; taken before ours is registered.
-
-    ``OpOverload.redispatch`` would come back to ours, for there is no key below the device's.
-    """
-    return torch.library.get_kernel(overload, key)
-
-
-class _Carrier:
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self.call = call
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        return args[0].call()
-
-
-def _with_numbers_as_tensors(call: Callable[[], Any]) -> Any:
-    """Run ``call`` where torch takes a Python number for a tensor and promotes it as a number.
-
-    torch allows that inside calls of ``torch.ops.aten.add`` and its like, and offers no other way;
-    a 0-d tensor in the number's place would change the result's dtype.
-    """
-    return torch.ops.aten.add.Tensor(_Carrier(call), 0)

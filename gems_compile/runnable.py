@@ -152,6 +152,8 @@ class _Writer:
         if isinstance(target, torch._ops.OpOverload):
             library = target.namespace
             self.libraries.add(library)
+            if target.name() == "gems::linear_cross_entropy":  # of all in ``llm``, it stays whole
+                self.modules.add("gems_compile.llm")
             if library not in OWN_LIBRARIES and library != "gems":
                 self.cannot.append(f"torch.ops.{library} is a library of the program's own")
             return f"torch.ops.{target}"

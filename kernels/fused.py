@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .served import served
+
 _LIBRARY: Any = None
 
 
@@ -38,8 +40,8 @@ def register_torch_ops() -> None:
         " bool weight_after_cast) -> (Tensor dx, Tensor dw)",
         tags=tags,
     )
-    library.impl("rms_norm", _rms_norm, "CompositeExplicitAutograd")
-    library.impl("rms_norm_backward", _rms_norm_backward, "CompositeExplicitAutograd")
+    for name, plain in (("rms_norm", _rms_norm), ("rms_norm_backward", _rms_norm_backward)):
+        library.impl(name, served(name, plain), "CompositeExplicitAutograd")
     torch.library.register_fake("gems::rms_norm", _rms_norm_fake, lib=library)
     torch.library.register_fake("gems::rms_norm_backward", _rms_norm_backward_fake, lib=library)
     torch.library.register_autograd(

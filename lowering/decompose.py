@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from ..kernels.op import OPS
 from ..kernels.softmax import decompose_log_softmax
 from .overload import find_overload
 
+#: the ops of ``own_ops``, which adds to it: overload -> the function that it is
+OWN_RULES: dict[Any, Callable[..., Any]] = {}
 #: modules of the rules in torch's tables as torch fills them
 OWNER = "torch."
 #: packets that run best whole, as ATen
@@ -135,7 +138,7 @@ class Decompositions(Mapping[Any, Callable[..., Any]]):
         register_torch_ops()
 
     @property
-    def table(self) -> dict[Any, Callable[..., Any]]:
+    def table(self) -> Mapping[Any, Callable[..., Any]]:
         return _table(self.own_rng)
 
     def __getitem__(self, op: Any) -> Callable[..., Any]:
@@ -149,7 +152,7 @@ class Decompositions(Mapping[Any, Callable[..., Any]]):
 
 
 @functools.cache
-def _table(own_rng: bool) -> dict[Any, Callable[..., Any]]:
+def _table(own_rng: bool) -> Mapping[Any, Callable[..., Any]]:
     import torch
     from torch._inductor.decomposition import select_decomp_table
 
@@ -159,15 +162,19 @@ def _table(own_rng: bool) -> dict[Any, Callable[..., Any]]:
     }
     if own_rng:
         own[torch.ops.aten.native_dropout.default] = native_dropout
-    return own | {
-        op: rule
-        for op, rule in select_decomp_table().items()
-        if str(op) not in OPS and getattr(op, "_opname", "") not in KEEP
-    }
+    return ChainMap(
+        OWN_RULES,  # first, and as it is: later ops add to it
+        own,
+        {
+            op: rule
+            for op, rule in select_decomp_table().items()
+            if str(op) not in OPS and getattr(op, "_opname", "") not in KEEP
+        },
+    )
 
 
 @functools.cache
-def whole_table() -> dict[Any, Callable[..., Any]]:
+def whole_table() -> Mapping[Any, Callable[..., Any]]:
     """Every rule of torch's but those of ops that the core reads, and our own: for an op that eager
     mode takes apart, with no neighbour that would rather have it whole."""
     from torch._decomp import decomposition_table
@@ -181,10 +188,10 @@ def whole_table() -> dict[Any, Callable[..., Any]]:
     written = {name.replace("_.", ".", 1) for name in SCATTERS}
     read = {*OPS, *VIEWS, *SCATTERS, *written}
     rules = {**decomposition_table, **select_decomp_table()}
-    found = {op: r for op, r in rules.items() if isinstance(op, OpOverload) and str(op) not in read}
+    kept = {op: r for op, r in rules.items() if isinstance(op, OpOverload) and str(op) not in read}
     named = {**DRAWS, **FACTORY_RULES}
     own = ((find_overload(name), rule) for name, rule in named.items())
-    return found | {op: rule for op, rule in own if op is not None}
+    return ChainMap(OWN_RULES, kept | {op: rule for op, rule in own if op is not None})
 
 
 def added_rules() -> list[str]:

@@ -110,7 +110,7 @@ def test_subclasses_are_taken_as_plain_tensors() -> None:
 
 
 def test_a_variant_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gems_compile.served.MAX_COMPILED", 2)
+    monkeypatch.setattr("gems_compile.user_ops.MAX_COMPILED", 2)
     served = plus.served
     monkeypatch.setattr(served, "variants", {})
     for n in (3, 3, 4, 3):

@@ -235,7 +235,7 @@ def test_mistakes_in_a_call(tmp_path: Path) -> None:
 
 
 def test_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gems_compile.served.current_target", lambda vendor: None)
+    monkeypatch.setattr("gems_compile.user_ops.current_target", lambda vendor: None)
     monkeypatch.setattr(plus.served, "variants", {})
     with pytest.raises(AuthoringError, match="no GPU, and Triton's interpreter is off"):
         plus(rand(3), rand(3))

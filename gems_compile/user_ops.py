@@ -17,7 +17,7 @@ from .kernels.target import Target, current_target
 from .one_op import MAX_COMPILED, PLAIN, Variant, compile_one, describe, in_clean_thread
 
 
-class Served:
+class UserOp:
     """What the dispatcher calls for ``overload``; ``results`` makes the tensors it returns."""
 
     def __init__(
