@@ -374,8 +374,8 @@ def _compiled(
     # A pool of workers would take longer to start than one kernel to compile.
     options = replace(lowering_options(config, target), alone=True, threads=0)
     run, report = compile_graph(gm, inputs, options, f"eager_{aten_name(overload)}")
-    # what is absent, a saved buffer that a GPU needs not, a view of the result, a seed that the host
-    # does not draw
+    # what is absent, a saved buffer that a GPU needs not, a view of the result, a seed that the
+    # host does not draw
     full = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)
     called = {*full, *(report.plan.aten if report.plan is not None else ())}
     free = [
