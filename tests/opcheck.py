@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from gems_compile.config import cache_dir
 from gems_compile.kernels import load_ops
 from gems_compile.kernels.fused import register_torch_ops
-from gems_compile.kernels.op import OPS, Call, T
+from gems_compile.kernels.op import OPS, Authored, Call, T
 from gems_compile.kernels.target import current_target
 from gems_compile.lowering import private
 from gems_compile.lowering.decompose import Decompositions
@@ -35,6 +35,8 @@ load_ops()
 register_torch_ops()
 aten = torch.ops.aten
 
+#: what is declared beside our kernels; tests declare ops of their own
+DECLARED = {name: op for name, op in OPS.items() if not isinstance(op, Authored)}
 #: which samples a run takes; another number every day, and ids of tests name it
 SEED = int(os.environ.get("GEMS_TEST_SEED") or datetime.date.today().toordinal())
 FULL = os.environ.get("GEMS_TEST_FULL") == "1"

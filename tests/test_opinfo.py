@@ -14,13 +14,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import DEVICE, assert_same_metadata, assert_same_values
-from opcheck import CANCELS, FULL, SEED, compare, options, run_poisoned, tensors, trace
+from opcheck import CANCELS, DECLARED, FULL, SEED, compare, options, run_poisoned, tensors, trace
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from gems_compile.kernels.op import OPS
-
-BASES = {name.split(".")[1]: op for name, op in OPS.items()}
+BASES = {name.split(".")[1]: op for name, op in DECLARED.items()}
 #: op_db's names of what comes down to declared ops under another name
 DECOMPOSED = {
     "softmax",
