@@ -27,7 +27,7 @@ from .kernels.dropout import drawing_from, source
 from .kernels.op import OPS
 from .kernels.target import Target
 from .lowering.overload import name_of
-from .lowering.private import forget_dispatch
+from .lowering.private import enter_fake_mode_once, forget_dispatch
 from .operands import why_native
 from .rules import ON_HOST
 from .worth import least_elements, why_not_worth
@@ -456,6 +456,7 @@ def _items(graph: torch.fx.Graph, node: torch.fx.Node, val: Sequence[Any]) -> tu
 
 def in_clean_thread(make: Callable[[], Variant]) -> Variant:
     """Run in a thread of its own: no dispatch mode, autocast, vmap or tracing of the caller's."""
+    enter_fake_mode_once()
     found: list[Variant] = []
     failed: list[BaseException] = []
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None

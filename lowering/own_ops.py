@@ -63,7 +63,9 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def under_autocast(x: Tensor) -> bool:
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # torch 2.11's Dynamo cannot trace the question whether a device has autocast
+    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)
 
 
 def gradient_of(

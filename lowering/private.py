@@ -51,6 +51,14 @@ def known_to_partitioner(
         partitioners.get_default_op_list = known
 
 
+@functools.cache
+def enter_fake_mode_once() -> None:
+    """Before a short-lived thread does: in torch 2.11 built for CUDA, where there is no GPU, what the
+    first entry sets up dies with its thread, and the next entry crashes."""
+    with torch._subclasses.FakeTensorMode():
+        pass
+
+
 def duplicates_are_gone() -> contextlib.AbstractContextManager[None]:
     """The min-cut partitioner looks for no duplicates of its own, for which it imports a hundred of
     Inductor's modules: half a second of a process's first backward."""
