@@ -53,8 +53,8 @@ def known_to_partitioner(
 
 @functools.cache
 def enter_fake_mode_once() -> None:
-    """Before a short-lived thread does: in torch 2.11 built for CUDA, where there is no GPU, what the
-    first entry sets up dies with its thread, and the next entry crashes."""
+    """Before a short-lived thread does: in torch 2.11 built for CUDA, where there is no GPU, what
+    the first entry sets up dies with its thread, and the next entry crashes."""
     with torch._subclasses.FakeTensorMode():
         pass
 
