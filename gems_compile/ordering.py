@@ -12,24 +12,21 @@ import torch
 from torch import Tensor
 
 from .kernels.sorting import LONGEST, PLACE
+from .whole import Whole
 
 aten = torch.ops.aten
-
-
-class TooLong(Exception):
-    """Rows of more elements than one program sorts."""
 
 
 def sort(x: Tensor, dim: int | None = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
     """(Elements, places) in order, equal ones in the order of their places. No dim: all of x is one
     row."""
     if x.ndim == 0:
-        raise TooLong("one number")
+        raise Whole("one number")
     flat = dim is None
     rows = x.contiguous() if dim is None else x.movedim(dim, -1).contiguous()
     size = x.numel() if flat else rows.shape[-1]
     if not 0 < size <= LONGEST:
-        raise TooLong(f"rows of {size} elements")
+        raise Whole(f"rows of {size} elements")
     places = torch.ops.gems.numbered_rows.default(rows, descending, flat) & PLACE
     values = (rows.reshape(-1) if flat else rows).gather(-1, places)
     if dim is None:

@@ -1,7 +1,7 @@
 """Rules by which eager mode takes resampling of images apart: pooling by means, interpolation.
 
 A result's element is a weighted sum of few elements, which are written out: the rule of a call with
-more than ``MOST_TAPS`` of them does not end, it says ``TooWide``. See ``rules``.
+more than ``MOST_TAPS`` of them does not end, it says ``Whole``. See ``rules``.
 """
 
 from __future__ import annotations
@@ -15,19 +15,13 @@ import torch
 from torch import Tensor
 
 from .kernels.pool import MOST_TAPS as MOST_WRITTEN_OUT
+from .kernels.pool import windows
+from .whole import Whole, wide
 
 aten = torch.ops.aten
 
 #: elements of a sum that are written out, at most
 MOST_TAPS = 64
-
-
-class TooWide(Exception):
-    """A window of more elements than are written out."""
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _integers(size: int, x: Tensor) -> Tensor:
@@ -87,7 +81,7 @@ def _antialiased(
     *scales: float | None,
 ) -> Tensor:
     """Sums weighted by the kernel, stretched where the image shrinks: across, then down."""
-    out = _wide(x)
+    out = wide(x)
     for k in reversed(range(len(size))):
         scale = _scale(x.shape[2 + k], size[k], align, scales[k])
         out = _stretched(kernel, reach, out, 2 + k, size[k], scale)
@@ -102,7 +96,7 @@ def _stretched(
     support = reach * max(scale, 1.0)
     taps = min(2 * math.ceil(support) + 1, before)
     if taps > MOST_TAPS:
-        raise TooWide(f"{taps} elements for each")
+        raise Whole(f"{taps} elements for each")
     centre = (_line(after, x) + 0.5) * scale
     first = (centre - support + 0.5).int().clamp(min=0)
     end = (centre + support + 0.5).int().clamp(max=before)
@@ -156,9 +150,9 @@ def max_pool2d(
     """(The largest element of each window, its place in the image.)"""
     kernel = _per_axis(kernel, 2)
     if {*dilation} != {1} or math.prod(kernel) > MOST_WRITTEN_OUT:
-        raise TooWide("windows with gaps, or of many elements")
+        raise Whole("windows with gaps, or of many elements")
     if not x.is_floating_point():
-        raise TooWide("windows of integers")
+        raise Whole("windows of integers")
     stride, padding = _per_axis(stride, 2) if len(stride) else kernel, _per_axis(padding, 2)
     values, places = torch.ops.gems.max_pool2d.default(x, kernel, stride, padding, ceil)
     corners = [
@@ -175,14 +169,6 @@ def max_pool2d(
 
 def _per_axis(given: Sequence[int], axes: int) -> list[int]:
     return list(given) * axes if len(given) == 1 else list(given)
-
-
-def _windows(size: int, kernel: int, stride: int, padding: int, ceil: bool) -> int:
-    """How many windows there are along an axis, as torch counts them."""
-    count = (size + 2 * padding - kernel + (stride - 1 if ceil else 0)) // stride + 1
-    if ceil and (count - 1) * stride >= size + padding:
-        count -= 1  # the last one would begin in the padding
-    return count
 
 
 def _spans(
@@ -211,12 +197,12 @@ def _avg_axes(x: Tensor, axes: int, kernel: Any, stride: Any, padding: Any, ceil
     stride = _per_axis(stride, axes) if len(stride) else kernel
     padding = _per_axis(padding, axes)
     if math.prod(kernel) > MOST_TAPS:
-        raise TooWide(f"windows of {math.prod(kernel)} elements")
+        raise Whole(f"windows of {math.prod(kernel)} elements")
     found = []
     for k in range(axes):
         axis = x.ndim - axes + k
         how = (x.shape[axis], kernel[k], stride[k], padding[k])
-        found.append((axis, *how, _windows(*how, ceil)))
+        found.append((axis, *how, windows(*how, ceil)))
     return found
 
 
@@ -232,11 +218,11 @@ def avg_pool(
 ) -> Tensor:
     """The mean of each window."""
     every = _avg_axes(x, axes, kernel, stride, padding, ceil)
-    wide = _wide(x)
+    summed = wide(x)
     pads: list[int] = []
     for _, size, kernel_, step, before, count in reversed(every):
         pads += [before, max(0, (count - 1) * step + kernel_ - size - before)]
-    padded = torch.constant_pad_nd(wide, pads) if any(pads) else wide
+    padded = torch.constant_pad_nd(summed, pads) if any(pads) else summed
     total = None
     for at in itertools.product(*(range(k) for _, _, k, _, _, _ in every)):
         tap = padded
@@ -244,7 +230,7 @@ def avg_pool(
             tap = aten.slice.Tensor(tap, axis, first, first + (count - 1) * step + 1, step)
         total = tap if total is None else total + tap
     assert total is not None
-    return (total / _divisors(wide, every, count_include_pad, divisor)).to(x.dtype)
+    return (total / _divisors(summed, every, count_include_pad, divisor)).to(x.dtype)
 
 
 def avg_pool_backward(
@@ -260,7 +246,7 @@ def avg_pool_backward(
 ) -> Tensor:
     """Each element the sum of what the windows over it were given, one window after the other."""
     every = _avg_axes(x, axes, kernel, stride, padding, ceil)
-    given = _wide(gradient) / _divisors(_wide(gradient), every, count_include_pad, divisor)
+    given = wide(gradient) / _divisors(wide(gradient), every, count_include_pad, divisor)
     choices = []
     for axis, size, kernel_, step, before, count in every:
         place = _integers(size, x) + before
@@ -288,9 +274,9 @@ def adaptive_avg_pool_backward(axes: int, gradient: Tensor, x: Tensor) -> Tensor
     for axis in range(x.ndim - axes, x.ndim):
         size, count = x.shape[axis], gradient.shape[axis]
         if size % count:
-            raise TooWide("windows of several sizes")
+            raise Whole("windows of several sizes")
         kernel.append(size // count)
-    given = _wide(gradient) / math.prod(kernel)
+    given = wide(gradient) / math.prod(kernel)
     for k, length in enumerate(kernel):
         axis = x.ndim - axes + k
         place = _integers(x.shape[axis], x) // length

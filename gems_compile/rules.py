@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from .ordering import ORDERING
 from .resampling import RESAMPLING
+from .whole import Whole, wide
 
 aten = torch.ops.aten
 
@@ -24,18 +25,9 @@ aten = torch.ops.aten
 MANY_ROWS = 25
 
 
-class Whole(Exception):
-    """A call that has no rule."""
-
-
 def rules() -> dict[Any, Callable[..., Any]]:
     """The rule of each overload that has one."""
     return _RULES | ORDERING | RESAMPLING
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in the dtype that ATen adds it up in."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 # matrix products ---------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def _max_pool2d_backward(
 # ------------------------------------------------------------------------------------- kernels
 
 
-def _windows(size: Any, kernel: int, stride: int, padding: int, ceil: bool) -> Any:
+def windows(size: Any, kernel: int, stride: int, padding: int, ceil: bool) -> Any:
     """How many windows there are along an axis, as torch counts them."""
     count = (size + 2 * padding - kernel + (stride - 1 if ceil else 0)) // stride + 1
     if ceil and (count - 1) * stride >= size + padding:
@@ -117,7 +117,7 @@ _HOW = ([3, 3], [2, 2], [1, 1], False)
 def max_pool2d(b: Any, x: Any, kernel: Any, stride: Any, padding: Any, ceil: bool) -> Any:
     """(The maximum of each window, or NaN where there is one; which element it is.)"""
     every = list(zip((x.ndim - 2, x.ndim - 1), kernel, stride, padding, strict=True))
-    counts = [_windows(x.shape[a], k, s, p, ceil) for a, k, s, p in every]
+    counts = [windows(x.shape[a], k, s, p, ceil) for a, k, s, p in every]
     wide, shape = list(x.shape), [*x.shape[:-2], *counts]
     for (axis, k, s, p), count in zip(every, counts, strict=True):
         wide[axis] = max(x.shape[axis] + p, (count - 1) * s + k)
