@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .errors import AuthoringError
 from .gradients import differentiable, facts_of_backward
-from .inlined import inlined, returned
+from .inlined import inlined, is_jit, returned
 from .kernels.op import ALL, OPS, Authored
 from .lowering.authored import NAMESPACE, declare
 from .promotion import broadcast, read_rules, result_dtypes
@@ -55,7 +55,7 @@ def pointwise(
     """
     if function is None:
         return functools.partial(pointwise, promotion=promotion, outputs=outputs, backward=backward)
-    if not (hasattr(function, "fn") and type(function).__module__.startswith("triton.runtime")):
+    if not is_jit(function):
         raise AuthoringError(
             f"pointwise: {function!r} is no function of triton.jit; write @gems_compile.pointwise "
             "above @triton.jit"

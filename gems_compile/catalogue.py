@@ -162,7 +162,7 @@ def kernel_of(name: str) -> str:
     """``activation.gelu``: file of ``kernels/`` and name of a declaration."""
     op = OPS.get(name)
     if op is None:
-        return "torch's decomposition"
+        return "rules"
     body = getattr(op.body, "fn", op.body)  # a jit function wraps the Python one
     return f"{body.__module__.rpartition('.')[2]}.{op.name}"
 

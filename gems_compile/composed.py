@@ -67,11 +67,13 @@ def _traced(
             given[k] = tensor
         args, kwargs = tree_unflatten(given, spec)
         out = rule(*args, **kwargs)
+        if out is NotImplemented:  # of this call; torch has another rule
+            out = overload(*args, **kwargs)
         return (out,) if isinstance(out, Tensor) else tuple(out)
 
     traced = make_fx(
         torch.func.functionalize(program, remove="mutations"),
-        decomposition_table={**whole_table(), **own},
+        decomposition_table=whole_table().new_child(own),
         tracing_mode="fake",
     )
     try:

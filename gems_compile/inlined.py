@@ -82,7 +82,7 @@ class _Writer:
             self.lines.append(f"import {what.__name__} as {name}")
         elif home is not None:
             self.lines.append(f"from {home} import {own} as {name}")
-        elif _is_jit(what):
+        elif is_jit(what):
             self.define(what.fn, name)
         else:
             self.lines.append(f"{name} = tl.constexpr({self._constant(what, like)})")
@@ -158,7 +158,7 @@ def _parsed(function: Any, name: str) -> ast.FunctionDef:
     return tree
 
 
-def _is_jit(what: Any) -> bool:
+def is_jit(what: Any) -> bool:
     """Whether it came out of ``triton.jit``, compiled or interpreted."""
     return hasattr(what, "fn") and type(what).__module__.startswith("triton.runtime")
 

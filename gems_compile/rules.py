@@ -7,6 +7,7 @@ in the order in which its kernels compute them.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .kernels.draws import DRAWS
+from .kernels.factories import RULES as FACTORY_RULES
+from .lowering.overload import find_overload
 from .ordering import ORDERING
 from .resampling import RESAMPLING
 from .whole import Whole, wide
@@ -25,9 +29,13 @@ aten = torch.ops.aten
 MANY_ROWS = 25
 
 
+@functools.cache
 def rules() -> dict[Any, Callable[..., Any]]:
-    """The rule of each overload that has one."""
-    return _RULES | ORDERING | RESAMPLING
+    """The rule of each overload that has one, also of those written beside their kernels."""
+    named = {**DRAWS, **FACTORY_RULES}
+    found = ((find_overload(name), rule) for name, rule in named.items())
+    beside = {overload: rule for overload, rule in found if overload is not None}
+    return beside | _RULES | ORDERING | RESAMPLING
 
 
 # matrix products ---------------------------------------------------------------------------------

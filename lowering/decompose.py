@@ -13,13 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..kernels import load_ops
-from ..kernels.draws import DRAWS
 from ..kernels.dropout import native_dropout
-from ..kernels.factories import RULES as FACTORY_RULES
 from ..kernels.fused import register_torch_ops
 from ..kernels.op import OPS
 from ..kernels.softmax import decompose_log_softmax
-from .overload import find_overload
 
 #: the ops of ``own_ops``, which adds to it: overload -> the function that it is
 OWN_RULES: dict[Any, Callable[..., Any]] = {}
@@ -174,9 +171,9 @@ def _table(own_rng: bool) -> Mapping[Any, Callable[..., Any]]:
 
 
 @functools.cache
-def whole_table() -> Mapping[Any, Callable[..., Any]]:
-    """Every rule of torch's but those of ops that the core reads, and our own: for an op that eager
-    mode takes apart, with no neighbour that would rather have it whole."""
+def whole_table() -> ChainMap[Any, Callable[..., Any]]:
+    """Every rule of torch's but those of ops that the core reads: for an op that eager mode takes
+    apart, with no neighbour that would rather have it whole."""
     from torch._decomp import decomposition_table
     from torch._inductor.decomposition import select_decomp_table
     from torch._ops import OpOverload
@@ -189,9 +186,7 @@ def whole_table() -> Mapping[Any, Callable[..., Any]]:
     read = {*OPS, *VIEWS, *SCATTERS, *written}
     rules = {**decomposition_table, **select_decomp_table()}
     kept = {op: r for op, r in rules.items() if isinstance(op, OpOverload) and str(op) not in read}
-    named = {**DRAWS, **FACTORY_RULES}
-    own = ((find_overload(name), rule) for name, rule in named.items())
-    return ChainMap(OWN_RULES, kept | {op: rule for op, rule in own if op is not None})
+    return ChainMap(OWN_RULES, kept)
 
 
 def added_rules() -> list[str]:
