@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from .kernels.pool import MOST_TAPS as MOST_WRITTEN_OUT
 from .kernels.pool import windows
@@ -164,6 +165,23 @@ def max_pool2d(
     return values, index.long()
 
 
+def max_pool2d_backward(
+    gradient: Tensor,
+    x: Tensor,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    ceil: bool,
+    places: Tensor,
+) -> Tensor:
+    """Each element's gradient, added at its place in the image; torch has this rule from 2.12 on."""
+    sums = wide(gradient.new_zeros(())).expand(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+    sums = sums.scatter_add(-1, places.flatten(-2), wide(gradient).flatten(-2))
+    layout = suggest_memory_format(x)
+    return sums.view(x.shape).to(gradient.dtype).contiguous(memory_format=layout)
+
+
 # means of windows --------------------------------------------------------------------------------
 
 
@@ -295,6 +313,7 @@ RESAMPLING: dict[Any, Callable[..., Any]] = {
     aten._upsample_bicubic2d_aa.default: bicubic_antialiased,
     aten._upsample_bilinear2d_aa.default: bilinear_antialiased,
     aten.max_pool2d_with_indices.default: max_pool2d,
+    aten.max_pool2d_with_indices_backward.default: max_pool2d_backward,
     aten.avg_pool2d.default: _of(2, avg_pool),
     aten.avg_pool3d.default: _of(3, avg_pool),
     aten.avg_pool2d_backward.default: _of(2, avg_pool_backward),

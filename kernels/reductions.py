@@ -200,13 +200,12 @@ def row_argbest(x, place, LARGEST: tl.constexpr):
 @triton.jit
 def best_start(x, LARGEST: tl.constexpr):
     """A value that no operand of x's dtype is worse than."""
-    if x.dtype.is_floating():
-        if LARGEST:
-            return tl.full(x.shape, float("-inf"), x.dtype)
-        return tl.full(x.shape, float("inf"), x.dtype)
     bits: tl.constexpr = x.dtype.primitive_bitwidth
-    if x.dtype.is_int_unsigned():
-        return tl.full(x.shape, 0 if LARGEST else 2**bits - 1, x.dtype)
-    if LARGEST:
-        return tl.full(x.shape, -(2 ** (bits - 1)), x.dtype)
-    return tl.full(x.shape, 2 ** (bits - 1) - 1, x.dtype)
+    # one return: Triton compiles what follows a return of a branch that is taken, too
+    if x.dtype.is_floating():
+        best: tl.constexpr = float("-inf") if LARGEST else float("inf")
+    elif x.dtype.is_int_unsigned():
+        best: tl.constexpr = 0 if LARGEST else 2**bits - 1
+    else:
+        best: tl.constexpr = -(2 ** (bits - 1)) if LARGEST else 2 ** (bits - 1) - 1
+    return tl.full(x.shape, best, x.dtype)

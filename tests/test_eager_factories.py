@@ -80,6 +80,8 @@ def test_ranges_of_floats(dtype: torch.dtype) -> None:
         step = numbers[2] if len(numbers) == 3 else 1
         exact = torch.arange(len(got), dtype=torch.float64) * step + numbers[0]
         assert torch.equal(got.cpu(), exact.to(dtype))
+    if dtype == torch.bfloat16 and DEVICE == "cuda":
+        return  # of which ATen makes no ``range`` there
     with pytest.warns(UserWarning, match="torch.range is deprecated"):
         got = made(lambda: torch.range(1, 4, 0.5, dtype=dtype, **on), "range.step")
 

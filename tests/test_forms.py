@@ -158,6 +158,7 @@ BY_HAND: dict[str, Any] = {
     "aten.isin.Tensor_Scalar": lambda r: (torch.arange(5, device=DEVICE), 2),
     "aten.norm.Scalar": lambda r: (r(4, 5),),
     "aten.im2col.default": lambda r: (r(2, 3, 8, 8), [3, 3], [1, 1], [1, 1], [2, 2]),
+    "aten.sort.stable": lambda r: (r(5, 33),),
     "aten.slice_scatter.default": lambda r: (r(8, 4), r(3, 4), 0, 1, 7, 2),
     "aten._weight_norm_interface.default": lambda r: (r(4, 5), r(4, 1), 0),
     "aten.mm.default": lambda r: (r(1, 33), r(17, 33).t()),
@@ -217,6 +218,7 @@ BY_HAND: dict[str, Any] = {
 }
 #: and what they are given by name
 KEYWORDS = {
+    "aten.sort.stable": {"stable": True},
     "aten.scatter.reduce": {"reduce": "add"},
     "aten.scatter.value_reduce": {"reduce": "add"},
 }
@@ -316,7 +318,7 @@ def exactly(fn: Any, sample: Sample, results: list[Tensor]) -> list[Tensor]:
 def test_composed(name: str, dtype: torch.dtype) -> None:
     if why := eager.why_not_replaced(name, current_target()):
         pytest.skip(why)
-    fn, served = overload(name), 0
+    fn, served, taken = overload(name), 0, 0
     if fn in ORDERING and dtype == torch.bfloat16:
         pytest.skip("elements that are equal stand in any order: see test_sorting.py")
     for k, sample in enumerate(samples(name)):
@@ -328,6 +330,7 @@ def test_composed(name: str, dtype: torch.dtype) -> None:
             want = fn(*sample[0], **sample[1])
         except (RuntimeError, TypeError):  # not in this dtype
             continue
+        taken += 1
         before = ours(one_op.aten_name(fn))
         with gems_compile.use_gems(only=[name]):
             got = fn(*own[0], **own[1])
@@ -341,6 +344,8 @@ def test_composed(name: str, dtype: torch.dtype) -> None:
         for i, (a, b, c) in enumerate(zip(got, want, exact, strict=True)):
             assert_same_metadata(a, b, f"result {i}")
             assert_accurate(a, b, c, f"{name}, result {i}", "tensor", least=4.0)
+    if not taken and DEVICE == "cuda":
+        pytest.skip("ATen refuses all samples there")
     if dtype == torch.float32:
         assert served, whys(one_op.aten_name(fn))
 
@@ -381,14 +386,15 @@ def test_writes(name: str) -> None:
     what was given."""
     if why := eager.why_not_replaced(name, current_target()):
         pytest.skip(why)
-    form, served = eager._forms()[name], 0
+    form, served, refused = eager._forms()[name], 0, 0
     aten_name = one_op.aten_name(form.overload)
     for k, sample in enumerate(samples(str(form.functional))):
         if k >= 3 and served:
             break
         try:
             results = tensors(form.functional(*sample[0], **sample[1]))
-        except NotImplementedError:  # by ATen, of integers on a GPU
+        except RuntimeError:  # ATen's: of integers on a GPU, say
+            refused += 1
             continue
         made, wanted = (places_of(form, sample, bool(k % 2)) for _ in range(2))
         if made is None or wanted is None:
@@ -412,6 +418,8 @@ def test_writes(name: str) -> None:
             if a._base is not None:  # the gaps as well
                 a, b = a._base, b._base
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)
+    if refused and not served and DEVICE == "cuda":
+        pytest.skip("ATen refuses samples there")
     if not served:
         reasons = whys(aten_name)
         assert all("its result is" in why or "is empty" in why for why in reasons), reasons

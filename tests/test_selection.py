@@ -25,6 +25,16 @@ def on() -> set[str]:
     return set(gems_compile.enabled_ops())
 
 
+@pytest.fixture
+def all_by_default(monkeypatch: Any) -> Any:
+    """As by the interpreter, a GPU included: every op is on unasked, and all of its calls."""
+    monkeypatch.setattr(eager, "_on_by_default", lambda name, target: True)
+    monkeypatch.setattr(eager._State, "_is_measured", lambda self: False)
+    eager._chosen.cache_clear()
+    yield
+    eager._chosen.cache_clear()
+
+
 def aten(names: Any) -> set[str]:
     return {eager.aten_name(eager._overloads()[name]) for name in names}
 
@@ -50,7 +60,7 @@ def test_all_serves_what_is_not_faster() -> None:
         assert {"aten.add.Tensor", "aten.add.out"} <= chosen
 
 
-def test_nobody_asked_for_the_default(monkeypatch: Any) -> None:
+def test_nobody_asked_for_the_default(all_by_default: None, monkeypatch: Any) -> None:
     """Its calls are looked at one by one where there are measurements; those of ``all`` are not."""
     monkeypatch.setattr(eager._State, "_is_measured", lambda self: True)
     handler = eager._state.handler("aten.gelu.default")
@@ -196,7 +206,9 @@ def test_a_reader_that_is_not_installed(
 # blocks ------------------------------------------------------------------------------------------
 
 
-def test_a_block_whose_ops_are_on_touches_none_of_them(monkeypatch: Any) -> None:
+def test_a_block_whose_ops_are_on_touches_none_of_them(
+    all_by_default: None, monkeypatch: Any
+) -> None:
     gems_compile.enable()
     touched: list[str] = []
     for method in ("register", "unregister", "be_picky"):
@@ -216,7 +228,7 @@ def test_one_op_that_was_asked_for_touches_nothing(monkeypatch: Any) -> None:
     assert eager._state.applied is seen and not touched and ours("gelu") == 1
 
 
-def test_a_block_touches_what_changes_alone(monkeypatch: Any) -> None:
+def test_a_block_touches_what_changes_alone(all_by_default: None, monkeypatch: Any) -> None:
     gems_compile.enable()
     touched: list[str] = []
     be_picky = one_op.Handler.be_picky
