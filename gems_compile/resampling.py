@@ -175,7 +175,7 @@ def max_pool2d_backward(
     ceil: bool,
     places: Tensor,
 ) -> Tensor:
-    """Each element's gradient, added at its place in the image; torch has this rule from 2.12 on."""
+    """Each element's gradient, added at its place in the image; newer torch has this rule too."""
     sums = wide(gradient.new_zeros(())).expand(*x.shape[:-2], x.shape[-2] * x.shape[-1])
     sums = sums.scatter_add(-1, places.flatten(-2), wide(gradient).flatten(-2))
     layout = suggest_memory_format(x)
