@@ -20,12 +20,13 @@ from torch.nn import Parameter
 
 from .aten_kernel import native_kernel, with_numbers_as_tensors
 from .composed import composed_graph, told
-from .config import Config
+from .config import Config, cache_dir
 from .forms import Form, add_writes, functional_call, places, share_memory
 from .kernels.composed import UPDATING
 from .kernels.dropout import drawing_from, source
 from .kernels.op import OPS
 from .kernels.target import Target
+from .lowering import native
 from .lowering.overload import name_of
 from .lowering.private import enter_fake_mode_once, forget_dispatch
 from .operands import why_native
@@ -87,6 +88,7 @@ class Handler:
         self.least: int | None = None  # see ``be_picky``
         self.small = 0  # calls that were ATen's for it
         self._native: Any = None
+        self._describe = describe
         self._lock = threading.Lock()
         self._compiled = 0
         self._random = torch.Tag.nondeterministic_seeded in overload.tags
@@ -149,7 +151,10 @@ class Handler:
         if self._makes:
             parts += (torch.get_default_dtype(), self._current_device())
         tensors: list[Tensor] = []
-        if not describe(args, parts, tensors) or not describe(kwargs.values(), parts, tensors):
+        described = self._describe(args, parts, tensors)
+        if kwargs and described:
+            described = self._describe(kwargs.values(), parts, tensors)
+        if not described:
             return self._aten(keyset, args, kwargs)
         if self.form is not None and share_memory(tensors):
             return self._aten(keyset, args, kwargs)
@@ -226,6 +231,7 @@ class Handler:
             if variant.run is not None and not self._random and self.form is None:
                 self._check_layouts(variant, keyset, args, kwargs)
             self._compiled += variant.run is not None
+            self._describe = native.describe() or describe
             if self._compiled == MAX_COMPILED and variant.run is not None:
                 log.info("%s: %s; new ones run as ATen", self.name, self._full.why)
             self.variants[key] = variant
@@ -306,7 +312,8 @@ def layout_of(t: Tensor | None) -> tuple[Any, ...] | None:
 
 
 def describe(values: Iterable[Any], parts: list[Any], tensors: list[Tensor]) -> bool:
-    """Append what a kernel is compiled for; False if one of the values is no plain tensor."""
+    """Append what a kernel is compiled for; False if one of the values is no plain tensor. It is
+    the same in C, in describe.h."""
     for value in values:
         kind = type(value)
         if kind is Tensor or kind is Parameter:
@@ -371,6 +378,8 @@ def _compiled(
     if isinstance(made, str):
         return Variant(None, False, made)
     gm, inputs, single = made
+    if target.backend == "cuda":
+        native.start(cache_dir()).wait()  # a second once a machine; calls are launched by it
     # A pool of workers would take longer to start than one kernel to compile.
     options = replace(lowering_options(config, target), alone=True, threads=0)
     run, report = compile_graph(gm, inputs, options, f"eager_{aten_name(overload)}")

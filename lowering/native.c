@@ -16,6 +16,7 @@
 #include <stdint.h>
 
 #include "cublas.h"
+#include "describe.h"
 #include "driver.h"
 #include "philox.h"
 
@@ -493,6 +494,7 @@ static PyObject *blas_opened(PyObject *self, PyObject *args)
 }
 
 static PyMethodDef functions[] = {
+    {"describer", describer, METH_VARARGS, "describer(TensorBase, Tensor, Parameter): see describe.h."},
     {"open_blas", blas_opened, METH_VARARGS, "open_blas(path, most): cuBLAS, on this device."},
     {"number_drawn", (PyCFunction)(void (*)(void))number_drawn, METH_FASTCALL,
      "number_drawn(seed, offset): what a GPU's generator draws."},

@@ -37,7 +37,7 @@ from .worker import write_atomically
 log = logging.getLogger("gems_compile.lowering.native")
 
 SOURCE = Path(__file__).with_name("native.c")
-HEADERS = [SOURCE.with_name(name) for name in ("cublas.h", "driver.h", "philox.h")]
+HEADERS = [SOURCE.with_name(name) for name in ("cublas.h", "describe.h", "driver.h", "philox.h")]
 DRIVER = "libcuda.so.1"
 FLAGS = ("-O2", "-shared", "-fPIC")
 MODULE = "gems_native"
@@ -52,12 +52,13 @@ class Unavailable(Exception):
 
 
 class Extension:
-    """The compiled ``native.c`` on its way: ``run`` is its class once it is ready, and
-    ``number_drawn`` its function."""
+    """The compiled ``native.c`` on its way: ``run`` is its class once it is ready, ``number_drawn``
+    and ``describe`` its functions."""
 
     def __init__(self, cache_dir: str | None) -> None:
         self.run: Callable[..., Any] | None = None
         self.number_drawn: Callable[[int, int], int] | None = None
+        self.describe: Callable[..., bool] | None = None
         self.open_blas: Callable[[str, int], Any] | None = None
         self.path, self.why = "", "it is not ready"
         self.where = cache_dir
@@ -72,6 +73,7 @@ class Extension:
         try:
             module = self._kept_or_built()
             self.number_drawn, self.open_blas = module.number_drawn, module.open_blas
+            self.describe = module.describer(torch._C.TensorBase, torch.Tensor, torch.nn.Parameter)
             self.why = ""
             self.run = module.Run  # last: who finds it may use the others
         except Exception as e:  # whatever it is, kernels can be launched without
@@ -229,6 +231,11 @@ def _blas(device: int, extension: Extension) -> Any:
 def number_drawn() -> Callable[[int, int], int] | None:
     """``kernels.dropout.number_drawn`` natively; None where that cannot be."""
     return None if _current is None else _current.number_drawn
+
+
+def describe() -> Callable[..., bool] | None:
+    """``one_op.describe`` natively; None where that cannot be."""
+    return None if _current is None else _current.describe
 
 
 def made(

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import gems_only
 
+from gems_compile import one_op
 from gems_compile.kernels.dropout import number_drawn
 from gems_compile.lowering import native, private
 from gems_compile.lowering.runs import (
@@ -312,3 +313,52 @@ def test_the_number_of_a_seed() -> None:
     for wrong in ((1,), (1, 2.0), (1, 2, 3)):
         with pytest.raises(TypeError, match="two ints"):
             quick(*wrong)
+
+
+class Sub(torch.Tensor):
+    """Which an op might see through."""
+
+
+DESCRIBED = {
+    "tensors": lambda: (
+        torch.randn(3, 5),
+        torch.randn(4, 6).t(),
+        torch.nn.Parameter(torch.ones(2)),
+    ),
+    "places": lambda: (torch.randn(9)[1:], torch.randn(9)[4:], torch.empty(0, 3), torch.ones(())),
+    "numbers": lambda: (2, True, -0.0, float("nan"), 1j, None, "tanh", torch.float16, slice(3)),
+    "lists": lambda: ([torch.ones(2), 3, [0.5, (torch.zeros(1),)]], (), [[]]),
+    "a subclass": lambda: (1, torch.ones(2).as_subclass(Sub), 2),
+    "a subclass within": lambda: ([torch.ones(2), torch.ones(2).as_subclass(Sub)], 2),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_calls_are_described_as_in_python(name: str) -> None:
+    extension()
+    describe, values = native.describe(), DESCRIBED[name]()
+    for given in (values, list(values), dict(enumerate(values)).values()):
+        (parts, tensors), (ours, theirs) = ([], []), ([], [])
+        assert describe(given, ours, theirs) == one_op.describe(given, parts, tensors)
+        assert ours == parts and [*map(type, ours)] == [*map(type, parts)]
+        assert [*map(id, theirs)] == [*map(id, tensors)]
+
+
+@needs_compiler
+def test_describing_leaves_nothing_behind() -> None:
+    extension()
+    describe = native.describe()
+    values = (torch.randn(300, 500), 2.5, [70000, torch.randn(300)])
+    describe(values, [], [])
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for _ in range(1000):
+        describe(values, [], [])
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 2000
+    with pytest.raises(TypeError, match="values and two lists"):
+        describe(values, [], ())
+    with pytest.raises(TypeError, match="values are wanted"):
+        describe(3, [], [])
