@@ -199,6 +199,7 @@ POINTWISE: dict[str, Once] = {  # several pointwise ops, as torch's rules have i
     "mvlgamma": lambda s: call(flat(s, low=3.0, high=9.0), 3),
     "polar": lambda s: call(T(s.flat, dtype=F32), T(s.flat, dtype=F32)),
     "searchsorted.Tensor": lambda s: call(Filled("sorted", (64,)), flat(s)),
+    "bucketize.Scalar": lambda s: call(0.5, Filled("sorted", (64,))),
     "searchsorted.Scalar": lambda s: call(Filled("sorted", (64,)), 0.5),
 }
 REDUCTION: dict[str, Once] = {

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .aten_kernel import CALLED_WITH_NUMBERS_ALONE, companions
 from .config import vendor
 from .errors import UnknownOp, nearest
 from .forms import Form, forms_of
@@ -277,6 +278,8 @@ def why_not_replaced(name: str, target: Target) -> str | None:
     has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, overload.name())
     schema = overload._schema
     aliased = any(a.alias_info is not None for a in schema.returns)
+    if target.dispatch_key == "CUDA" and name in CALLED_WITH_NUMBERS_ALONE:
+        return "ATen calls it with a number on the device, which no kernel in Python is given"
     if name not in _forms() and name not in UPDATING and (schema.is_mutable or aliased):
         return "it writes or returns an operand"
     if has("CompositeImplicitAutograd") and not has(target.dispatch_key):
@@ -370,6 +373,7 @@ class _State:
             return
         self.applied = None
         wanted = single.union(*(layer.names for layer in layers))
+        wanted |= self._companions(wanted)
         asked = single.union(*named)
         for name in self.registered.keys() - wanted:
             self.handlers[name].unregister(self.registered.pop(name))
@@ -387,6 +391,10 @@ class _State:
         for name in wanted & (fresh | picky ^ self.picky):
             self.handlers[name].be_picky(name in picky)
         self.watched, self.picky, self.applied = watched, picky, now
+
+    def _companions(self, wanted: frozenset[str]) -> frozenset[str]:
+        target = current_target(vendor())
+        return frozenset() if target is None else companions(wanted, target.dispatch_key)
 
     def _is_measured(self) -> bool:
         """Whether there is a default to be picky by: the interpreter serves whatever it can."""

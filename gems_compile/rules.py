@@ -266,6 +266,10 @@ def searchsorted_number(ordered: Tensor, x: Any, **how: Any) -> Tensor:
     return searchsorted(ordered, ordered.new_full((1,), x), **how).view(())
 
 
+def bucketize_number(x: Any, ordered: Tensor, **how: Any) -> Tensor:
+    return searchsorted_number(ordered, x, **how)
+
+
 # what a host waits for ---------------------------------------------------------------------------
 
 
@@ -315,6 +319,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.polar.default: polar,
     aten.searchsorted.Tensor: searchsorted,
     aten.searchsorted.Scalar: searchsorted_number,
+    aten.bucketize.Scalar: bucketize_number,
     aten.equal.default: equal,
     aten.allclose.default: allclose,
     aten._is_all_true.default: is_all_true,

@@ -48,6 +48,7 @@ COMPOSED: tuple[str, ...] = (
     "aten.binary_cross_entropy_with_logits.default",
     "aten.block_diag.default",
     "aten.bmm.default",
+    "aten.bucketize.Scalar",
     "aten.bucketize.Tensor",
     "aten.cat.default",
     "aten.channel_shuffle.default",

@@ -61,6 +61,26 @@ def range_(start: Any, end: Any, step: Any = 1, *, dtype: Any = None, **options:
     return _steps(start, step, math.floor((end - start) / step) + 1, dtype, options)
 
 
+def linspace(*numbers: Any, dtype: Any = None, **options: Any) -> Any:
+    """torch's rule, but of integers, which ATen's kernels round otherwise."""
+    import torch
+
+    return torch._refs.linspace(*numbers, dtype=_floating(dtype), **options)
+
+
+def logspace(*numbers: Any, dtype: Any = None, **options: Any) -> Any:
+    """As ``linspace``."""
+    import torch
+
+    return torch._refs.logspace(*numbers, dtype=_floating(dtype), **options)
+
+
+def _floating(dtype: Any) -> Any:
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"a line of {dtype}")
+    return dtype
+
+
 def eye(n: int, m: int | None = None, *, dtype: Any = None, **options: Any) -> Any:
     """1 where the row is the column, else 0: n x m, or n x n."""
     import torch
@@ -89,6 +109,8 @@ RULES: dict[str, Callable[..., Any]] = {
     "aten.arange.start_step": arange,
     "aten.eye.default": eye,
     "aten.eye.m": eye,
+    "aten.linspace.default": linspace,
+    "aten.logspace.default": logspace,
     "aten.range.default": range_,
     "aten.range.step": range_,
 }

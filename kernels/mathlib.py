@@ -277,7 +277,7 @@ def muladd(x, y, z):
     if z.dtype.is_floating():
         return tl.fma(like(x, z), y, z)
     else:
-        return x * y + z
+        return like(x, z) * y + z
 
 
 @triton.jit

@@ -207,6 +207,7 @@ BY_HAND: dict[str, Any] = {
     ),
     "aten.scatter.reduce": lambda r: (r(4, 5), 0, ints(2, 5, high=4), r(2, 5)),
     "aten.scatter.value_reduce": lambda r: (r(4, 5), 1, ints(4, 3, high=5), 2.0),
+    "aten.bucketize.Scalar": lambda r: (0.25, r(9).sort()[0]),
     "aten.searchsorted.Scalar": lambda r: (r(9).sort()[0], 0.25),
     "aten.searchsorted.Tensor": lambda r: (r(3, 9).sort()[0], r(3, 5)),
     "aten.col2im.default": lambda r: (r(2, 12, 9), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]),

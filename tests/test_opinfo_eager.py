@@ -38,7 +38,15 @@ UNSAID = ("empty", "new_empty", "argsort")
 #: ops that tell places: of equal elements any; their values are compared (more: test_sorting.py)
 PLACES = ("sort", "msort", "topk", "kthvalue", "median", "nanmedian", "mode")
 #: (op, dtype or "") -> why results need not be ATen's
-KNOWN: dict[tuple[str, str], str] = {}
+KNOWN: dict[tuple[str, str], str] = {
+    (
+        "nn.functional.soft_margin_loss",
+        "float16",
+    ): "ATen's exp overflows, as it rounds between its steps; ours is right",
+}
+if DEVICE == "cuda":
+    undefined = "what is left of a division by zero is undefined on a GPU"
+    KNOWN |= {("__rmod__", dtype): undefined for dtype in ("uint8", "int32", "int64")}
 
 
 def cases() -> list[Any]:
@@ -126,7 +134,8 @@ def run(op: Any, sample: Any, change: Any, written: bool = False) -> list[Tensor
     if not used or not leaves:
         return [*out, *tensors(given)]
     torch.manual_seed(3)
-    cotangents = [torch.randn(t.shape).to(t) for t in used]
+    # numbers of every dtype, moved where the operands are
+    cotangents = change([torch.randn(t.shape).bfloat16().to(t) for t in used])
     found = torch.autograd.grad(used, leaves, cotangents, allow_unused=True)
     return [*out, *(t for t in found if t is not None)]
 
@@ -177,9 +186,11 @@ def outcome(call: Call, change: Callable[[Any], Any], seed: int = 0) -> list[Ten
         return None
 
 
-def exactly(call: Call, want: list[Tensor], shift: float = 0.0) -> list[Tensor] | None:
-    """In float64 on the CPU, of operands that are off by ``shift`` of themselves; None where that
-    is another computation."""
+def exactly(
+    call: Call, want: list[Tensor], shift: float = 0.0, turn: int = 0
+) -> list[Tensor] | None:
+    """In float64 on the CPU, of operands that are off by ``shift`` of themselves, others in each
+    turn; None where that is another computation."""
     torch.manual_seed(0)
 
     def change(tree: Any) -> Any:
@@ -187,7 +198,10 @@ def exactly(call: Call, want: list[Tensor], shift: float = 0.0) -> list[Tensor] 
         wide = in_float64(tree, floats_only=True)
         for t, grad in zip(tensors(wide), grads, strict=True):
             if t.is_floating_point():
-                off = torch.rand(t.shape, generator=torch.Generator().manual_seed(t.numel())) - 0.5
+                off = (
+                    torch.rand(t.shape, generator=torch.Generator().manual_seed(t.numel() + turn))
+                    - 0.5
+                )
                 t.mul_(1 + 2 * shift * off)
             t.requires_grad_(grad and t.is_floating_point())
         return wide
@@ -225,9 +239,8 @@ def compare(got: list[Tensor], want: list[Tensor], call: Call, sure: int, name: 
         def usual(k: int = k, b: Tensor = b) -> float:
             """Where results hang on the last place of the operands (sums whose terms cancel, say)
             so much error is nobody's."""
-            moved = exactly(call, want, torch.finfo(b.dtype).eps)
-            if moved is None:
-                return 0.0
-            return 2 * error_in_ulps(moved[k], exact[k], b.dtype, "tensor")
+            moved = [exactly(call, want, torch.finfo(b.dtype).eps, turn) for turn in range(4)]
+            errors = [error_in_ulps(m[k], exact[k], b.dtype, "tensor") for m in moved if m]
+            return 2 * max(errors, default=0.0)
 
         assert_accurate(a, b, exact[k], what, "tensor", usual, least=4.0)
