@@ -5,7 +5,7 @@
 Launches: a run of one small kernel again and again, natively and through Python, and the same
 launches from C with nothing else around them: what the driver takes. Calls: whole compiled
 functions by backend, the best turn of each. Batches fit in the device's queue, and are waited for
-between timings.
+between timings. So are calls of eager PyTorch, with our kernels behind it and with ATen's.
 """
 
 from __future__ import annotations
@@ -114,6 +114,33 @@ def call_costs(backends: list[str]) -> dict[str, float]:
     return costs
 
 
+#: calls of eager mode, and the overload that each comes to
+EAGER: dict[str, tuple[str, Callable[[torch.Tensor], object]]] = {
+    "torch.add(x, y)": ("add.Tensor", lambda x: torch.add(x, x)),
+    "torch.add(x, 2)": ("add.Tensor", lambda x: torch.add(x, 2)),
+    "torch.relu(x)": ("relu", torch.relu),
+    "torch.sum(x, 1)": ("sum.dim_IntList", lambda x: torch.sum(x, 1)),
+    "torch.amax(x, 1)": ("amax", lambda x: torch.amax(x, 1)),
+    "torch.softmax(x, 1)": ("_softmax", lambda x: torch.softmax(x, 1)),
+}
+
+
+def eager_costs() -> dict[str, float]:
+    """us a call of eager PyTorch, ATen's kernel and ours, the best of turns."""
+    import gems_compile
+
+    x, costs = torch.randn(64, 64, device="cuda"), {}
+    for name, (op, fn) in EAGER.items():
+        found: dict[str, list[float]] = {"ATen": [], "gems": []}
+        for _ in range(TURNS):
+            for side, times in found.items():
+                with torch.no_grad(), gems_compile.use_gems(only=[op] if side == "gems" else []):
+                    fn(x)
+                    times.append(microseconds(1, fn, x))
+        costs.update((f"{name}, {side}", min(times)) for side, times in found.items())
+    return costs
+
+
 def _copy(fn: Any) -> Callable[..., object]:
     """A function with code of its own, which Dynamo compiles apart."""
     return types.FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__)
@@ -127,7 +154,8 @@ def main() -> None:
     costs = launch_costs()
     for name, cost in costs.items():
         print(f"{cost:8.2f} us a launch   {name}", flush=True)
-    calls = call_costs(["gems", *filter(None, options.against.split(","))])
+    calls = eager_costs()
+    calls |= call_costs(["gems", *filter(None, options.against.split(","))])
     for name, cost in calls.items():
         print(f"{cost:8.2f} us a call     {name}", flush=True)
     if options.json:

@@ -188,6 +188,17 @@ def draw(axes: Any, rows: list[Row]) -> None:
 # all of it ----------------------------------------------------------------------------------------
 
 
+def add_kernel_ratios(rows: list[Row], found: Iterable[Case], setting: Setting) -> None:
+    """Put how our kernels did on the device beside what the calls did."""
+    on_device = replace(setting, mode="kernel")
+    copies = Copies(on_device)
+    for row, case in zip(rows, found, strict=True):
+        if row["status"] == "ok":
+            again = measure(case, on_device, copies)
+            if "ratio" in again:
+                row["kernel_ratio"] = again["ratio"]
+
+
 def run(found: Iterable[Case], setting: Setting, where: dict[str, str]) -> list[Row]:
     """All rows, each printed as it comes."""
     copies, common, rows = Copies(replace(setting, mode="kernel")), {**where, **stamp()}, []
@@ -223,6 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     setting = setting_of(options)
     where = machine(setting.device)
     rows = run(found, setting, where)
+    if options.write_table:
+        add_kernel_ratios(rows, found, setting)
     if has_flag_gems() and not options.no_flag_gems:
         print(add_flag_gems(rows, setting))
     sink = options.results or (None if options.small else ROOT / "results" / "ops.jsonl")

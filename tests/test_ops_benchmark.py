@@ -317,6 +317,17 @@ def test_a_table_is_written_and_added_to(tmp_path: Path) -> None:
     assert ops["gelu"].note == "measured on NVIDIA A100, torch 2.13, bfloat16"
 
 
+def test_a_call_whose_kernel_is_slower_gains_nothing() -> None:
+    rows = timed("median", ("1x10", 10, 1.2), ("1x20", 20, 1.3))
+    assert op_defaults.measured(rows).least == 10
+    rows[1]["kernel_ratio"] = 0.98
+    assert op_defaults.measured(rows).least == 10
+    rows[1]["kernel_ratio"] = 0.5
+    assert op_defaults.measured(rows).least is None
+    rows[0]["kernel_ratio"], rows[1]["kernel_ratio"] = 0.9, 1.1
+    assert op_defaults.measured(rows).least == 20
+
+
 def test_the_tables_of_the_package_are_as_they_are_written() -> None:
     for path in sorted(path_of("nvidia:sm90").parent.glob("*.json")):
         table = read_table(path)
