@@ -129,7 +129,8 @@ def eager_costs() -> dict[str, float]:
     """us a call of eager PyTorch, ATen's kernel and ours, the best of turns."""
     import gems_compile
 
-    x, costs = torch.randn(64, 64, device="cuda"), {}
+    x = torch.randn(64, 64, device="cuda")
+    costs: dict[str, float] = {}
     for name, (op, fn) in EAGER.items():
         found: dict[str, list[float]] = {"ATen": [], "gems": []}
         for _ in range(TURNS):
