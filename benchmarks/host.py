@@ -100,7 +100,7 @@ def call_costs(backends: list[str]) -> dict[str, float]:
         "add": (lambda x: x + 1, 1),
         "chain": (chain, 32),
     }
-    costs = {}
+    costs: dict[str, float] = {}
     for name, (fn, launches) in functions.items():
         torch._dynamo.reset()
         made = {backend: torch.compile(_copy(fn), backend=backend) for backend in backends}

@@ -205,7 +205,8 @@ def best_start(x, LARGEST: tl.constexpr):
     if x.dtype.is_floating():
         best: tl.constexpr = float("-inf") if LARGEST else float("inf")
     elif x.dtype.is_int_unsigned():
-        best: tl.constexpr = 0 if LARGEST else 2**bits - 1
+        best: tl.constexpr = 0 if LARGEST else 2**bits - 1  # type: ignore[no-redef]
     else:
-        best: tl.constexpr = -(2 ** (bits - 1)) if LARGEST else 2 ** (bits - 1) - 1
+        least: tl.constexpr = -(2 ** (bits - 1))
+        best: tl.constexpr = least if LARGEST else -1 - least  # type: ignore[no-redef]
     return tl.full(x.shape, best, x.dtype)
