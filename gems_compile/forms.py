@@ -38,6 +38,8 @@ UNSERVED = {
     "aten.unfold_backward.out",
     # a place for complex numbers
     "aten.polar.out",
+    # its result is made before it is known
+    "aten.nonzero_static.out",
     # ATen takes them apart into the functional op, which is served, and a copy
     "aten.rand.generator_out",
     "aten.randn.out",
@@ -59,9 +61,9 @@ class Form:
 
 def forms_of(functional: torch._ops.OpOverload) -> Iterator[Form]:
     """The overloads that torch has of this op, with the same arguments, that write the result.
-    Those of a factory take no options."""
+    Those of a factory take no options. A place for a result whose size is data is ATen's."""
     schema = functional._schema
-    if schema.is_mutable:
+    if schema.is_mutable or torch.Tag.dynamic_output_shape in functional.tags:
         return
     if torch.Tag.nondeterministic_seeded in functional.tags and str(functional) not in DRAWS:
         return

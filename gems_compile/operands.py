@@ -1,4 +1,5 @@
-"""Which operands, and options of a factory, no kernel of eager mode takes, whatever the op is."""
+"""Which operands, and options of a factory, no kernel of eager mode takes, whatever the op is; how
+tensors lie in memory."""
 
 from __future__ import annotations
 
@@ -52,3 +53,11 @@ def _overlaps(t: Tensor) -> bool:
             return True
         reach += stride * (size - 1)
     return False
+
+
+def layout_of(t: Tensor | None) -> tuple[Any, ...] | None:
+    """What a caller sees beside the values: dtype, shape, the strides that address memory."""
+    if t is None:
+        return None
+    strides = tuple(s for n, s in zip(t.shape, t.stride(), strict=True) if n > 1)
+    return t.dtype, tuple(t.shape), strides
