@@ -12,34 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .kernels.draws import exponential, uniform
 from .kernels.scan import LONGEST as LONGEST_SCAN
 from .kernels.sorting import LONGEST, PLACE, SORTED
+from .long_scans import in_blocks, running_sum
 from .sized import Rule, Steps
 from .whole import Whole
 
 aten = torch.ops.aten
 
-#: elements of a block, unless there would be more blocks than one program scans
-BLOCK = 2048
 #: elements from which on 32 bits do not count them
 NARROW = 2**31
 
 
 # ranks -------------------------------------------------------------------------------------------
-
-
-def block_size(count: int) -> int:
-    """A power of two, of which there are few enough in ``count``."""
-    return max(BLOCK, 1 << (-(-count // LONGEST_SCAN) - 1).bit_length())
-
-
-def in_blocks(flat: Tensor) -> Tensor:
-    """[blocks, elements], zeros behind the end."""
-    count, size = flat.shape[0], block_size(flat.shape[0])
-    return F.pad(flat, (0, -count % size)).view(-1, size)
 
 
 def _flags(kept: Tensor) -> Tensor:
@@ -170,16 +157,6 @@ def repeat_interleave(steps: Steps, repeats: Tensor, *, output_size: int | None 
     out = repeats.new_empty(count)
     found = steps(_copied, ends, grown=[out])
     return out if found is None else found[0]
-
-
-def running_sum(x: Tensor) -> Tensor:
-    """``cumsum`` of a vector, however long: sums of blocks, of those before, and within each."""
-    if x.shape[0] <= LONGEST_SCAN:
-        return x.cumsum(0)
-    blocks = in_blocks(x)
-    sums = blocks.sum(1)
-    before = sums.cumsum(0) - sums
-    return (blocks.cumsum(1) + before[:, None]).view(-1)[: x.shape[0]]
 
 
 # distinct values ---------------------------------------------------------------------------------

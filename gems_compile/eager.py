@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .config import vendor
+from .counting import SIZED
 from .errors import UnknownOp, nearest
 from .forms import Form, forms_of
 from .kernels import load_ops
@@ -171,7 +172,7 @@ def _declared() -> dict[str, torch._ops.OpOverload]:
     by its name as torch prints it."""
     load_ops()
     found = {}
-    for name in dict.fromkeys((*OPS, *COMPOSED, *FACTORIES, *DRAWS)):
+    for name in dict.fromkeys((*OPS, *COMPOSED, *map(str, SIZED), *FACTORIES, *DRAWS)):
         if not name.startswith("aten."):  # nobody calls ours or prims' in eager mode
             continue
         overload = find_overload(name)

@@ -29,6 +29,7 @@ from .kernels.op import OPS
 from .kernels.target import Target
 from .lowering.overload import name_of
 from .lowering.private import enter_fake_mode_once, forget_dispatch
+from .long_scans import LONG_SCANS
 from .operands import layout_of, why_native
 from .rules import ON_HOST
 from .sized import Steps, program
@@ -367,12 +368,15 @@ def compile_one(
         return Variant(run, len(overload._schema.returns) == 1, layouts=None)
     functional = overload if form is None else form.functional
     variant = Variant(None, False)
-    for make in (one_node_graph, composed_graph):
+    makes = [one_node_graph] if str(functional) in OPS else [one_node_graph, composed_graph]
+    if functional in LONG_SCANS:
+        makes = [composed_graph, one_node_graph]
+    for make in makes:
         variant = _compiled(make(overload, args, kwargs, form), overload, target, config)
-        if variant.run is not None and overload in ON_HOST:
-            variant.run = told(variant.run)
-        if variant.run is not None or str(functional) in OPS:
+        if variant.run is not None:
             break
+    if variant.run is not None and overload in ON_HOST:
+        variant.run = told(variant.run)
     return variant
 
 
