@@ -35,8 +35,12 @@ def _flags(kept: Tensor) -> Tensor:
 
 
 def _ends(kept: Tensor) -> tuple[Tensor, Tensor]:
-    """(How many are kept up to the end of each block, and before it)."""
-    sums = _flags(kept).sum(1).long()
+    return _ends_of(_flags(kept))
+
+
+def _ends_of(flags: Tensor) -> tuple[Tensor, Tensor]:
+    """(How many count up to the end of each block, and before it)."""
+    sums = flags.sum(1).long()
     ends = sums.cumsum(0)
     return ends, ends - sums
 
@@ -169,17 +173,21 @@ def _in_order(flat: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _starts(ordered: Tensor) -> Tensor:
-    """Whether each is another one than the one before it; so is each NaN."""
-    return torch.cat([ordered.new_ones(1, dtype=torch.bool), ordered[1:] != ordered[:-1]])
+    """In blocks, 1 of each that is another one than the one before it; so is each NaN."""
+    blocks, count = in_blocks(ordered), ordered.shape[0]
+    numbers = _numbers(blocks)
+    earlier = ordered[(numbers - 1).clamp(0, count - 1)]
+    starts = ((blocks != earlier) | (numbers == 0)) & (numbers < count)
+    return starts.to(torch.float32)
 
 
 def _ends_of_runs(ordered: Tensor) -> tuple[Tensor, Tensor]:
-    return _ends(_starts(ordered))
+    return _ends_of(_starts(ordered))
 
 
 def _put_runs(ordered: Tensor, before: Tensor, values: Tensor, first: Tensor) -> tuple[Tensor, ...]:
     """Of each run its value, and the number of its first element."""
-    flags = _flags(_starts(ordered))
+    flags = _starts(ordered)
     goals = _goals(flags, before)
     torch.ops.gems.put_.default(values, goals, in_blocks(ordered))
     torch.ops.gems.put_.default(first, goals, _numbers(flags))
@@ -190,7 +198,7 @@ def _put_back(
     ordered: Tensor, before: Tensor, places: Tensor | None, inverse: Tensor
 ) -> tuple[Tensor, ...]:
     """For each element the number of its run, at the place that it came from."""
-    flags = _flags(_starts(ordered))
+    flags = _starts(ordered)
     ranks = flags.cumsum(1).long() + (before[:, None] - 1)
     numbers = _numbers(flags)
     goals = numbers if places is None else in_blocks(places)

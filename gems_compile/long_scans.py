@@ -26,26 +26,39 @@ MANY = 64
 
 
 def block_size(count: int) -> int:
-    """A power of two, of which there are few enough in ``count``."""
-    return max(BLOCK, 1 << (-(-count // LONGEST) - 1).bit_length())
+    """A power of two, of which there are few enough in ``count``, also by halves."""
+    return max(BLOCK, 1 << (-(-2 * count // LONGEST) - 1).bit_length())
 
 
-def in_blocks(rows: Tensor, fill: Any = 0) -> Tensor:
+def in_blocks(rows: Tensor, fill: Any = 0, size: int | None = None) -> Tensor:
     """[..., blocks, elements], ``fill`` behind the end of each row."""
-    count, size = rows.shape[-1], block_size(rows.shape[-1])
+    count = rows.shape[-1]
+    size = block_size(count) if size is None else size
     return F.pad(rows, (0, -count % size), value=fill).unflatten(-1, (-1, size))
 
 
-def before(ends: Tensor, first: Any) -> Tensor:
-    """What there is before each block, of what there is at its end; ``first`` before all."""
-    return F.pad(ends[..., :-1], (1, 0), value=first)
+def _halves(rows: Tensor, fill: Any) -> Tensor:
+    """Halves of the blocks: sums of these are another kernel's than scans of the blocks, which is
+    to compute the scans where they are used. Else it would store them to be read again."""
+    size = block_size(rows.shape[-1])
+    return in_blocks(rows, fill, size).unflatten(-1, (2, size // 2)).flatten(-3, -2)
+
+
+def _behind(ends: Tensor, first: Any) -> Tensor:
+    """What there is before each block, of what there is at the end of each half; ``first`` before
+    all."""
+    numbers = torch.arange(ends.shape[-1] // 2, device=ends.device)
+    found = ends.index_select(-1, (2 * numbers - 1).clamp(min=0))
+    return torch.where(numbers > 0, found, first).unsqueeze(-1)
 
 
 def running_sum(rows: Tensor) -> Tensor:
     """Along the last dim, in the dtype of the rows."""
-    blocks = in_blocks(rows)
-    behind = before(blocks.sum(-1, dtype=rows.dtype).cumsum(-1, dtype=rows.dtype), 0)
-    return _joined(blocks.cumsum(-1, dtype=rows.dtype) + behind.unsqueeze(-1), rows)
+    kind = rows.dtype
+    if rows.shape[-1] <= LONGEST:
+        return rows.cumsum(-1, dtype=kind)
+    ends = _halves(rows, 0).sum(-1, dtype=kind).cumsum(-1, dtype=kind)
+    return _joined(in_blocks(rows).cumsum(-1, dtype=kind) + _behind(ends, 0), rows)
 
 
 def _joined(blocks: Tensor, rows: Tensor) -> Tensor:
@@ -86,16 +99,15 @@ def cumsum(rows: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tenso
 @of_long_rows
 def cumprod(rows: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     rows, dtype = _summed(rows, dtype)
-    blocks = in_blocks(rows, 1)
-    behind = before(blocks.prod(-1).cumprod(-1), 1)
-    return _restored(_joined(blocks.cumprod(-1) * behind.unsqueeze(-1), rows).to(dtype), dim)
+    behind = _behind(_halves(rows, 1).prod(-1).cumprod(-1), 1)
+    return _restored(_joined(in_blocks(rows, 1).cumprod(-1) * behind, rows).to(dtype), dim)
 
 
 @of_long_rows
 def logcumsumexp(rows: Tensor, dim: int) -> Tensor:
-    blocks = in_blocks(wide(rows), -torch.inf)
-    behind = before(blocks.logsumexp(-1).logcumsumexp(-1), -torch.inf)
-    joined = torch.logaddexp(blocks.logcumsumexp(-1), behind.unsqueeze(-1))
+    halves, blocks = _halves(wide(rows), -torch.inf), in_blocks(wide(rows), -torch.inf)
+    behind = _behind(halves.logsumexp(-1).logcumsumexp(-1), -torch.inf)
+    joined = torch.logaddexp(blocks.logcumsumexp(-1), behind)
     return _restored(_joined(joined, rows).to(rows.dtype), dim)
 
 
@@ -112,16 +124,15 @@ def cummin(rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def _extreme(
     rows: Tensor, dim: int, scan: Any, best: Any, place: Any, beyond: Any
 ) -> tuple[Tensor, Tensor]:
-    """(Best so far, place of the last such one). A block's last best is the first one of it turned
+    """(Best so far, place of the last such one). A half's last best is the first one of it turned
     round."""
     if rows.dtype == torch.bool:
         raise Whole("truth values")
-    blocks = in_blocks(rows)
-    size = blocks.shape[-1]
-    ends, which = scan(best(blocks, -1), -1)
-    last = size - 1 - place(blocks.flip(-1), -1)
-    above = before(ends, 0).unsqueeze(-1)
-    where = before(which * size + last.gather(-1, which), 0).unsqueeze(-1)
+    halves, blocks = _halves(rows, 0), in_blocks(rows)
+    ends, which = scan(best(halves, -1), -1)
+    last = halves.shape[-1] - 1 - place(halves.flip(-1), -1)
+    above = _behind(ends, 0)
+    where = _behind(which * halves.shape[-1] + last.gather(-1, which), 0)
     values, places = scan(blocks, -1)
     numbers = torch.arange(blocks.shape[-2], device=rows.device).unsqueeze(-1)
     take = beyond(above, values)
@@ -129,8 +140,8 @@ def _extreme(
         take = take | (above.isnan() & ~values.isnan())
     take = take & (numbers > 0)
     values = torch.where(take, above, values)
-    places = torch.where(take, where, places + numbers * size)
-    return tuple(_restored(_joined(t, rows), dim) for t in (values, places))  # type: ignore[return-value]
+    places = torch.where(take, where, places + numbers * blocks.shape[-1])
+    return _restored(_joined(values, rows), dim), _restored(_joined(places, rows), dim)
 
 
 #: tried before a kernel of one program a row is

@@ -27,9 +27,9 @@ from .kernels.composed import UPDATING
 from .kernels.dropout import drawing_from, source
 from .kernels.op import OPS
 from .kernels.target import Target
+from .long_scans import LONG_SCANS
 from .lowering.overload import name_of
 from .lowering.private import enter_fake_mode_once, forget_dispatch
-from .long_scans import LONG_SCANS
 from .operands import layout_of, why_native
 from .rules import ON_HOST
 from .sized import Steps, program

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from .kernels.draws import DRAWS
 from .kernels.factories import RULES as FACTORY_RULES
-from .lowering.overload import find_overload
 from .long_scans import LONG_SCANS
+from .lowering.overload import find_overload
 from .ordering import ORDERING
 from .resampling import RESAMPLING
 from .whole import Whole, wide

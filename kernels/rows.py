@@ -10,7 +10,7 @@ from typing import Any
 def define(library: Any) -> None:
     """Register them in torch's library ``gems``.
 
-    put_: x [N], index and rows of one shape, whatever it is
+    put_: x [N], index and rows of one shape, whatever it is; no two places are one
     """
     import torch
 

@@ -54,8 +54,9 @@ def _index_fill(b: Builder, target: Value, dim: int, index: Value, value: Any) -
 
 
 def _put(b: Builder, target: Value, index: Value, values: Value) -> Value:
-    """Each element put at its own place of a vector."""
-    check(target, values)
+    """Each element put at its place in a vector. No two have the same: any order is fine."""
+    if target.ndim != 1 or values.dtype != target.dtype:
+        raise Declined(f"{values.dtype} values for {target.dtype} in {target.ndim} dims")
     return b.store(target, values, [(0, index)], [None], index.shape, wrap=False)
 
 

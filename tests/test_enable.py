@@ -16,6 +16,7 @@ from opcheck import overload
 
 import gems_compile
 from gems_compile import eager, one_op
+from gems_compile.counting import SIZED
 from gems_compile.errors import UnknownOp
 from gems_compile.kernels.composed import COMPOSED
 from gems_compile.kernels.draws import DRAWS
