@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .counting import SIZED
 from .kernels.draws import DRAWS
 from .kernels.factories import FACTORIES, OPTIONS
 
@@ -38,8 +39,6 @@ UNSERVED = {
     "aten.unfold_backward.out",
     # a place for complex numbers
     "aten.polar.out",
-    # its result is made before it is known
-    "aten.nonzero_static.out",
     # ATen takes them apart into the functional op, which is served, and a copy
     "aten.rand.generator_out",
     "aten.randn.out",
@@ -63,7 +62,7 @@ def forms_of(functional: torch._ops.OpOverload) -> Iterator[Form]:
     """The overloads that torch has of this op, with the same arguments, that write the result.
     Those of a factory take no options. A place for a result whose size is data is ATen's."""
     schema = functional._schema
-    if schema.is_mutable or torch.Tag.dynamic_output_shape in functional.tags:
+    if schema.is_mutable or functional in SIZED:
         return
     if torch.Tag.nondeterministic_seeded in functional.tags and str(functional) not in DRAWS:
         return

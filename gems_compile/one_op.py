@@ -30,7 +30,7 @@ from .kernels.target import Target
 from .long_scans import LONG_SCANS
 from .lowering.overload import name_of
 from .lowering.private import enter_fake_mode_once, forget_dispatch
-from .operands import layout_of, why_native
+from .operands import layout_of, takes_lazily_negated, why_native
 from .rules import ON_HOST
 from .sized import Steps, program
 from .whole import Whole
@@ -95,7 +95,7 @@ class Handler:
         self._compiled = 0
         self._random = torch.Tag.nondeterministic_seeded in overload.tags
         self._makes = any(a.name == "device" for a in _arguments(overload))  # what no operand tells
-        self._lazy = _takes_lazily_negated(overload)
+        self._lazy = takes_lazily_negated(overload)
         self._full = Variant(None, False, f"more than {MAX_COMPILED} variants were compiled")
         # A thread may have looked our kernel up and wait for the GIL while another one unregisters
         # it; the dispatcher would free it under that call.
@@ -270,14 +270,14 @@ class Handler:
         _here.off = True
         try:
             out = self._aten(keyset, args, kwargs)
-            if variant.layouts is None:
+            if variant.layouts is None and variant.run is not None:
                 variant.layouts = [layout_of(t) for t in variant.run(list(tensors))]
         except Whole as why:
             self._leave(variant, str(why))
             return
         finally:
             _here.off = False
-        if self.overload in ON_HOST:
+        if self.overload in ON_HOST or variant.layouts is None:
             return
         eager = [layout_of(t) for t in ([out] if variant.single else out)]
         if eager != list(variant.layouts):
@@ -303,15 +303,6 @@ class Handler:
 def aten_name(overload: torch._ops.OpOverload) -> str:
     """As ATen spells it: ``gelu``, ``add.Tensor``."""
     return overload.name().removeprefix("aten::")
-
-
-def _takes_lazily_negated(overload: torch._ops.OpOverload) -> bool:
-    """Whether the dispatcher leaves it to the device's kernel to look for a lazy negation."""
-    name, key = overload.name(), "Negative"
-    return bool(
-        torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
-        and torch._C._dispatch_kernel_for_dispatch_key_is_fallthrough(name, key)
-    )
 
 
 def _arguments(overload: torch._ops.OpOverload) -> Sequence[Any]:

@@ -61,3 +61,12 @@ def layout_of(t: Tensor | None) -> tuple[Any, ...] | None:
         return None
     strides = tuple(s for n, s in zip(t.shape, t.stride(), strict=True) if n > 1)
     return t.dtype, tuple(t.shape), strides
+
+
+def takes_lazily_negated(overload: torch._ops.OpOverload) -> bool:
+    """Whether the dispatcher leaves it to the device's kernel to look for a lazy negation."""
+    name, key = overload.name(), "Negative"
+    return bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+        and torch._C._dispatch_kernel_for_dispatch_key_is_fallthrough(name, key)
+    )

@@ -85,7 +85,9 @@ def _traced(
 
     shapes = ShapeEnv()
     with FakeTensorMode(shape_env=shapes) as mode:
-        fakes = [mode.from_tensor(a, static_shapes=True) for a in args if isinstance(a, Tensor)]
+        fakes: list[Tensor] = [
+            mode.from_tensor(a, static_shapes=True) for a in args if isinstance(a, Tensor)
+        ]
         for k, room in enumerate(grown):
             sizes = (*room.shape[:-1], some_size(shapes, f"grown{k}"))
             fakes.append(torch.empty(sizes, dtype=room.dtype, device=room.device))
