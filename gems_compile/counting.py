@@ -59,13 +59,13 @@ def _numbers(like: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
 # what is kept ------------------------------------------------------------------------------------
 
 
-def _put_places(kept: Tensor, before: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+def _put_places(kept: Tensor, before: Tensor, out: Tensor) -> tuple[()]:
     flags = _flags(kept)
     torch.ops.gems.put_.default(out, _goals(flags, before), _numbers(flags, out.dtype))
     return ()
 
 
-def _put_values(x: Tensor, kept: Tensor, before: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+def _put_values(x: Tensor, kept: Tensor, before: Tensor, out: Tensor) -> tuple[()]:
     torch.ops.gems.put_.default(out, _goals(_flags(kept), before), in_blocks(x))
     return ()
 
@@ -102,9 +102,7 @@ def _places(steps: Steps, kept: Tensor, before: Tensor, shape: torch.Size, count
     return found[0].t()
 
 
-def _put_coordinates(
-    kept: Tensor, before: Tensor, shape: torch.Size, *outs: Tensor
-) -> tuple[Tensor, ...]:
+def _put_coordinates(kept: Tensor, before: Tensor, shape: torch.Size, *outs: Tensor) -> tuple[()]:
     flags = _flags(kept)
     goals, places = _goals(flags, before), _numbers(flags)
     for k, out in enumerate(outs):
@@ -143,24 +141,25 @@ def _ends_of_copies(repeats: Tensor) -> tuple[Tensor, Tensor]:
     return ends, torch.where(repeats.amin() < 0, -1, ends[-1])
 
 
-def _copied(ends: Tensor, out: Tensor) -> tuple[Tensor]:
+def _copied(ends: Tensor, room: Tensor) -> tuple[Tensor]:
     from .rules import searchsorted
 
-    places = torch.arange(out.shape[0], device=out.device)
-    return (searchsorted(ends, places, right=True).to(out.dtype),)
+    places = torch.arange(room.shape[0], device=room.device)
+    return (searchsorted(ends, places, right=True).to(room.dtype),)
 
 
 def repeat_interleave(steps: Steps, repeats: Tensor, *, output_size: int | None = None) -> Any:
-    """Each place as often as its element says; ``output_size`` saves the wait for their sum."""
+    """Each place as often as its element says; ``output_size``, which must be their sum, saves the
+    wait for it."""
     if repeats.ndim != 1 or repeats.dtype not in (torch.int32, torch.int64):
         raise Whole("not a vector of whole numbers")
     ends, total = steps(_ends_of_copies, repeats)
     count = int(total) if output_size is None else output_size
     if count < 0:
         return NotImplemented
-    out = repeats.new_empty(count)
-    found = steps(_copied, ends, grown=[out])
-    return out if found is None else found[0]
+    room = repeats.new_empty(1).expand(count)  # of which the step reads the size alone
+    found = steps(_copied, ends, grown=[room])
+    return repeats.new_empty(0) if found is None else found[0]
 
 
 # distinct values ---------------------------------------------------------------------------------
@@ -185,18 +184,17 @@ def _ends_of_runs(ordered: Tensor) -> tuple[Tensor, Tensor]:
     return _ends_of(_starts(ordered))
 
 
-def _put_runs(ordered: Tensor, before: Tensor, values: Tensor, first: Tensor) -> tuple[Tensor, ...]:
-    """Of each run its value, and the number of its first element."""
+def _put_runs(ordered: Tensor, before: Tensor, values: Tensor, *first: Tensor) -> tuple[()]:
+    """Of each run its value, and the number of its first element where there is room for it."""
     flags = _starts(ordered)
     goals = _goals(flags, before)
     torch.ops.gems.put_.default(values, goals, in_blocks(ordered))
-    torch.ops.gems.put_.default(first, goals, _numbers(flags))
+    for numbers in first:
+        torch.ops.gems.put_.default(numbers, goals, _numbers(flags))
     return ()
 
 
-def _put_back(
-    ordered: Tensor, before: Tensor, places: Tensor | None, inverse: Tensor
-) -> tuple[Tensor, ...]:
+def _put_back(ordered: Tensor, before: Tensor, places: Tensor | None, inverse: Tensor) -> tuple[()]:
     """For each element the number of its run, at the place that it came from."""
     flags = _starts(ordered)
     ranks = flags.cumsum(1).long() + (before[:, None] - 1)
@@ -217,14 +215,14 @@ def _runs(
     """(Value of each run, the run of each element, length of each run)."""
     ends, before = steps(_ends_of_runs, ordered)
     values = ordered.new_empty(int(ends[-1]))
-    first = torch.empty_like(values, dtype=torch.int64)
-    steps(_put_runs, ordered, before, grown=[values, first])
-    which, lengths = first.new_empty(0), first.new_empty(0)
+    first = [ends.new_empty(values.shape)] if counts else []
+    steps(_put_runs, ordered, before, grown=[values, *first])
+    which, lengths = ends.new_empty(0), ends.new_empty(0)
     if inverse:
-        which = first.new_empty(ordered.shape)
+        which = ends.new_empty(ordered.shape)
         steps(_put_back, ordered, before, places, grown=[which])
     if counts:
-        (lengths,) = steps(_lengths, ordered.shape[0], grown=[first])
+        (lengths,) = steps(_lengths, ordered.shape[0], grown=first)
     return values, which, lengths
 
 
