@@ -254,6 +254,10 @@ INDEXING: dict[str, Once] = {
     "index_copy": lambda s: call(T(*s.table), 0, distinct(s.table[0]), T(*s.table)),
     "index_fill.int_Scalar": lambda s: call(T(*s.table), 0, _tokens(s), 2.0),
     "index_fill.int_Tensor": lambda s: call(T(*s.table), 0, _tokens(s), T()),
+    "nonzero": lambda s: call(T(s.flat, dtype=BOOL)),
+    "nonzero_static": lambda s: call(T(s.flat, dtype=BOOL), size=s.short),
+    "masked_select": lambda s: call(flat(s), T(s.flat, dtype=BOOL)),
+    "repeat_interleave.Tensor": lambda s: call(T(s.flat, dtype=I64, low=0, high=4)),
 }
 
 
@@ -373,6 +377,10 @@ ORDER: dict[str, Once] = {  # of float32, whose draws hardly ever repeat
     "nanmedian.dim": lambda s: call(_line(s), 1),
     "median": lambda s: call(T(s.matrices[-1][1], dtype=F32)),
     "nanmedian": lambda s: call(T(s.matrices[-1][1], dtype=F32)),
+    "_unique2": lambda s: call(
+        T(s.matrices[-1][1], dtype="int32", low=0, high=999), True, True, True
+    ),
+    "unique_consecutive": lambda s: call(T(s.flat, dtype=I64, low=0, high=3), True, True),
 }
 
 
@@ -401,6 +409,8 @@ RANDOM: dict[str, Once] = {
     "randint": lambda s: call(99, [s.flat], device=INPUT_DEVICE),
     "randint.low": lambda s: call(-9, 99, [s.flat], device=INPUT_DEVICE),
     "randint_like": lambda s: call(T(s.flat, dtype=I64, low=0, high=9), 99),
+    "randperm": lambda s: call(s.matrices[-1][1], device=INPUT_DEVICE),
+    "multinomial": lambda s: call(T(*s.matrices[-1], dtype=F32, low=0.1, high=1.0), 64, True),
     "randint_like.low_dtype": lambda s: call(T(s.flat, dtype=I64, low=0, high=9), -9, 99),
 }
 

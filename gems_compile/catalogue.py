@@ -183,7 +183,8 @@ overload what is on by default on your device, and why.
   result the same kernel stores in its place.
 - *kernel*: file of `kernels/` and name of the declaration. Ops without one are taken apart by
   rules of torch's or ours, and what that gives is compiled into one kernel or two
-  (`kernels/composed.py`, `kernels/factories.py`, `kernels/draws.py`).
+  (`kernels/composed.py`, `kernels/factories.py`, `kernels/draws.py`); of those whose results' sizes
+  are data, into more, with a number read between them (`gems_compile/counting.py`).
 - *dtypes*: floats are {floats}; ints {ints}; numbers both; all those and bool.
 - *speed*: of ours, ATen's being 1, on an {measured}:
   {how}.

@@ -21,6 +21,7 @@ import torch
 
 from .aten_kernel import CALLED_WITH_NUMBERS_ALONE, companions
 from .config import vendor
+from .counting import SIZED
 from .errors import UnknownOp, nearest
 from .forms import Form, forms_of
 from .kernels import load_ops
@@ -172,7 +173,7 @@ def _declared() -> dict[str, torch._ops.OpOverload]:
     by its name as torch prints it."""
     load_ops()
     found = {}
-    for name in dict.fromkeys((*OPS, *COMPOSED, *FACTORIES, *DRAWS)):
+    for name in dict.fromkeys((*OPS, *COMPOSED, *map(str, SIZED), *FACTORIES, *DRAWS)):
         if not name.startswith("aten."):  # nobody calls ours or prims' in eager mode
             continue
         overload = find_overload(name)

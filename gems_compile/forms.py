@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .counting import SIZED
 from .kernels.draws import DRAWS
 from .kernels.factories import FACTORIES, OPTIONS
 
@@ -59,9 +60,9 @@ class Form:
 
 def forms_of(functional: torch._ops.OpOverload) -> Iterator[Form]:
     """The overloads that torch has of this op, with the same arguments, that write the result.
-    Those of a factory take no options."""
+    Those of a factory take no options. A place for a result whose size is data is ATen's."""
     schema = functional._schema
-    if schema.is_mutable:
+    if schema.is_mutable or functional in SIZED:
         return
     if torch.Tag.nondeterministic_seeded in functional.tags and str(functional) not in DRAWS:
         return

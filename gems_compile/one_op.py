@@ -21,16 +21,20 @@ from torch.nn import Parameter
 from .aten_kernel import native_kernel, with_numbers_as_tensors
 from .composed import composed_graph, told
 from .config import Config, cache_dir
+from .counting import SIZED
 from .forms import Form, add_writes, functional_call, places, share_memory
 from .kernels.composed import UPDATING
 from .kernels.dropout import drawing_from, source
 from .kernels.op import OPS
 from .kernels.target import Target
+from .long_scans import LONG_SCANS
 from .lowering import native
 from .lowering.overload import name_of
 from .lowering.private import enter_fake_mode_once, forget_dispatch
-from .operands import why_native
+from .operands import layout_of, takes_lazily_negated, why_native
 from .rules import ON_HOST
+from .sized import Steps, program
+from .whole import Whole
 from .worth import least_elements, why_not_worth
 
 log = logging.getLogger(__name__)
@@ -68,10 +72,10 @@ class Variant:
         run: Callable[[list[Any]], Any] | None,
         single: bool,
         why: str = "",
-        layouts: Sequence[Any] = (),
+        layouts: Sequence[Any] | None = (),
     ) -> None:
         self.run, self.single, self.why = run, single, why
-        self.layouts = layouts  # of its results, see layout_of
+        self.layouts = layouts  # of its results, see layout_of; None: sizes are data
         self.calls = 0
 
 
@@ -86,14 +90,14 @@ class Handler:
         self.variants: dict[Any, Variant] = {}
         self.watchers: tuple[Watcher, ...] = ()
         self.least: int | None = None  # see ``be_picky``
-        self.small = 0  # calls that were ATen's for it
+        self.left = 0  # calls that were ATen's, whatever became of others of their kind
         self._native: Any = None
         self._describe = describe
         self._lock = threading.Lock()
         self._compiled = 0
         self._random = torch.Tag.nondeterministic_seeded in overload.tags
         self._makes = any(a.name == "device" for a in _arguments(overload))  # what no operand tells
-        self._lazy = _takes_lazily_negated(overload)
+        self._lazy = takes_lazily_negated(overload)
         self._full = Variant(None, False, f"more than {MAX_COMPILED} variants were compiled")
         # A thread may have looked our kernel up and wait for the GIL while another one unregisters
         # it; the dispatcher would free it under that call.
@@ -128,7 +132,7 @@ class Handler:
         variants = [*list(self.variants.values()), self._full]
         return {
             "ours": sum(v.calls for v in variants if v.run is not None),
-            "native": sum(v.calls for v in variants if v.run is None) + self.small,
+            "native": sum(v.calls for v in variants if v.run is None) + self.left,
             "compiled": sum(v.run is not None for v in variants),
         }
 
@@ -145,7 +149,7 @@ class Handler:
         if self.least:
             first = args[0] if args else None  # a factory's is a size
             if not isinstance(first, Tensor) or first.numel() < self.least:
-                self.small += 1  # looking closer would cost more than it
+                self.left += 1  # looking closer would cost more than it
                 return self._aten(keyset, args, kwargs)
         parts: list[Any] = [self.least, *kwargs]
         if self._makes:
@@ -174,11 +178,14 @@ class Handler:
         except Exception as error:
             self._give_up(variant, error)
         else:
-            for watcher in self.watchers:
-                watcher.saw(self.name)
-            if self.form is not None:
-                out = places(self.form, args, kwargs)
-            return out[0] if variant.single else out
+            if out is not NotImplemented:
+                for watcher in self.watchers:
+                    watcher.saw(self.name)
+                if self.form is not None:
+                    out = places(self.form, args, kwargs)
+                return out[0] if variant.single else out
+            variant.calls -= 1
+            self.left += 1
         finally:
             _here.off = False
         return self._aten(keyset, args, kwargs)
@@ -229,7 +236,7 @@ class Handler:
                 return self._full
             variant = Variant(None, False, why) if why else self._compile(args, kwargs)
             if variant.run is not None and not self._random and self.form is None:
-                self._check_layouts(variant, keyset, args, kwargs)
+                self._check_layouts(variant, keyset, args, kwargs, tensors)
             self._compiled += variant.run is not None
             self._describe = native.describe() or describe
             if self._compiled == MAX_COMPILED and variant.run is not None:
@@ -256,7 +263,12 @@ class Handler:
         return variant
 
     def _check_layouts(
-        self, variant: Variant, keyset: Any, args: Sequence[Any], kwargs: dict[str, Any]
+        self,
+        variant: Variant,
+        keyset: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        tensors: Sequence[Tensor],
     ) -> None:
         """Compare with ATen's own results, once: FakeTensors promise other strides for some ops."""
         if str(self.overload) in UPDATING:  # vectors, which are not updated twice
@@ -264,17 +276,29 @@ class Handler:
         _here.off = True
         try:
             out = self._aten(keyset, args, kwargs)
+            if variant.layouts is None and variant.run is not None:
+                variant.layouts = [layout_of(t) for t in variant.run(list(tensors))]
+        except Whole as why:
+            self._leave(variant, str(why))
+            return
         finally:
             _here.off = False
-        if self.overload in ON_HOST:
+        if self.overload in ON_HOST or variant.layouts is None:
             return
         eager = [layout_of(t) for t in ([out] if variant.single else out)]
         if eager != list(variant.layouts):
-            variant.run, variant.why = None, f"ATen returns {eager}, its meta {variant.layouts}"
-            log.info("%s runs as ATen: %s", self.name, variant.why)
+            self._leave(variant, f"ATen returns {eager}, its meta {variant.layouts}")
+
+    def _leave(self, variant: Variant, why: str) -> None:
+        """Calls of this description are ATen's from now on."""
+        variant.run, variant.why = None, why
+        log.info("%s runs as ATen: %s", self.name, why)
 
     def _give_up(self, variant: Variant, error: Exception) -> None:
         """A kernel that fails when first run is not run again; a later failure is the device's."""
+        if isinstance(error, Whole):
+            self._leave(variant, str(error))
+            return
         first = variant.calls == 1 and not isinstance(error, torch.OutOfMemoryError)
         if not first or Config.from_call().strict:
             raise error
@@ -287,25 +311,8 @@ def aten_name(overload: torch._ops.OpOverload) -> str:
     return overload.name().removeprefix("aten::")
 
 
-def _takes_lazily_negated(overload: torch._ops.OpOverload) -> bool:
-    """Whether the dispatcher leaves it to the device's kernel to look for a lazy negation."""
-    name, key = overload.name(), "Negative"
-    return bool(
-        torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
-        and torch._C._dispatch_kernel_for_dispatch_key_is_fallthrough(name, key)
-    )
-
-
 def _arguments(overload: torch._ops.OpOverload) -> Sequence[Any]:
     return overload._schema.arguments
-
-
-def layout_of(t: Tensor | None) -> tuple[Any, ...] | None:
-    """What a caller sees beside the values: dtype, shape, the strides that address memory."""
-    if t is None:
-        return None
-    strides = tuple(s for n, s in zip(t.shape, t.stride(), strict=True) if n > 1)
-    return t.dtype, tuple(t.shape), strides
 
 
 # describing a call -------------------------------------------------------------------------------
@@ -352,14 +359,22 @@ def compile_one(
 ) -> Variant:
     """The call as a graph of one node, through the compiler; or of what torch takes it apart into,
     if that node is no declared op. ``form``: what the overload is, if it writes."""
+    if (rule := SIZED.get(overload)) is not None:
+        compiled = lambda make: _compiled(make(), overload, target, config)  # noqa: E731
+        steps = Steps(lambda make: in_clean_thread(lambda: compiled(make)))
+        run = program(rule, args, kwargs, steps)
+        return Variant(run, len(overload._schema.returns) == 1, layouts=None)
     functional = overload if form is None else form.functional
     variant = Variant(None, False)
-    for make in (one_node_graph, composed_graph):
+    makes = [one_node_graph] if str(functional) in OPS else [one_node_graph, composed_graph]
+    if functional in LONG_SCANS:
+        makes = [composed_graph, one_node_graph]
+    for make in makes:
         variant = _compiled(make(overload, args, kwargs, form), overload, target, config)
-        if variant.run is not None and overload in ON_HOST:
-            variant.run = told(variant.run)
-        if variant.run is not None or str(functional) in OPS:
+        if variant.run is not None:
             break
+    if variant.run is not None and overload in ON_HOST:
+        variant.run = told(variant.run)
     return variant
 
 

@@ -1,4 +1,5 @@
-"""Which operands, and options of a factory, no kernel of eager mode takes, whatever the op is."""
+"""Which operands, and options of a factory, no kernel of eager mode takes, whatever the op is; how
+tensors lie in memory."""
 
 from __future__ import annotations
 
@@ -52,3 +53,20 @@ def _overlaps(t: Tensor) -> bool:
             return True
         reach += stride * (size - 1)
     return False
+
+
+def layout_of(t: Tensor | None) -> tuple[Any, ...] | None:
+    """What a caller sees beside the values: dtype, shape, the strides that address memory."""
+    if t is None:
+        return None
+    strides = tuple(s for n, s in zip(t.shape, t.stride(), strict=True) if n > 1)
+    return t.dtype, tuple(t.shape), strides
+
+
+def takes_lazily_negated(overload: torch._ops.OpOverload) -> bool:
+    """Whether the dispatcher leaves it to the device's kernel to look for a lazy negation."""
+    name, key = overload.name(), "Negative"
+    return bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+        and torch._C._dispatch_kernel_for_dispatch_key_is_fallthrough(name, key)
+    )

@@ -14,6 +14,7 @@ from typing import Any
 
 from .dropout import drawn_words, native_dropout
 from .op import T, call, composite
+from .sorting import LONGEST, PLACE
 
 #: overload -> its rule, a function of the overload's arguments less the generator
 DRAWS: dict[str, Callable[..., Any]] = {"aten.native_dropout.default": native_dropout}
@@ -291,6 +292,30 @@ def randn(like: Any, **options: Any) -> Any:
 @_distribution("aten.normal.float_float")
 def normal_made(mean: float, std: float, size: Any, **options: Any) -> Any:
     return normal(_made(size, **options), mean, std)
+
+
+@_distribution("aten.randperm.default", "aten.randperm.generator")
+def randperm(n: int, *, dtype: Any = None, **options: Any) -> Any:
+    """0, 1 ... n - 1 in an order drawn evenly: that of random keys of 62 bits, of which no two of
+    so few are equal (once in 2 ** 39 calls). Keys are sorted by their upper half, after they were
+    by the lower one."""
+    import torch
+
+    if not 1 < n <= LONGEST:
+        raise Refused(f"{n} numbers")
+    dtype = torch.int64 if dtype is None else dtype
+    if dtype.is_floating_point and n > 2 ** DIGITS.get(_name(dtype), 0):
+        raise Refused(f"{n} numbers in {dtype}")
+    bits = _bits_of(_made([n], dtype=torch.int32, **options))
+    first = _order(bits.draw(31))
+    return first[_order(bits.draw(31)[first])].to(dtype)
+
+
+def _order(keys: Any) -> Any:
+    """Their places, in the order of the keys; equal ones stay in their order."""
+    import torch
+
+    return torch.ops.gems.numbered_rows.default(keys, False, True) & PLACE
 
 
 @_distribution("aten.randint.default", "aten.randint.generator")

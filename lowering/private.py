@@ -374,3 +374,15 @@ def visible_outputs() -> int | None:
     context = torch._guards.TracingContext.try_get()
     found = getattr(getattr(context, "fw_metadata", None), "num_forward", None)
     return found if isinstance(found, int) else None
+
+
+def some_size(shapes: Any, name: str) -> Any:
+    """A size that a graph is compiled for whatever it is; ``shapes``: a ShapeEnv."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    source, hint = ConstantSource(name), 1000003  # a prime: it has no property by chance
+    symbol = shapes.create_symbol(
+        hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+    )
+    return shapes.create_symintnode(symbol, hint=hint, source=source)

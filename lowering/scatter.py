@@ -53,6 +53,13 @@ def _index_fill(b: Builder, target: Value, dim: int, index: Value, value: Any) -
     return _along(b, target, dim, index, b.full([1] * target.ndim, value, target.dtype), "")
 
 
+def _put(b: Builder, target: Value, index: Value, values: Value) -> Value:
+    """Each element put at its place in a vector. No two have the same: any order is fine."""
+    if target.ndim != 1 or values.dtype != target.dtype:
+        raise Declined(f"{values.dtype} values for {target.dtype} in {target.ndim} dims")
+    return b.store(target, values, [(0, index)], [None], index.shape, wrap=False)
+
+
 def _put_rows(b: Builder, target: Value, index: Value, rows: Value) -> Value:
     return _along(b, target, 0, index, rows, "")
 
@@ -126,6 +133,7 @@ SCATTERS: dict[str, Callable[..., Value]] = {
     "aten.index_fill_.int_Scalar": _index_fill,
     "aten.index_put_.default": _index_put,
     "aten._index_put_impl_.default": _index_put,
+    "gems.put_.default": _put,
     "gems.put_rows_.default": _put_rows,
     "gems.add_rows_.default": _add_rows,
     "aten.scatter_.src": _scatter,

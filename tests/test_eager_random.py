@@ -51,6 +51,8 @@ CALLS: dict[str, Callable[[torch.dtype], Any]] = {
     "normal.float_Tensor": lambda d: torch.normal(1.0, probabilities(d)),
     "normal.Tensor_Tensor": lambda d: torch.normal(probabilities(d), probabilities(d)[:1] + 0.5),
     "native_dropout": lambda d: torch.native_dropout(torch.ones(4, 9, dtype=d, **on), 0.4, True),
+    "randperm": lambda d: torch.randperm(40, dtype=d, **on),
+    "randperm.out": lambda d: torch.randperm(40, out=empty(40, dtype=d)),
     "rand.out": lambda d: torch.rand(3, 4, out=empty(3, 4, dtype=d)),
     "randint.out": lambda d: torch.randint(9, (3, 4), out=empty(3, 4, dtype=d)),
 }
