@@ -3,7 +3,10 @@ the same numbers: rewrites and fusion see to it."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -189,3 +192,15 @@ def test_peak_memory() -> None:
     torch.cuda.reset_peak_memory_stats()
     step(hidden, weight, target).backward()
     assert torch.cuda.max_memory_allocated() - before < 2**27
+
+
+def test_a_dump_runs_by_itself(tmp_path: Path) -> None:
+    """In a process that knows the ops of the graph alone."""
+    model, args = Causal().to(DEVICE), (rand(2, 6, 24), ints(2, 6, high=37))
+    with torch.no_grad():
+        compile_(model, options={"rewrites": "memory", "dump": str(tmp_path)})(*args)
+    (file,) = tmp_path.rglob("00_aten.py")
+    assert "gems.linear_cross_entropy" in file.read_text()
+    assert "linear_cross_entropy: " in (file.parent / "rewrites.txt").read_text()
+    done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("result 0: float32[]")
