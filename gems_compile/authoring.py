@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import AuthoringError
-from .gradients import differentiable, facts_of_backward
+from .gradients import differentiated, facts_of_backward
 from .inlined import inlined, is_jit, returned
 from .kernels.op import ALL, OPS, Authored
 from .lowering.authored import NAMESPACE, declare
@@ -184,8 +184,8 @@ class Pointwise:
         full = f"{NAMESPACE}::{qualified}"
         torch.library.register_fake(full, self._fake, lib=_library)
         torch.library.register_vmap(full, functools.partial(_batched, op), lib=_library)
-        setup, gradients = differentiable(name, backward)
-        torch.library.register_autograd(full, gradients, setup_context=setup, lib=_library)
+        run = differentiated(op, name, backward)
+        _library.impl(qualified, run, "Autograd", with_keyset=True)
         declare(self._declaration(digest))
 
     def _declaration(self, digest: str) -> Authored:

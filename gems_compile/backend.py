@@ -115,7 +115,7 @@ class _Front:
                 native.start(self.options.cache_dir)
         self.session = _dump_session(config)
         self.program = Program(gm) if _may_train(inputs) else None
-        self.rewrites = _rewrite(gm, self.session) if config.rewrites else None
+        self.rewrites = _rewrite(gm, self.session, config.rewrites) if config.rewrites else None
         self.number = next(owner.graphs)
         self.layouts: list[Decision] = []
         self.reports: list[Report] = []
@@ -247,15 +247,21 @@ def _dump_session(config: Config) -> Session | None:
     return Session(config.dump)
 
 
-def _rewrite(gm: GraphModule, session: Session | None) -> Any:
+def _rewrite(gm: GraphModule, session: Session | None, which: bool | str) -> Any:
     """Rewrite Dynamo's graph in place; the RewriteLog."""
     from .lowering.grouped import share_keys
     from .lowering.masks import lay_out_masks, read_constant_masks
     from .lowering.rewrite import rewrite_dynamo_graph
+    from .lowering.rewrites import MEMORY, TABLE
 
+    if which == "memory":
+        from .kernels.served import serve_with
+        from .own_ops import serve
+
+        serve_with(serve)  # linear_cross_entropy stays a call, within which our kernels run
     if session is not None:
         session.dynamo(gm, "dynamo.txt")
-    rewrites = rewrite_dynamo_graph(gm)
+    rewrites = rewrite_dynamo_graph(gm, MEMORY if which == "memory" else TABLE)
     rewrites.extend(read_constant_masks(gm))
     lay_out_masks(gm)
     rewrites.extend(share_keys(gm))

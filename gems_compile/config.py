@@ -44,6 +44,12 @@ def _switch(value: Any) -> bool:
     return value
 
 
+def _rewrites(value: Any) -> bool | str:
+    if not isinstance(value, bool) and value != "memory":
+        raise _Bad("True, False, memory")
+    return value
+
+
 def _folder(value: Any) -> str | None:
     if value is None:
         return None
@@ -73,7 +79,7 @@ def _seconds(value: Any) -> float:
 
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "numerics": _one_of("eager", "fast"),
-    "rewrites": _switch,
+    "rewrites": _rewrites,
     "rng": _one_of("gems", "eager"),
     "layout": _one_of("auto", "keep", "channels_last"),
     "keep_weights": _switch,
@@ -95,7 +101,8 @@ class Config:
     """What one compile depends on; hashable, and checked when made.
 
     numerics: "eager" rounds each 16-bit intermediate where eager rounds it; "fast" keeps float32.
-    rewrites: whether known patterns are replaced by another algorithm.
+    rewrites: whether known patterns are replaced by another algorithm; "memory" takes those as well
+              that save memory and may take time.
     rng:      dropout's generator: "gems" is our own (saves a seed, not a mask), "eager" is ATen's.
     layout:   of convolutions: "auto" makes them channels-last where a graph gains by it, "keep"
               never, "channels_last" always.
@@ -110,7 +117,7 @@ class Config:
     """
 
     numerics: str = "eager"
-    rewrites: bool = True
+    rewrites: bool | str = True
     rng: str = "gems"
     layout: str = "auto"
     keep_weights: bool = False
@@ -171,6 +178,15 @@ def _text_switch(text: str) -> bool:
     return lowered in ("1", "true")
 
 
+def _text_rewrites(text: str) -> bool | str:
+    if text.lower() == "memory":
+        return "memory"
+    try:
+        return _text_switch(text)
+    except _Bad as bad:
+        raise _Bad(f"{bad}, memory") from None
+
+
 def _text_workers(text: str) -> int | None:
     return _workers(_text_number(text, MAX_THREADS))
 
@@ -196,7 +212,9 @@ VARIABLES: dict[str, Variable] = {
     "GEMS_NUMERICS": Variable(
         "numerics", PARSERS["numerics"], "eager, fast", "Where a fused chain rounds."
     ),
-    "GEMS_REWRITES": Variable("rewrites", _text_switch, "0, 1", "Whether patterns are rewritten."),
+    "GEMS_REWRITES": Variable(
+        "rewrites", _text_rewrites, "0, 1, memory", "Which patterns are rewritten."
+    ),
     "GEMS_RNG": Variable("rng", PARSERS["rng"], "gems, eager", "Dropout's random numbers."),
     "GEMS_LAYOUT": Variable(
         "layout", PARSERS["layout"], "auto, keep, channels_last", "The layout of convolutions."

@@ -6,7 +6,7 @@ written with, which fuses with its neighbours; another backend sees one op. Wher
 GPU nor Triton's interpreter, torch's own ops compute the same. More in docs/llm.md.
 
 An argument that cannot be right raises ``errors.ArgumentError``. Gradients are first gradients:
-``create_graph=True`` raises.
+``create_graph=True`` raises. Under ``torch.func`` all run as torch's ops, and differentiate freely.
 """
 
 from __future__ import annotations

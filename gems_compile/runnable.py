@@ -89,8 +89,7 @@ def _imports(writer: _Writer) -> str:
     lines = [f"import {name}" for name in sorted(writer.modules)]
     lines += ["", "import torch"] if lines else ["import torch"]
     if "gems" in writer.libraries:
-        lines += ["", "from gems_compile.kernels.fused import register_torch_ops", ""]
-        lines += ["register_torch_ops()  # makes torch.ops.gems"]
+        lines += ["", "import gems_compile.lowering.llm_losses  # makes torch.ops.gems"]
     lines += [""] if writer.devices else []
     for device, name in writer.devices.items():
         here = f'"{device}"'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -16,7 +17,6 @@ import torch
 
 from .config import Config, cache_bytes, cache_dir, vendor, why_unsafe
 from .kernels import load_ops
-from .kernels.fused import register_torch_ops
 from .kernels.target import current_target
 from .late import Boxed, Late
 from .lowering import cublas, native, whole_graphs
@@ -53,7 +53,7 @@ def _alone(graph: Graph) -> Boxed:
     if target is None:
         raise RuntimeError("there is no device here for what was compiled")
     load_ops()
-    register_torch_ops()
+    importlib.import_module("gems_compile.lowering.llm_losses")  # all ops that a graph may call
     if target.backend == "cuda":
         native.start(cache_dir())
     options = Options(target=target, cache_dir=cache_dir(), cache_bytes=cache_bytes())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .served import served
+from .transforms import register_batching, register_gradient
 
 _LIBRARY: Any = None
 
@@ -42,13 +43,14 @@ def register_torch_ops() -> None:
     )
     for name, plain in (("rms_norm", _rms_norm), ("rms_norm_backward", _rms_norm_backward)):
         library.impl(name, served(name, plain), "CompositeExplicitAutograd")
+        register_batching(library, name, plain)
     torch.library.register_fake("gems::rms_norm", _rms_norm_fake, lib=library)
     torch.library.register_fake("gems::rms_norm_backward", _rms_norm_backward_fake, lib=library)
-    torch.library.register_autograd(
-        "gems::rms_norm", _rms_norm_autograd, setup_context=_rms_norm_context, lib=library
-    )
+    register_gradient(library, "rms_norm", _rms_norm, _rms_norm_autograd, _rms_norm_context)
     library.define("log_softmax_stats(Tensor x, int dim) -> (Tensor top, Tensor logsum)", tags=tags)
     library.impl("log_softmax_stats", _log_softmax_stats, "CompositeExplicitAutograd")
+    register_gradient(library, "log_softmax_stats", _log_softmax_stats)
+    register_batching(library, "log_softmax_stats", _log_softmax_stats)
     torch.library.register_fake("gems::log_softmax_stats", _log_softmax_stats_fake, lib=library)
     library.define(
         "batch_norm_apply(Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias)"

@@ -228,28 +228,23 @@ def topk_softmax(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Ten
 
 @gradient_of(
     topk_softmax,
-    "topk_softmax_backward(Tensor? dweights, Tensor logits, Tensor weights, Tensor indices,"
-    " int k, bool renormalize) -> Tensor dlogits",
+    "topk_softmax_backward(Tensor? dweights, Tensor logits, Tensor indices, bool renormalize)"
+    " -> Tensor dlogits",
 )
 def topk_softmax_backward(
-    dweights: Tensor | None,
-    logits: Tensor,
-    weights: Tensor,
-    indices: Tensor,
-    k: int,
-    renormalize: bool,
+    dweights: Tensor | None, logits: Tensor, indices: Tensor, renormalize: bool
 ) -> Tensor:
-    """Renormalized weights are a softmax of the chosen logits; others are entries of one."""
+    """Renormalized weights are a softmax of the chosen logits; others are entries of one.
+
+    The weights are computed again: models divide them by their sum in place.
+    """
     if dweights is None:
         return torch.zeros_like(logits)
-    w, dw, chosen = (t.split(1, -1) for t in (weights, dweights, indices))
-    products = [a * b for a, b in zip(w, dw, strict=True)]
-    total = sum(products)
-    expert = torch.arange(logits.shape[-1], device=logits.device)
-    d = torch.zeros((), dtype=weights.dtype, device=weights.device)
-    for weight, product, index in zip(w, products, chosen, strict=True):  # no expert twice
-        own = product - weight * total if renormalize else product
-        d = torch.where(expert == index, own, d)
-    if not renormalize:
-        d = d - torch.softmax(wide(logits), -1) * total
-    return d.to(logits.dtype)
+    z, expert = wide(logits), torch.arange(logits.shape[-1], device=logits.device)
+    d, chosen = torch.zeros_like(z), torch.full_like(z, float("-inf"))
+    for dweight, index in zip(dweights.split(1, -1), indices.split(1, -1), strict=True):
+        here = expert == index  # no expert twice
+        d = torch.where(here, dweight, d)
+        chosen = torch.where(here, z, chosen)
+    p = torch.softmax(chosen if renormalize else z, -1)
+    return (p * (d - (p * d).sum(-1, keepdim=True))).to(logits.dtype)

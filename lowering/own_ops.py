@@ -17,19 +17,25 @@ from torch import Tensor
 
 from ..kernels.fused import register_torch_ops
 from ..kernels.served import served
+from ..kernels.transforms import register_batching, register_gradient
 from .decompose import OWN_RULES
 
 register_torch_ops()
 _LIBRARY = torch.library.Library("gems", "FRAGMENT")
+#: what autograd differentiates of an op within ``torch.func``: see ``kernels.transforms``
+_PLAIN: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 
 def own_op(
-    schema: str, fake: Callable[..., Any] | None = None
+    schema: str,
+    fake: Callable[..., Any] | None = None,
+    transformed: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
     """Register the decorated function, which writes none of its arguments, as ``gems::`` op.
 
     ``fake``: what says the results' shapes and strides. An op that has one is not taken apart: it
     runs as its function is written, in which other ops may be served.
+    ``transformed``: the same function for ``torch.func``, where the function writes what it made.
     """
 
     def register(function: Callable[..., Any]) -> torch._ops.OpOverload:
@@ -40,6 +46,8 @@ def own_op(
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"gems::{name}", fake or plain, lib=_LIBRARY)
         overload = getattr(torch.ops.gems, name).default
+        _PLAIN[overload] = plain if transformed is None else _without_autocast(transformed)
+        register_batching(_LIBRARY, name, _PLAIN[overload])
         if fake is None:
             OWN_RULES[overload] = plain
         return overload
@@ -82,9 +90,8 @@ def gradient_of(
     def register(function: Callable[..., Any]) -> torch._ops.OpOverload:
         backward = own_op(schema)(function)
         bound = _Gradient(forward._schema, backward, gradients or {})
-        torch.library.register_autograd(
-            forward.name(), bound.run, setup_context=bound.save, lib=_LIBRARY
-        )
+        name = forward._schema.name.removeprefix("gems::")
+        register_gradient(_LIBRARY, name, _PLAIN[forward], bound.run, bound.save)
         return backward
 
     return register

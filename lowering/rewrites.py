@@ -14,6 +14,7 @@ from torch.fx import Proxy
 
 from ..kernels.op import T
 from .graph import all_same, is_tensor, same, value_of
+from .llm_rewrites import LINEAR_CROSS_ENTROPY, ROUTING
 from .rewrite import Match, Rewrite, either, o, sample, through
 
 aten = torch.ops.aten
@@ -480,4 +481,6 @@ WIDE_RMS_NORM = Rewrite(
 )
 
 #: The wide form first: the other one would see its inner part.
-TABLE = (ATTENTION, WIDE_RMS_NORM, RMS_NORM)
+TABLE = (ATTENTION, WIDE_RMS_NORM, RMS_NORM, ROUTING)
+#: With what saves memory and may take time: options={"rewrites": "memory"}
+MEMORY = (*TABLE, LINEAR_CROSS_ENTROPY)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from .graph import all_same, is_tensor, value_of
+from .graph import all_same, is_tensor, same, value_of
 
 aten = torch.ops.aten
 
@@ -47,8 +47,20 @@ _SIGNATURES: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
     "rsqrt": (("input|self",), frozenset()),
     "transpose": (("input|self", "dim0", "dim1"), frozenset()),
     "dropout": (("input|self", "p", "training|train"), frozenset({"inplace"})),
-}
-_DEFAULTS = {("dropout", 1): 0.5, ("dropout", 2): True, ("mean", 2): False, ("softmax", 1): None}
+    "topk": (("input|self", "k", "dim", "largest", "sorted"), frozenset()),
+    "linear": (("input", "weight", "bias"), frozenset()),
+    "cross_entropy": (
+        ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction",
+         "label_smoothing"),
+        frozenset(),
+    ),
+}  # fmt: skip
+_DEFAULTS = {
+    ("dropout", 1): 0.5, ("dropout", 2): True, ("mean", 2): False, ("softmax", 1): None,
+    ("topk", 2): -1, ("topk", 3): True, ("topk", 4): True, ("linear", 2): None,
+    ("cross_entropy", 2): None, ("cross_entropy", 3): None, ("cross_entropy", 4): -100,
+    ("cross_entropy", 5): None, ("cross_entropy", 6): "mean", ("cross_entropy", 7): 0.0,
+}  # fmt: skip
 # words whose further positional arguments do not matter
 _OPEN = frozenset({"softmax", "dropout"})
 
@@ -78,6 +90,9 @@ _FUNCTIONS: dict[Any, str] = {
     torch.transpose: "transpose",
     torch.dropout: "dropout",
     F.dropout: "dropout",
+    torch.topk: "topk",
+    F.linear: "linear",
+    F.cross_entropy: "cross_entropy",
 }
 _IN_PLACE_FUNCTIONS: dict[Any, str] = {
     operator.iadd: "add",
@@ -100,8 +115,10 @@ _METHODS = {
     "mean": "mean",
     "rsqrt": "rsqrt",
     "transpose": "transpose",
+    "topk": "topk",
 }
 _IN_PLACE_METHODS = {"add_": "add", "mul_": "mul", "div_": "div", "masked_fill_": "masked_fill"}
+_RESHAPING = frozenset({"view", "reshape", "flatten", "contiguous"})
 _CASTS = frozenset({"to", "type", "type_as", "float", "half", "bfloat16", "double"})
 
 
@@ -109,12 +126,16 @@ def read_dynamo(node: fx.Node) -> Reading | None:
     """The word of a node of a Dynamo graph, None if it has none."""
     target: Any = node.target
     if node.op == "call_function":
+        if target is operator.getitem:
+            return _read_part(node)
         word = _FUNCTIONS.get(target) if _is_hashable(target) else None
         in_place = word is None and target in _IN_PLACE_FUNCTIONS
         word = _IN_PLACE_FUNCTIONS[target] if in_place else word
     elif node.op == "call_method":
         if target in _CASTS:
             return _read_cast(node)
+        if target in _RESHAPING:
+            return _read_reshape(node)
         word, in_place = _METHODS.get(target), target in _IN_PLACE_METHODS
         word = _IN_PLACE_METHODS[target] if in_place else word
     else:
@@ -145,7 +166,7 @@ def _arguments(node: fx.Node, word: str) -> tuple[Any, ...] | None:
 
 
 def _normal(node: fx.Node, word: str, args: tuple[Any, ...], in_place: bool) -> Reading | None:
-    if not is_tensor(value_of(node)):
+    if word != "topk" and not is_tensor(value_of(node)):  # that returns two
         return None
     if word == "pow":
         if type(args[1]) not in (int, float) or args[1] != 2:
@@ -163,6 +184,26 @@ def _read_cast(node: fx.Node) -> Reading | None:
     if is_tensor(old) and is_tensor(new) and old.device == new.device:
         return Reading("cast", (source,))
     return None
+
+
+def _read_reshape(node: fx.Node) -> Reading | None:
+    """Rows are laid out anew, the last dim stays."""
+    source: Any = node.args[0]
+    old, new = value_of(source), value_of(node)
+    if not (is_tensor(old) and is_tensor(new) and old.dim() and new.dim()):
+        return None
+    return Reading("reshape", (source,)) if same(old.shape[-1], new.shape[-1]) else None
+
+
+def _read_part(node: fx.Node) -> Reading | None:
+    """Some of the rows of each matrix: ``x[..., :-1, :]``."""
+    source, index = node.args
+    if not isinstance(index, tuple) or len(index) != 3 or index[0] is not Ellipsis:
+        return None
+    bounds = (index[1].start, index[1].stop, index[1].step) if type(index[1]) is slice else (node,)
+    if index[2] != slice(None) or any(type(b) is not int and b is not None for b in bounds):
+        return None
+    return Reading("part", (source, index))
 
 
 _ATEN: dict[Any, tuple[str, int]] = {  # overload -> word, how many arguments the word keeps

@@ -1,7 +1,8 @@
 """One of several processes that train a model together: see ``test_distributed.py``.
 
 ``distributed_program.py RANK RANKS FILE``; FILE is where the processes find each other. Prints how
-far the parameters are from those that eager PyTorch reached, and how many graphs were compiled.
+far the parameters are from those that eager PyTorch reached, how many graphs were compiled, and how
+many calls of eager mode were ours.
 """
 
 import os
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import gems_compile
 from gems_compile.backend import Gems
 
 STEPS = 3
@@ -78,7 +80,11 @@ def main(rank: int, ranks: int, file: str) -> None:
     around = train(model, batches, torch.compile(model, backend=backend))
     graphs = len(backend.reports)
     within = train(shared(torch.compile(copy.deepcopy(first), backend=backend)), batches)
+    with gems_compile.use_gems(all=True):
+        eager = train(shared(copy.deepcopy(first)), batches)
     found = {
+        "eager": farthest(eager, wanted),
+        "served": sum(row["ours"] for row in gems_compile.eager.stats().values()),
         "around": farthest(around, wanted),
         "within": farthest(within, wanted),
         "alone": farthest(train(copy.deepcopy(first), batches), wanted),

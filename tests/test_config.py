@@ -120,6 +120,10 @@ def test_a_mode_takes_its_seconds_from_the_environment(monkeypatch: pytest.Monke
             "option 'numerics' is 'fats'; valid: eager, fast; close to it: fast",
         ),
         ({"options": {"strict": "yes"}}, "option 'strict' is 'yes'; valid: True, False"),
+        (
+            {"options": {"rewrites": "all"}},
+            "option 'rewrites' is 'all'; valid: True, False, memory",
+        ),
         ({"options": {"strict": 1}}, "option 'strict' is 1; valid: True, False"),
         (
             {"options": {"threads": -1}},

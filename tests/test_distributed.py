@@ -21,7 +21,8 @@ RANKS = 2
 
 
 def test_processes_train_together(tmp_path: Path) -> None:
-    """Compiled from outside, cut where a bucket of gradients is full, and from within."""
+    """Compiled from outside, cut where a bucket of gradients is full, and from within; and in eager
+    mode with our kernels."""
     command = [sys.executable, str(PROGRAM)]
     environment = {**os.environ, "GEMS_CACHE": "0"}
     many = [
@@ -40,6 +41,7 @@ def test_processes_train_together(tmp_path: Path) -> None:
             process.kill()
     for found in [json.loads(out.splitlines()[-1]) for out in said]:
         assert found["around"] < 1e-6 and found["within"] < 1e-6
+        assert found["eager"] < 1e-6 and found["served"] > 20
         assert found["alone"] > 1e-4  # gradients were shared: one process by itself goes elsewhere
         assert found["graphs"] >= 4, "the model was not cut between its buckets"
         assert found["kernels"] >= 4

@@ -20,7 +20,7 @@ from gems_compile.lowering.rewrite import (
     apply_rewrites,
     rewrite_dynamo_graph,
 )
-from gems_compile.lowering.rewrites import TABLE
+from gems_compile.lowering.rewrites import MEMORY, TABLE
 
 KEPT = (
     "_softmax", "_softmax_backward_data", "gelu", "gelu_backward", "silu", "silu_backward",
@@ -36,12 +36,12 @@ DTYPES = (torch.float32, torch.bfloat16)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SAMPLES = [
     pytest.param(rule, s, id=f"{rule.name}-{s.program.__name__.strip('_')}-{i}")
-    for rule in TABLE
+    for rule in MEMORY
     for i, s in enumerate(rule.samples)
 ]
 LOOKALIKES = [
     pytest.param(rule, s, id=f"{rule.name}-{s.program.__name__.strip('_')}-{i}")
-    for rule in TABLE
+    for rule in MEMORY
     for i, s in enumerate(rule.leaves_alone)
 ]
 
@@ -130,7 +130,7 @@ def assert_as_accurate(got: list, plain: list, exact: list, dtype: torch.dtype) 
 def test_fires_once_with_the_same_numbers(
     rule: Rewrite, sample: Sample, dtype: torch.dtype, train: bool
 ) -> None:
-    backend = Backend()
+    backend = Backend(table=MEMORY)
     args = make(sample.inputs, dtype, requires_grad=train)
     got = run(torch.compile(sample.program, backend=backend, fullgraph=True), args)
     if rule.name == "attention" and dtype is torch.float32 and DEVICE != "cpu":
