@@ -73,7 +73,7 @@ def test_nobody_asked_for_the_default(all_by_default: None, monkeypatch: Any) ->
     with gems_compile.use_gems(only=["gelu"]):
         assert handler.least is None
         F.gelu(rand(4))
-    assert (ours("gelu"), handler.small) == (2, 1)
+    assert (ours("gelu"), handler.left) == (2, 1)
 
 
 @BOTH
