@@ -319,25 +319,44 @@ def test_a_result_laid_out_otherwise_is_atens(monkeypatch: Any) -> None:
     assert "its meta" in whys("exp")[0]
 
 
-def test_what_is_worth_a_kernel() -> None:
-    """The measured rule of the default on a GPU."""
+def test_what_is_worth_a_kernel(monkeypatch: Any) -> None:
+    """The rule of the default on a GPU, by what measurements may say."""
+    from gems_compile import worth
     from gems_compile.kernels.target import compile_target
-    from gems_compile.worth import least_elements, on_unasked, table_of, why_not_worth
 
+    rows = {
+        "_softmax": worth.Measured(2**24, least_across=2**19),
+        "_log_softmax": worth.Measured(2**24, longest=16384),
+        "logsumexp": worth.Measured(0),
+        "add.Tensor": worth.Measured(None),
+    }
+    monkeypatch.setattr(worth, "table_of", lambda label: worth.Table(label, "", "", rows))
     h200 = compile_target("nvidia", 90)
     on = lambda *shape: torch.empty(shape, device="meta")  # noqa: E731
-    why = lambda name, *args: why_not_worth(name, args, h200)  # noqa: E731
+    why = lambda name, *args: worth.why_not_worth(name, args, h200)  # noqa: E731
     assert why("_softmax", on(8192, 4096), -1, False) is None
     assert "less than 16777216" in str(why("_softmax", on(128, 4096), -1, False))
     assert why("_softmax", on(128, 4096), 0, False) is None
-    assert least_elements("_softmax", h200) == 2**19
+    assert worth.least_elements("_softmax", h200) == 2**19
+    assert worth.least_elements("add.Tensor", h200) == worth.least_elements("exp", h200) > 2**60
     assert "a row has more" in str(why("_log_softmax", on(4096, 32768), 1, False))
     assert why("logsumexp", on(4), [0]) is None
     assert "gains nothing" in str(why("add.Tensor", on(2**13, 2**13)))
-    assert not on_unasked("add.Tensor", h200) and not on_unasked("_softmax.out", h200)
+    assert worth.on_unasked("_softmax", h200) and not worth.on_unasked("_softmax.out", h200)
+    assert not worth.on_unasked("add.Tensor", h200)
+
+
+def test_the_measurements() -> None:
+    from gems_compile.kernels.target import compile_target
+    from gems_compile.worth import on_unasked, table_of
+
     measured = table_of("nvidia:sm90").ops
     assert set(measured) <= {eager.aten_name(o) for o in eager._declared().values()}
     assert table_of("amd:gfx942") == table_of("nvidia:sm90")  # nobody has measured it
+    h200 = compile_target("nvidia", 90)
+    # which read memory once where ATen's do twice; and a copy's twin
+    assert on_unasked("_softmax", h200) and on_unasked("native_layer_norm", h200)
+    assert not on_unasked("add.Tensor", h200)
 
 
 # ops ---------------------------------------------------------------------------------------------
