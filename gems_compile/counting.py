@@ -97,8 +97,9 @@ def _places(steps: Steps, kept: Tensor, before: Tensor, shape: torch.Size, count
     if len(shape) == 1:
         return places.as_strided((count, 1), (1, count))
     found = steps(_coordinates, shape, grown=[places])
-    if found is None:
-        return torch.empty_strided((0, len(shape)), (1, 0), dtype=torch.int64, device=kept.device)
+    if found is None:  # laid out as ATen's kernels of the device leave it
+        strides = (1, 1) if kept.is_cuda else (1, 0)
+        return kept.new_empty_strided((0, len(shape)), strides, dtype=torch.int64)
     return found[0].t()
 
 
@@ -119,7 +120,7 @@ def nonzero_static(steps: Steps, x: Tensor, *, size: int, fill_value: int = -1) 
     _, before = steps(_ends, flat)
     rows = [x.new_full((size,), fill_value, dtype=torch.int64) for _ in x.shape]
     steps(_put_coordinates, flat, before, x.shape, grown=rows)
-    return torch.stack(rows, 1)
+    return torch.stack(rows).t() if x.is_cuda else torch.stack(rows, 1)  # as ATen's
 
 
 def masked_select(steps: Steps, x: Tensor, mask: Tensor) -> Tensor:

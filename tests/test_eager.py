@@ -338,7 +338,7 @@ def test_compile_disabled_by_the_environment(tmp_path: Path) -> None:
 def test_defaults_serve_a_model_on_a_gpu() -> None:
     """Large calls go to our kernels, small ones to ATen's, unless they are asked for."""
     model = nn.Sequential(nn.LayerNorm(4096), nn.Softmax(-1)).to(DEVICE, torch.bfloat16)
-    a = rand(4096, 4096, dtype=torch.bfloat16)
+    a = rand(8192, 4096, dtype=torch.bfloat16)
     want = model(a)
     gems_compile.enable()
     with torch.compiler.set_stance("force_eager"):

@@ -89,6 +89,8 @@ class Rules(torch.utils._python_dispatch.TorchDispatchMode):
 def test_numbers_are_those_of_the_rule(name: str, dtype: torch.dtype) -> None:
     """Layout is ATen's; the seed decides the numbers, and another call's are others."""
     call = CALLS[name]
+    if dtype == torch.bfloat16 and name.startswith("randperm") and DEVICE == "cuda":
+        pytest.skip("ATen draws no permutation in bfloat16 there")
     first, again = drawn(call, dtype), drawn(call, dtype)
     assert ours(name) == 2, whys(name)
     for a, b, native in zip(first, again, tensors(call(dtype)), strict=True):
