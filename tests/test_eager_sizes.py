@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from accuracy import assert_accurate
 from eagercheck import nothing_left, ours, whys  # noqa: F401
 from helpers import DEVICE, assert_same, assert_same_metadata, ints, pretend_multiprocessors, rand
 from machine_code import assembly
-from opcheck import tensors
+from opcheck import FULL, SEED, tensors
 from torch import Tensor
 
 import gems_compile
@@ -246,13 +247,14 @@ def test_randperm(size: int, dtype: torch.dtype) -> None:
 
 
 def test_randperm_is_uniform() -> None:
-    """Each of 24 orders is as likely, over 3000 seeds that a generator goes through."""
+    """Each of 24 orders is as likely, over the seeds that a generator goes through."""
+    draws = 3000 if DEVICE == "cuda" else 720
     torch.manual_seed(11)
     with gems_compile.use_gems(only=["randperm"]):
-        found = torch.stack([torch.randperm(4, device=DEVICE) for _ in range(3000)])
+        found = torch.stack([torch.randperm(4, device=DEVICE) for _ in range(draws)])
     which = (found * torch.tensor([64, 16, 4, 1], device=DEVICE)).sum(1).unique(return_counts=True)
     assert len(which[0]) == 24
-    assert is_likely(which[1].double(), torch.full((24,), 125.0, device=DEVICE))
+    assert is_likely(which[1].double(), torch.full((24,), draws / 24, device=DEVICE))
 
 
 def test_randperm_of_a_generator_and_in_place() -> None:
@@ -429,7 +431,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     return tmp_path_factory.mktemp("ptx")
 
 
-@pytest.mark.parametrize("name", CALLS)
+#: those that a day compiles: it takes a second a kernel
+OF_THE_DAY = sorted(CALLS) if FULL else random.Random(SEED).sample(sorted(CALLS), 2)
+
+
+@pytest.mark.parametrize("name", OF_THE_DAY)
 def test_kernels_are_legal_on_a_gpu(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

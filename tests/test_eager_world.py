@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from eagercheck import every_op, nothing_left, ours  # noqa: F401
 from helpers import DEVICE, assert_same, ints, rand
+from opcheck import FULL, SEED
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
@@ -122,6 +123,8 @@ class Problem:
 
 
 MODELS = ["mlp", "conv_net", "llama"]
+if not FULL and DEVICE == "cpu":  # where each takes seconds: one of the larger two a day
+    MODELS.pop(1 + SEED % 2)
 models = pytest.mark.parametrize("name", MODELS)
 
 
