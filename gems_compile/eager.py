@@ -30,6 +30,7 @@ from .kernels.draws import DRAWS
 from .kernels.factories import FACTORIES
 from .kernels.op import OPS, Op
 from .kernels.target import Target, current_target
+from .lists import foreach
 from .lowering.overload import find_overload
 from .one_op import Handler, aten_name
 from .selection import Names, PathLike, Record, Selection, selection
@@ -173,7 +174,8 @@ def _declared() -> dict[str, torch._ops.OpOverload]:
     by its name as torch prints it."""
     load_ops()
     found = {}
-    for name in dict.fromkeys((*OPS, *COMPOSED, *map(str, SIZED), *FACTORIES, *DRAWS)):
+    every = (*OPS, *COMPOSED, *map(str, SIZED), *FACTORIES, *DRAWS, *foreach())
+    for name in dict.fromkeys(every):
         if not name.startswith("aten."):  # nobody calls ours or prims' in eager mode
             continue
         overload = find_overload(name)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .kernels.draws import DRAWS
 from .kernels.factories import RULES as FACTORY_RULES
+from .lists import RULES as LISTS
 from .long_scans import LONG_SCANS
 from .lowering.overload import find_overload
 from .ordering import ORDERING
@@ -36,7 +37,7 @@ def rules() -> dict[Any, Callable[..., Any]]:
     named = {**DRAWS, **FACTORY_RULES}
     found = ((find_overload(name), rule) for name, rule in named.items())
     beside = {overload: rule for overload, rule in found if overload is not None}
-    return beside | _RULES | ORDERING | RESAMPLING | LONG_SCANS
+    return beside | _RULES | LISTS | ORDERING | RESAMPLING | LONG_SCANS
 
 
 # matrix products ---------------------------------------------------------------------------------
