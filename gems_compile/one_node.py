@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .forms import Form, add_writes, functional_call, places
 from .kernels.op import OPS
+from .lowering.foreach import single_op
 
 #: a graph, its inputs as FakeTensors, and whether the call returns one tensor; or why there is none
 OneCall = tuple[torch.fx.GraphModule, list[Tensor], bool] | str
@@ -58,7 +59,7 @@ def one_node_graph(
         single = isinstance(val, Tensor)
         results = (node,) if single else _items(graph, node, val)
         if form is not None:
-            op = OPS.get(str(overload))
+            op = OPS.get(str(single_op(overload) or overload))
             pointwise = op is not None and op.kind == "pointwise"
             if why := add_writes(form, graph, results, written, pointwise):
                 return why

@@ -28,8 +28,10 @@ from .kernels.dropout import drawing_from, source
 from .kernels.op import OPS
 from .kernels.target import Target
 from .lists import MAX_NUMBERS, takes_numbers
+from .lists import RULES as LISTS
 from .long_scans import LONG_SCANS
 from .lowering import native
+from .lowering.foreach import single_op
 from .lowering.overload import name_of
 from .lowering.private import enter_fake_mode_once, forget_dispatch
 from .one_node import OneCall, one_node_graph
@@ -380,8 +382,9 @@ def compile_one(
         return Variant(run, len(overload._schema.returns) == 1, layouts=None)
     functional = overload if form is None else form.functional
     variant = Variant(None, False)
-    makes = [one_node_graph] if str(functional) in OPS else [one_node_graph, composed_graph]
-    if functional in LONG_SCANS:
+    whole = str(functional) in OPS or single_op(functional) is not None
+    makes = [one_node_graph] if whole else [one_node_graph, composed_graph]
+    if functional in LONG_SCANS or functional in LISTS:
         makes = [composed_graph, one_node_graph]
     for make in makes:
         variant = _compiled(make(overload, args, kwargs, form), overload, target, config)
@@ -398,7 +401,7 @@ def _compiled(
     from .backend import lowering_options
     from .lowering.graph import is_view
     from .lowering.pipeline import compile_graph
-    from .lowering.translate import is_empty
+    from .lowering.translate import makes_nothing
 
     if isinstance(made, str):
         return Variant(None, False, made)
@@ -412,9 +415,7 @@ def _compiled(
     # host does not draw
     full = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)
     called = {*full, *(report.plan.aten if report.plan is not None else ())}
-    free = [
-        n for n in called if is_empty(n.meta.get("val")) or is_view(n) or name_of(n.target) == SEED
-    ]
+    free = [n for n in called if makes_nothing(n) or is_view(n) or name_of(n.target) == SEED]
     if report.launches and report.aten_calls == len(free):
         (output,) = gm.graph.find_nodes(op="output")
         layouts = [layout_of(n and n.meta["val"]) for n in output.args[0]]

@@ -293,7 +293,7 @@ def reinplace_updates(gm: fx.GraphModule) -> int:
 
 
 def count_in_place(gm: fx.GraphModule) -> int:
-    """``copy_(p, p + number)`` -> ``p += number``, for 0-d p: counters of batches; returns how many."""
+    """``copy_(p, p + number)`` -> ``p += number``: counters of batches; returns how many."""
     storage: Storage | None = None
     changed = 0
     for node in _copies(gm):
@@ -319,10 +319,8 @@ def _copies(gm: fx.GraphModule) -> list[Any]:
 
 
 def _is_count(target: fx.Node, new: Any) -> bool:
-    """Whether ``new`` is ``target``, a 0-d tensor, plus a number, for nobody else."""
+    """Whether ``new`` is ``target`` plus a number, for nobody else."""
     if not isinstance(new, fx.Node) or new.target is not aten.add.Tensor or new.kwargs:
-        return False
-    if value_of(target).ndim:  # for kernels
         return False
     args: Any = new.args
     return args[0] is target and type(args[1]) in (int, float) and len(new.users) == 1
