@@ -257,7 +257,7 @@ class Handler:
         return why_native(tensors, self.target, options if self._makes else {})
 
     def _why_numbers(self, tensors: Sequence[Tensor]) -> str | None:
-        """Why a call is ATen's that differs in its number from those that were compiled, or None."""
+        """Why a call with another number than calls like it is ATen's, or None."""
         assert self._numbers is not None
         alike = tuple((t.dtype, t.shape, t.stride()) for t in tensors)
         self._numbers[alike] += 1

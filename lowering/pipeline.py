@@ -65,9 +65,7 @@ log = logging.getLogger("gems_compile.lowering")
 
 #: first: one random seed a run; last: what products read and write, once nothing else changes
 PASSES = (share_seeds, *passes.PASSES, join_products, align_products)
-ALONE = tuple(
-    run for run in PASSES if run is not passes.count_in_place
-)  # that one leaves an op to ATen
+ALONE = tuple(run for run in PASSES if run is not passes.count_in_place)  # that makes it ATen's
 
 #: elements from which on a lone column reduction or GELU is ours
 MUCH = 2**21
