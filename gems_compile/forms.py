@@ -159,6 +159,8 @@ def add_writes(
         same_dtype = form.kind == OUT or not pointwise
         if why := why_not_written(place.meta["val"], result.meta["val"], same_dtype):
             return why
+        if not place.meta["val"].numel():
+            continue
         copy = graph.call_function(torch.ops.aten.copy_.default, (place, result))
         copy.meta["val"] = place.meta["val"]
     return None

@@ -5,6 +5,7 @@ declared. The compiler takes them apart (``lowering.foreach``), and one launch s
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +46,11 @@ def takes_numbers(overload: torch._ops.OpOverload) -> bool:
     schema = overload._schema
     numbers = any(str(a.type) == "number" for a in schema.arguments)
     return numbers and schema.name.startswith("aten::_foreach_")
+
+
+def count_versions(written: Sequence[Tensor]) -> None:
+    """Tell autograd that tensors were written."""
+    torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 
 # those that the compiler does not take apart itself ----------------------------------------------

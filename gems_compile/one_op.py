@@ -27,7 +27,7 @@ from .kernels.composed import UPDATING
 from .kernels.dropout import drawing_from, source
 from .kernels.op import OPS
 from .kernels.target import Target
-from .lists import MAX_NUMBERS, takes_numbers
+from .lists import MAX_NUMBERS, count_versions, takes_numbers
 from .lists import RULES as LISTS
 from .long_scans import LONG_SCANS
 from .lowering import native
@@ -188,8 +188,10 @@ class Handler:
             if out is not NotImplemented:
                 for watcher in self.watchers:
                     watcher.saw(self.name)
+                if written and not self._tells:  # of a list ATen's kernels count versions
+                    return count_versions(written)
                 if written:
-                    out = written if self._tells else None
+                    out = written
                 return out[0] if variant.single else out
             variant.calls -= 1
             self.left += 1

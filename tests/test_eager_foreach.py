@@ -48,16 +48,23 @@ def arguments(fn: Any, dtype: torch.dtype) -> list[Any]:
 
 
 def copied(args: Any) -> Any:
-    return tree_map(lambda t: t.clone() if torch.is_tensor(t) else t, args)
+    """The same on memory of its own, with its gaps; what is expanded is not written."""
+
+    def copy(t: Any) -> Any:
+        if not torch.is_tensor(t) or 0 in t.stride():
+            return t
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=DEVICE).copy_(t)
+
+    return tree_map(copy, args)
 
 
 def in_float64(args: Any) -> Any:
-    return tree_map(lambda t: t.double() if torch.is_tensor(t) else t, args)
+    return tree_map(lambda t: t.double().clone() if torch.is_tensor(t) else t, args)
 
 
 def check(fn: Any, args: list[Any], exactly: bool = False, **kwargs: Any) -> None:
     """Served, with ATen's results: returned or written, as accurate, in the same layout."""
-    own, wide = copied(args), in_float64(copied(args))
+    own, wide = copied(args), in_float64(args)
     before = ours(aten_name(fn))
     with gems_compile.use_gems(only=[str(fn)]):
         got = fn(*own, **kwargs)
@@ -251,10 +258,15 @@ def test_gradients() -> None:
 
     with gems_compile.use_gems(only=["_foreach_mul", "_foreach_exp", "_foreach_sqrt_"]):
         assert torch.autograd.gradcheck(fn, leaves, fast_mode=True)
-        x = [t.detach().clone() for t in leaves]
-        version = x[0]._version
+        x = [t * 1 for t in leaves]
+        versions = [t._version for t in x]
+        y = torch._foreach_exp(x)
+        torch._foreach_sqrt_(y)
+        assert [t._version for t in x] == versions
         torch._foreach_sqrt_(x)
-        assert x[0]._version == version + 1
+        assert [t._version for t in x] == [v + 1 for v in versions]
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y[0].sum().backward()
     assert ours("_foreach_mul.List") and ours("_foreach_exp") and ours("_foreach_sqrt_")
 
 
