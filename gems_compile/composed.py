@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .forms import OUT, Form, add_writes, functional_call, places
+from .forms import OUT, TENSORS, Form, add_writes, functional_call, places
 
 
 def composed_graph(
@@ -44,7 +44,8 @@ def composed_graph(
                 return why
         output.args = ((),)
     gm.recompile()
-    single = [str(r.type) for r in functional._schema.returns] == ["Tensor"]
+    returns = functional._schema.returns
+    single = len(returns) == 1 and str(returns[0].type) != TENSORS
     return gm, [node.meta["val"] for node in inputs], single
 
 
