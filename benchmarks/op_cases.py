@@ -1,9 +1,9 @@
 """The calls of eager mode's ops that are timed: each overload at the sizes of its family.
 
 Calls of pointwise ops and of reductions follow from their declarations: a sample's numbers at the
-benchmark's sizes, and the dims that a schema names. Those of other ops are written in
-``op_table``, and those of lists follow from their schemas in ``list_table``. A call is written as a sample is, with ``T`` for a random tensor; ``Filled`` is one
-whose numbers must be sorted, or distinct.
+benchmark's sizes, and the dims that a schema names; those of lists from their schemas, in
+``list_table``. Those of other ops are written in ``op_table``. A call is written as a sample is,
+with ``T`` for a random tensor; ``Filled`` is one whose numbers must be sorted, or distinct.
 """
 
 from __future__ import annotations
