@@ -30,7 +30,7 @@ def composed_graph(
     graph, output = gm.graph, output_node(gm.graph)
     inputs = [*graph.find_nodes(op="placeholder")]
     results: Any = output.args[0]
-    if form is not None:
+    if form is not None and functional is not overload:
         written = inputs[: len(places(form, args, kwargs))]  # of an in-place form, the first
         if form.kind == OUT:
             first = next(node for node in graph.nodes if node.op != "placeholder")

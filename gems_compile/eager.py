@@ -33,6 +33,7 @@ from .kernels.target import Target, current_target
 from .lists import foreach
 from .lowering.overload import find_overload
 from .one_op import Handler, aten_name
+from .optimizers import optimizers
 from .selection import Names, PathLike, Record, Selection, selection
 from .worth import on_unasked
 
@@ -191,6 +192,7 @@ def _forms() -> dict[str, Form]:
     """The in-place and out= forms of those, by their names as torch prints them."""
     declared = _declared()
     found = [form for overload in declared.values() for form in forms_of(overload)]
+    found += optimizers()
     return {str(form.overload): form for form in found if str(form.overload) not in declared}
 
 

@@ -51,7 +51,8 @@ UNSERVED = {
 
 @dataclass(frozen=True)
 class Form:
-    """An overload that writes what ``functional`` returns; ``written`` names where."""
+    """An overload that writes what ``functional`` returns; ``written`` names where. One that has no
+    functional overload stands there itself, and its rule writes its operands."""
 
     overload: torch._ops.OpOverload
     functional: torch._ops.OpOverload
@@ -100,7 +101,10 @@ def places(form: Form, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]
     """The tensors that a call writes, which are also what it returns; or their nodes."""
     if form.kind == OUT:
         return [kwargs[name] for name in form.written]
-    return list(args[0]) if isinstance(args[0], (list, tuple)) else [args[0]]
+    found: list[Any] = []
+    for place in args[: len(form.written)]:
+        found += place if isinstance(place, (list, tuple)) else [place]
+    return found
 
 
 def share_memory(written: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:

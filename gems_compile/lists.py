@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .forms import Form
 from .kernels import load_ops
 from .lowering.foreach import single_op
 from .lowering.overload import find_overload
@@ -42,15 +43,16 @@ def foreach() -> tuple[str, ...]:
 
 
 def takes_numbers(overload: torch._ops.OpOverload) -> bool:
-    """Whether it is a multi-tensor op of one number, for which kernels are compiled."""
+    """Whether it is a multi-tensor op of numbers, for which kernels are compiled."""
     schema = overload._schema
-    numbers = any(str(a.type) == "number" for a in schema.arguments)
-    return numbers and schema.name.startswith("aten::_foreach_")
+    numbers = any(str(a.type) in ("number", "float") for a in schema.arguments)
+    return numbers and schema.name.startswith(("aten::_foreach_", "aten::_fused_"))
 
 
-def count_versions(written: Sequence[Tensor]) -> None:
-    """Tell autograd that tensors were written."""
-    torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+def count_versions(form: Form, written: Sequence[Tensor]) -> None:
+    """Tell autograd that tensors were written, where ATen's kernels do: not those of optimizers."""
+    if form.functional is not form.overload:
+        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 
 # those that the compiler does not take apart itself ----------------------------------------------

@@ -188,8 +188,8 @@ class Handler:
             if out is not NotImplemented:
                 for watcher in self.watchers:
                     watcher.saw(self.name)
-                if written and not self._tells:  # of a list ATen's kernels count versions
-                    return count_versions(written)
+                if self.form is not None and not self._tells:
+                    return count_versions(self.form, written)
                 if written:
                     out = written
                 return out[0] if variant.single else out
@@ -388,6 +388,8 @@ def compile_one(
     makes = [one_node_graph] if whole else [one_node_graph, composed_graph]
     if functional in LONG_SCANS or functional in LISTS:
         makes = [composed_graph, one_node_graph]
+    if functional._schema.is_mutable and form is not None:
+        makes = [composed_graph]
     for make in makes:
         variant = _compiled(make(overload, args, kwargs, form), overload, target, config)
         if variant.run is not None:
