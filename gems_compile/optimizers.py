@@ -65,7 +65,8 @@ def _adam(decoupled: bool) -> Any:
             if amsgrad:
                 v = torch.maximum(wide(largest[k]), v)
                 largest[k].copy_(v)
-            left1, left2 = (-torch.expm1(steps[k] * math.log(b)) for b in (beta1, beta2))
+            n = steps[k].to(p.dtype)
+            left1, left2 = (-torch.expm1(n * math.log(b)) for b in (beta1, beta2))
             param.copy_(p - lr / left1 * m / (v.sqrt() / left2.sqrt() + eps))
         return ()
 
