@@ -1,9 +1,9 @@
 """The calls of eager mode's ops that are timed: each overload at the sizes of its family.
 
 Calls of pointwise ops and of reductions follow from their declarations: a sample's numbers at the
-benchmark's sizes, and the dims that a schema names. Those of other ops are written in
-``op_table``. A call is written as a sample is, with ``T`` for a random tensor; ``Filled`` is one
-whose numbers must be sorted, or distinct.
+benchmark's sizes, and the dims that a schema names; those of lists from their schemas, in
+``list_table``. Those of other ops are written in ``op_table``. A call is written as a sample is,
+with ``T`` for a random tensor; ``Filled`` is one whose numbers must be sorted, or distinct.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gems_compile.one_op import aten_name
 
 SEED = 1234
 FAMILIES = ("pointwise", "reduction", "scan", "softmax", "norm", "loss", "indexing", "layout")
-FAMILIES += ("product", "image", "order", "random", "factory")
+FAMILIES += ("product", "image", "order", "random", "factory", "list")
 # stand for the dtype and the device under test
 INPUT_DTYPE, INPUT_DEVICE = "input_dtype", "input_device"
 
@@ -251,9 +251,10 @@ def cases(small: bool = False) -> dict[str, Case]:
 
 def of_overload(name: str, sizes: Sizes) -> list[Case]:
     """An overload's cases; none of one that nobody has written a call for."""
+    from benchmarks.list_table import lists
     from benchmarks.op_table import written
 
-    if found := list(written(name, sizes)):
+    if found := [*written(name, sizes), *lists(name, sizes)]:
         return found
     kind = OPS[name].kind if name in OPS else ""
     derive: dict[str, Callable[[str, Sizes], Iterator[Case]]] = {

@@ -184,7 +184,8 @@ overload what is on by default on your device, and why.
 - *kernel*: file of `kernels/` and name of the declaration. Ops without one are taken apart by
   rules of torch's or ours, and what that gives is compiled into one kernel or two
   (`kernels/composed.py`, `kernels/factories.py`, `kernels/draws.py`); of those whose results' sizes
-  are data, into more, with a number read between them (`gems_compile/counting.py`).
+  are data, into more, with a number read between them (`gems_compile/counting.py`). Those of lists
+  (`_foreach_add`) are what the op on one tensor is, a launch for many (`gems_compile/lists.py`).
 - *dtypes*: floats are {floats}; ints {ints}; numbers both; all those and bool.
 - *speed*: of ours, ATen's being 1, on an {measured}:
   {how}.

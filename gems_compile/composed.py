@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .forms import OUT, Form, add_writes, functional_call
+from .forms import OUT, TENSORS, Form, add_writes, functional_call, places
 
 
 def composed_graph(
@@ -19,7 +19,7 @@ def composed_graph(
     form: Form | None = None,
 ) -> tuple[fx.GraphModule, list[Tensor], bool] | str:
     """The graph of what torch's rules make of a call, its inputs as FakeTensors, and whether the
-    call returns one tensor; or why there is none. See ``one_op.one_node_graph``."""
+    call returns one tensor; or why there is none. See ``one_node.one_node_graph``."""
     from .lowering.graph import output_node
 
     functional = overload if form is None else form.functional
@@ -30,8 +30,8 @@ def composed_graph(
     graph, output = gm.graph, output_node(gm.graph)
     inputs = [*graph.find_nodes(op="placeholder")]
     results: Any = output.args[0]
-    if form is not None:
-        written = inputs[:1]
+    if form is not None and functional is not overload:
+        written = inputs[: len(places(form, args, kwargs))]  # of an in-place form, the first
         if form.kind == OUT:
             first = next(node for node in graph.nodes if node.op != "placeholder")
             with graph.inserting_before(first):  # in the order in which they come when it runs
@@ -44,7 +44,9 @@ def composed_graph(
                 return why
         output.args = ((),)
     gm.recompile()
-    return gm, [node.meta["val"] for node in inputs], len(functional._schema.returns) == 1
+    returns = functional._schema.returns
+    single = len(returns) == 1 and str(returns[0].type) != TENSORS
+    return gm, [node.meta["val"] for node in inputs], single
 
 
 def _traced(

@@ -30,8 +30,10 @@ from .kernels.draws import DRAWS
 from .kernels.factories import FACTORIES
 from .kernels.op import OPS, Op
 from .kernels.target import Target, current_target
+from .lists import foreach
 from .lowering.overload import find_overload
 from .one_op import Handler, aten_name
+from .optimizers import optimizers
 from .selection import Names, PathLike, Record, Selection, selection
 from .worth import on_unasked
 
@@ -173,7 +175,8 @@ def _declared() -> dict[str, torch._ops.OpOverload]:
     by its name as torch prints it."""
     load_ops()
     found = {}
-    for name in dict.fromkeys((*OPS, *COMPOSED, *map(str, SIZED), *FACTORIES, *DRAWS)):
+    every = (*OPS, *COMPOSED, *map(str, SIZED), *FACTORIES, *DRAWS, *foreach())
+    for name in dict.fromkeys(every):
         if not name.startswith("aten."):  # nobody calls ours or prims' in eager mode
             continue
         overload = find_overload(name)
@@ -189,6 +192,7 @@ def _forms() -> dict[str, Form]:
     """The in-place and out= forms of those, by their names as torch prints them."""
     declared = _declared()
     found = [form for overload in declared.values() for form in forms_of(overload)]
+    found += optimizers()
     return {str(form.overload): form for form in found if str(form.overload) not in declared}
 
 

@@ -18,6 +18,7 @@ from .kernels.draws import DRAWS
 from .kernels.factories import FACTORIES, OPTIONS
 
 IN_PLACE, OUT = "in-place", "out="
+TENSORS = "List[Tensor]"  # a type, as a schema prints it
 #: forms of which the compiler takes no call
 UNSERVED = {
     # they only copy
@@ -50,7 +51,8 @@ UNSERVED = {
 
 @dataclass(frozen=True)
 class Form:
-    """An overload that writes what ``functional`` returns; ``written`` names where."""
+    """An overload that writes what ``functional`` returns; ``written`` names where. One that has no
+    functional overload stands there itself, and its rule writes its operands."""
 
     overload: torch._ops.OpOverload
     functional: torch._ops.OpOverload
@@ -60,22 +62,25 @@ class Form:
 
 def forms_of(functional: torch._ops.OpOverload) -> Iterator[Form]:
     """The overloads that torch has of this op, with the same arguments, that write the result.
-    Those of a factory take no options. A place for a result whose size is data is ATen's."""
+    Those of a factory take no options. A place for a result whose size is data is ATen's. Results
+    in a list have in-place forms alone."""
     schema = functional._schema
     if schema.is_mutable or functional in SIZED:
         return
     if torch.Tag.nondeterministic_seeded in functional.tags and str(functional) not in DRAWS:
         return
-    if not schema.returns or any(str(r.type) != "Tensor" for r in schema.returns):
+    returned = [str(r.type) for r in schema.returns]
+    of_lists = returned == [TENSORS]
+    if not of_lists and set(returned) != {"Tensor"}:
         return
     base = functional.overloadpacket.__name__.removesuffix("_functional")
     options = OPTIONS if str(functional) in {*FACTORIES, *DRAWS} else ()
     wanted = [_signature(a) for a in schema.arguments if a.name not in options]
-    if len(schema.returns) == 1 and wanted and wanted[0][1] == "Tensor":
+    if len(returned) == 1 and wanted and wanted[0][1] == returned[0]:
         for overload in _overloads(f"{base}_"):
             if [_signature(a) for a in overload._schema.arguments] == wanted:
                 yield Form(overload, functional, IN_PLACE, (overload._schema.arguments[0].name,))
-    for overload in _overloads(base):
+    for overload in () if of_lists else _overloads(base):
         out = tuple(a.name for a in overload._schema.arguments if a.is_out)
         rest = [_signature(a) for a in overload._schema.arguments if not a.is_out]
         if len(out) == len(schema.returns) and rest == wanted:
@@ -92,16 +97,24 @@ def _signature(argument: Any) -> tuple[str, str]:
     return argument.name, str(argument.type)
 
 
-def places(form: Form, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that a call writes, which are also what it returns."""
-    return [args[0]] if form.kind == IN_PLACE else [kwargs[name] for name in form.written]
+def places(form: Form, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """The tensors that a call writes, which are also what it returns; or their nodes."""
+    if form.kind == OUT:
+        return [kwargs[name] for name in form.written]
+    found: list[Any] = []
+    for place in args[: len(form.written)]:
+        found += place if isinstance(place, (list, tuple)) else [place]
+    return found
 
 
-def share_memory(tensors: Sequence[Tensor]) -> bool:
-    """Whether two of a call's tensors may lie in the same memory, as far as ATen looks as well."""
+def share_memory(written: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
+    """Whether what a call writes may lie in the same memory as another one of its ``tensors``, as
+    far as ATen looks as well. An empty tensor lies nowhere."""
     if len(tensors) == 1:
         return False
-    return len({t.untyped_storage().data_ptr() for t in tensors}) < len(tensors)
+    places = {t.untyped_storage().data_ptr() for t in written if t.numel()}
+    found = [t.untyped_storage().data_ptr() in places for t in tensors if t.numel()]
+    return sum(found) > len(places)
 
 
 def why_not_written(written: Tensor, result: Tensor, same_dtype: bool) -> str | None:
@@ -120,11 +133,12 @@ def why_not_written(written: Tensor, result: Tensor, same_dtype: bool) -> str | 
 def functional_call(
     form: Form, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[Sequence[Any], dict[str, Any]]:
-    """The arguments of ``functional`` that are those of a call of the form. A factory makes what
-    the place is."""
+    """The arguments of ``functional`` that are those of a call of the form, of tensors or of nodes.
+    A factory makes what the place is."""
     given = {name: value for name, value in kwargs.items() if name not in form.written}
     own = {a.name: a for a in form.overload._schema.arguments}
     place = kwargs[form.written[0]] if form.kind == OUT else args[0]
+    place = place.meta["val"] if isinstance(place, torch.fx.Node) else place
     for argument in form.functional._schema.arguments[len(args) :]:
         name = argument.name
         if name not in own and name in ("dtype", "device"):
@@ -149,6 +163,8 @@ def add_writes(
         same_dtype = form.kind == OUT or not pointwise
         if why := why_not_written(place.meta["val"], result.meta["val"], same_dtype):
             return why
+        if not place.meta["val"].numel():
+            continue
         copy = graph.call_function(torch.ops.aten.copy_.default, (place, result))
         copy.meta["val"] = place.meta["val"]
     return None

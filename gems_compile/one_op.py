@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -22,15 +22,19 @@ from .aten_kernel import native_kernel, with_numbers_as_tensors
 from .composed import composed_graph, told
 from .config import Config, cache_dir
 from .counting import SIZED
-from .forms import Form, add_writes, functional_call, places, share_memory
+from .forms import Form, places, share_memory
 from .kernels.composed import UPDATING
 from .kernels.dropout import drawing_from, source
 from .kernels.op import OPS
 from .kernels.target import Target
+from .lists import MAX_NUMBERS, count_versions, takes_numbers
+from .lists import RULES as LISTS
 from .long_scans import LONG_SCANS
 from .lowering import native
+from .lowering.foreach import single_op
 from .lowering.overload import name_of
 from .lowering.private import enter_fake_mode_once, forget_dispatch
+from .one_node import OneCall, one_node_graph
 from .operands import layout_of, takes_lazily_negated, why_native
 from .rules import ON_HOST
 from .sized import Steps, program
@@ -102,6 +106,8 @@ class Handler:
         # A thread may have looked our kernel up and wait for the GIL while another one unregisters
         # it; the dispatcher would free it under that call.
         self._kept: deque[Any] = deque(maxlen=16)
+        self._tells = bool(overload._schema.returns)  # ``_foreach_add_`` returns nothing
+        self._numbers: Counter[Any] | None = Counter() if takes_numbers(overload) else None
         takes_tensor = [str(a.type) in ("Tensor", "Optional[Tensor]") for a in _arguments(overload)]
         self._tensor_places = [k for k, yes in enumerate(takes_tensor) if yes]
         self._tensor_names = [_arguments(overload)[k].name for k in self._tensor_places]
@@ -160,7 +166,8 @@ class Handler:
             described = self._describe(kwargs.values(), parts, tensors)
         if not described:
             return self._aten(keyset, args, kwargs)
-        if self.form is not None and share_memory(tensors):
+        written = () if self.form is None else places(self.form, args, kwargs)
+        if written and share_memory(written, tensors):
             return self._aten(keyset, args, kwargs)
         if self._lazy and any(t.is_neg() for t in tensors):  # whose memory holds other numbers
             return self._aten(keyset, args, kwargs)
@@ -181,8 +188,10 @@ class Handler:
             if out is not NotImplemented:
                 for watcher in self.watchers:
                     watcher.saw(self.name)
-                if self.form is not None:
-                    out = places(self.form, args, kwargs)
+                if self.form is not None and not self._tells:
+                    return count_versions(self.form, written)
+                if written:
+                    out = written
                 return out[0] if variant.single else out
             variant.calls -= 1
             self.left += 1
@@ -234,6 +243,8 @@ class Handler:
                 why = why_not_worth(self.name, args, self.target)
             if why is None and self._compiled >= MAX_COMPILED:
                 return self._full
+            if why is None and self._numbers is not None:
+                why = self._why_numbers(tensors)
             variant = Variant(None, False, why) if why else self._compile(args, kwargs)
             if variant.run is not None and not self._random and self.form is None:
                 self._check_layouts(variant, keyset, args, kwargs, tensors)
@@ -246,6 +257,13 @@ class Handler:
 
     def _why_native(self, tensors: Sequence[Tensor], options: dict[str, Any]) -> str | None:
         return why_native(tensors, self.target, options if self._makes else {})
+
+    def _why_numbers(self, tensors: Sequence[Tensor]) -> str | None:
+        """Why a call with another number than calls like it is ATen's, or None."""
+        assert self._numbers is not None
+        alike = tuple((t.dtype, t.shape, t.stride()) for t in tensors)
+        self._numbers[alike] += 1
+        return "its number is another each time" if self._numbers[alike] > MAX_NUMBERS else None
 
     def _compile(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Variant:
         config = Config.from_call()
@@ -366,9 +384,12 @@ def compile_one(
         return Variant(run, len(overload._schema.returns) == 1, layouts=None)
     functional = overload if form is None else form.functional
     variant = Variant(None, False)
-    makes = [one_node_graph] if str(functional) in OPS else [one_node_graph, composed_graph]
-    if functional in LONG_SCANS:
+    whole = str(functional) in OPS or single_op(functional) is not None
+    makes = [one_node_graph] if whole else [one_node_graph, composed_graph]
+    if functional in LONG_SCANS or functional in LISTS:
         makes = [composed_graph, one_node_graph]
+    if functional._schema.is_mutable and form is not None:
+        makes = [composed_graph]
     for make in makes:
         variant = _compiled(make(overload, args, kwargs, form), overload, target, config)
         if variant.run is not None:
@@ -378,17 +399,13 @@ def compile_one(
     return variant
 
 
-#: a graph, its inputs as FakeTensors, and whether the call returns one tensor; or why there is none
-OneCall = tuple[torch.fx.GraphModule, list[Tensor], bool] | str
-
-
 def _compiled(
     made: OneCall, overload: torch._ops.OpOverload, target: Target, config: Config
 ) -> Variant:
     from .backend import lowering_options
     from .lowering.graph import is_view
     from .lowering.pipeline import compile_graph
-    from .lowering.translate import is_empty
+    from .lowering.translate import makes_nothing
 
     if isinstance(made, str):
         return Variant(None, False, made)
@@ -402,80 +419,13 @@ def _compiled(
     # host does not draw
     full = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)
     called = {*full, *(report.plan.aten if report.plan is not None else ())}
-    free = [
-        n for n in called if is_empty(n.meta.get("val")) or is_view(n) or name_of(n.target) == SEED
-    ]
+    free = [n for n in called if makes_nothing(n) or is_view(n) or name_of(n.target) == SEED]
     if report.launches and report.aten_calls == len(free):
         (output,) = gm.graph.find_nodes(op="output")
         layouts = [layout_of(n and n.meta["val"]) for n in output.args[0]]
         return Variant(run, single, "", layouts)
     why = [*report.failures, *report.aten]
     return Variant(None, single, "; ".join(why) or "it computes nothing")
-
-
-def one_node_graph(
-    overload: torch._ops.OpOverload,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    form: Form | None = None,
-) -> OneCall:
-    """The graph of a call. That of a form computes what its functional overload returns, and stores
-    it."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    graph = torch.fx.Graph()
-    inputs: list[Tensor] = []
-    placed: dict[int, torch.fx.Node] = {}  # of a form, no two of whose tensors are one
-
-    def place(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if form is not None and id(value) in placed:
-                return placed[id(value)]
-            node = placed[id(value)] = graph.placeholder(f"x{len(inputs)}")
-            node.meta["val"] = torch.empty_strided(
-                value.shape, value.stride(), dtype=value.dtype, device=value.device
-            )
-            inputs.append(node.meta["val"])
-            return node
-        return [place(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-    with FakeTensorMode():
-        written: list[torch.fx.Node] = []
-        if form is not None:
-            place([*args, *kwargs.values()])  # in this order they come when it runs
-            written = [place(t) for t in places(form, args, kwargs)]
-            overload, (args, kwargs) = form.functional, functional_call(form, args, kwargs)
-        node_args = tuple(place(a) for a in args)
-        node_kwargs = {name: place(a) for name, a in kwargs.items()}
-        node = graph.call_function(overload, node_args, node_kwargs)
-        fake_args, fake_kwargs = torch.fx.map_arg((node_args, node_kwargs), lambda n: n.meta["val"])
-        try:
-            val = overload(*fake_args, **fake_kwargs)
-        except Exception as error:  # ATen's kernel refuses the call, with its own words
-            return f"its shapes are unknown: {error}"
-        node.meta["val"] = val
-        single = isinstance(val, Tensor)
-        results = (node,) if single else _items(graph, node, val)
-        if form is not None:
-            op = OPS.get(str(overload))
-            pointwise = op is not None and op.kind == "pointwise"
-            if why := add_writes(form, graph, results, written, pointwise):
-                return why
-            results = ()
-    graph.output(results)
-    return torch.fx.GraphModule(torch.nn.Module(), graph), inputs, single
-
-
-def _items(graph: torch.fx.Graph, node: torch.fx.Node, val: Sequence[Any]) -> tuple[Any, ...]:
-    import operator
-
-    out: list[Any] = []
-    for k, v in enumerate(val):
-        item = None if v is None else graph.call_function(operator.getitem, (node, k))
-        if item is not None:
-            item.meta["val"] = v
-        out.append(item)
-    return tuple(out)
 
 
 def in_clean_thread(make: Callable[[], Variant]) -> Variant:

@@ -18,8 +18,10 @@ from torch.nn import functional as F
 
 from .kernels.draws import DRAWS
 from .kernels.factories import RULES as FACTORY_RULES
+from .lists import RULES as LISTS
 from .long_scans import LONG_SCANS
 from .lowering.overload import find_overload
+from .optimizers import RULES as OPTIMIZERS
 from .ordering import ORDERING
 from .resampling import RESAMPLING
 from .whole import Whole, wide
@@ -36,7 +38,7 @@ def rules() -> dict[Any, Callable[..., Any]]:
     named = {**DRAWS, **FACTORY_RULES}
     found = ((find_overload(name), rule) for name, rule in named.items())
     beside = {overload: rule for overload, rule in found if overload is not None}
-    return beside | _RULES | ORDERING | RESAMPLING | LONG_SCANS
+    return beside | _RULES | LISTS | OPTIMIZERS | ORDERING | RESAMPLING | LONG_SCANS
 
 
 # matrix products ---------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ Rule = Callable[..., Any]
 class Steps:
     """The steps of the calls of one description; each is compiled when first met.
 
-    compile: what makes a step's graph (see ``one_op.OneCall``) -> what has it as ``run``, or None
+    compile: what makes a step's graph (see ``one_node.OneCall``) -> what has it as ``run``, or None
              and says ``why``
     """
 
@@ -76,7 +76,7 @@ def program(rule: Rule, args: Any, kwargs: Any, steps: Steps) -> Callable[[list[
 def _traced(
     function: Callable[..., Any], args: Sequence[Any], grown: Sequence[Tensor]
 ) -> tuple[fx.GraphModule, list[Tensor], bool] | str:
-    """See ``one_op.one_node_graph``."""
+    """See ``one_node.one_node_graph``."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv

@@ -54,7 +54,7 @@ class UserOp:
             and not (torch.is_grad_enabled() and any(t.requires_grad for t in distinct))
             and not any(t.is_neg() for t in distinct)
         )
-        if not plain or share_memory(distinct) or self._run(values, places) is None:
+        if not plain or share_memory(distinct, distinct) or self._run(values, places) is None:
             return False
         torch.autograd.graph.increment_version([t for t in places if not t.is_inference()])
         return True

@@ -61,7 +61,7 @@ def take_foreach_apart(gm: fx.GraphModule, device: torch.device) -> int:
         return _fits(value_of(node), device)
 
     for node in list(gm.graph.nodes):
-        op = _single(node.target)
+        op = single_op(node.target)
         if op is None or not _parts_only(node):
             continue
         fits = [
@@ -78,7 +78,7 @@ def take_foreach_apart(gm: fx.GraphModule, device: torch.device) -> int:
     return taken
 
 
-def _single(target: Any) -> Any:
+def single_op(target: Any) -> Any:
     """The op that does for one tensor what a multi-tensor op does for many, or None."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return None

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from ..kernels import load_ops
 from ..kernels.fused import register_torch_ops
 from ..kernels.op import Authored
+from . import passes
 from .alike import Alike
 from .beside import find_beside, may_stand_beside
 from .binding import bind
@@ -44,7 +45,6 @@ from .options import Options
 from .order import needs_of
 from .packed import is_unpacked
 from .partition import share_seeds
-from .passes import PASSES as ATEN_PASSES
 from .pooling import take_poolings
 from .products import align_products
 from .render import Renderer, kernel_name
@@ -64,7 +64,8 @@ from .whole import whole_source
 log = logging.getLogger("gems_compile.lowering")
 
 #: first: one random seed a run; last: what products read and write, once nothing else changes
-PASSES = (share_seeds, *ATEN_PASSES, join_products, align_products)
+PASSES = (share_seeds, *passes.PASSES, join_products, align_products)
+ALONE = tuple(run for run in PASSES if run is not passes.count_in_place)  # that makes it ATen's
 
 #: elements from which on a lone column reduction or GELU is ours
 MUCH = 2**21
@@ -153,7 +154,7 @@ class Compilation:
                 self.deny.update(dict.fromkeys(keep_weights(gm), "kept from call to call"))
         if take_foreach_apart(gm, self.device):
             observe("take_foreach_apart", gm)
-        for run in PASSES:
+        for run in ALONE if options.alone else PASSES:
             run(gm)
             observe(run.__name__, gm)
         for take in (reduce_row_products, multiply_outer_products):

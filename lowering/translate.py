@@ -436,6 +436,12 @@ def is_empty(val: Any) -> bool:
     return 0 in (shape if is_static(*shape) else [s for s in shape if type(s) is int])
 
 
+def makes_nothing(node: Node) -> bool:
+    """Whether all that a node returns are empty tensors."""
+    val = node.meta.get("val")
+    return all(map(is_empty, val)) if isinstance(val, (list, tuple)) else is_empty(val)
+
+
 def _make_alone(node: Node) -> None:
     """Turn an empty part of a composite's result into a call that makes it."""
     val: Any = node.meta.get("val")

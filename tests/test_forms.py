@@ -26,6 +26,8 @@ from gems_compile.kernels.draws import DRAWS
 from gems_compile.kernels.factories import FACTORIES
 from gems_compile.kernels.op import OPS
 from gems_compile.kernels.target import current_target
+from gems_compile.lists import foreach
+from gems_compile.optimizers import optimizers
 from gems_compile.ordering import ORDERING
 
 Sample = tuple[tuple[Any, ...], dict[str, Any]]
@@ -376,8 +378,8 @@ def places_of(form: forms.Form, sample: Sample, gaps: bool) -> tuple[Sample, lis
 
 
 def _derived() -> list[str]:
-    """Of factories and random ops others have the tests."""
-    own = {*FACTORIES, *DRAWS}
+    """Of factories, random ops, lists of tensors and optimizers others have the tests."""
+    own = {*FACTORIES, *DRAWS, *foreach(), *(str(f.functional) for f in optimizers())}
     return [name for name, form in eager._forms().items() if str(form.functional) not in own]
 
 
