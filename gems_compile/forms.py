@@ -52,12 +52,14 @@ UNSERVED = {
 @dataclass(frozen=True)
 class Form:
     """An overload that writes what ``functional`` returns; ``written`` names where. One that has no
-    functional overload stands there itself, and its rule writes its operands."""
+    functional overload stands there itself, and its rule writes its operands. ``once``: a tensor
+    that a call has twice is one to whoever describes and runs it."""
 
     overload: torch._ops.OpOverload
     functional: torch._ops.OpOverload
     kind: str
     written: tuple[str, ...]
+    once: bool = False
 
 
 def forms_of(functional: torch._ops.OpOverload) -> Iterator[Form]:

@@ -25,15 +25,18 @@ def one_node_graph(
 ) -> OneCall:
     """The graph of a call. That of a form computes what its functional overload returns, and stores
     it. Each tensor has a placeholder, in the order in which they come when it runs; one that is
-    given twice has two, as other calls of this description give two tensors."""
+    given twice has two, as other calls of this description give two tensors; see ``Form.once``."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     graph = torch.fx.Graph()
     inputs: list[Tensor] = []
+    known: dict[int, torch.fx.Node] = {}
 
     def place(value: Any) -> Any:
+        if form is not None and form.once and id(value) in known:
+            return known[id(value)]
         if isinstance(value, Tensor):
-            node = graph.placeholder(f"x{len(inputs)}")
+            node = known[id(value)] = graph.placeholder(f"x{len(inputs)}")
             node.meta["val"] = torch.empty_strided(
                 value.shape, value.stride(), dtype=value.dtype, device=value.device
             )

@@ -112,7 +112,7 @@ class UserOp:
         self.results(values)  # raises what is wrong with shapes and dtypes
         overload, config = self.overload, replace(Config.from_call(), strict=True)
         names = tuple(f"out{k}" for k in range(len(places)))
-        form = Form(overload, overload, OUT, names) if places else None
+        form = Form(overload, overload, OUT, names, once=True) if places else None
         kwargs = dict(zip(names, places, strict=True))
         try:
             variant = in_clean_thread(

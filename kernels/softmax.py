@@ -85,9 +85,10 @@ def log_softmax(b: Any, x: Any, dim: int, half_to_float: bool) -> Any:
     ],
 )
 def softmax_backward(b: Any, dy: Any, y: Any, dim: int) -> Any:
-    """y * (dy - sum(y * dy)): fewer steps are rounded than of y * dy - y * sum(y * dy)."""
+    """y * dy - y * sum(y * dy), the latter product not rounded, as ATen's compiler has it."""
     dy, y = wide(b, dy), wide(b, y)
-    return b.mul(y, b.sub(dy, b.sum(b.mul(dy, y), [dim]), 1))
+    product = b.mul(dy, y)
+    return b.addcmul(product, b.neg(y), b.sum(product, [dim]), 1)
 
 
 @composite(

@@ -98,7 +98,7 @@ def test_a_step_in_bfloat16(name: str) -> None:
         got = stepped(make, given, torch.bfloat16, fused=True)
     assert ours(overload) == 1, whys(overload)
     for a, b in zip(got, exact, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), rtol=2**-8, atol=1e-6)
+        torch.testing.assert_close(a.cpu().double(), b.cpu().double(), rtol=2**-8, atol=1e-6)
 
 
 def test_a_scaled_step_is_atens() -> None:
