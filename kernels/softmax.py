@@ -85,10 +85,10 @@ def log_softmax(b: Any, x: Any, dim: int, half_to_float: bool) -> Any:
     ],
 )
 def softmax_backward(b: Any, dy: Any, y: Any, dim: int) -> Any:
-    """y * dy - y * sum(y * dy), the latter product not rounded, as ATen's compiler has it."""
+    """y * dy - y * sum(y * dy)."""
     dy, y = wide(b, dy), wide(b, y)
     product = b.mul(dy, y)
-    return b.addcmul(product, b.neg(y), b.sum(product, [dim]), 1)
+    return b.sub(product, b.mul(y, b.sum(product, [dim])), 1)
 
 
 @composite(
