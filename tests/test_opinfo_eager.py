@@ -46,7 +46,7 @@ KNOWN: dict[tuple[str, str], str] = {
     (
         "torch.ops.aten._safe_softmax.default",
         "",
-    ): "the last place of its result, 1 - 1e-7, say, is all that its gradient is made of",
+    ): "its gradient cancels, and ours rounds a product that the compiler of ATen contracts",
 }
 if DEVICE == "cuda":
     undefined = "what is left of a division by zero is undefined on a GPU"
