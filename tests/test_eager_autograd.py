@@ -28,7 +28,7 @@ import gems_compile
 from gems_compile import eager
 
 PER_OP = 3 if FULL else 1
-SHARE = 15 if QUICK else 25  # cases of a run that is not full
+SHARE = 10 if QUICK else 12  # cases of a run that is not full
 LARGEST = 100  # elements of a sample: gradcheck runs a function many times
 #: ops that no kernel of ours comes near, and whose samples take long or need libraries
 APART = ("linalg.", "fft.", "sparse.", "signal.", "to_sparse", "jiterator")

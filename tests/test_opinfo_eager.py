@@ -28,7 +28,7 @@ from gems_compile import eager
 DTYPES = ("float32", "bfloat16", "int64", "float16", "int32", "uint8", "bool", "complex64")
 DTYPES = DTYPES[:3] if QUICK else DTYPES
 PER_OP = 1 if QUICK else 8 if FULL else 2
-SHARE = 80  # cases of a run that is not full
+SHARE = 40  # cases of a run that is not full
 LARGEST = 3000  # elements of a sample on a CPU: the interpreter is slow
 
 #: ops that no kernel of ours comes near, and whose samples take long or need libraries

@@ -40,8 +40,8 @@ TARGETS = {
     "gfx942": ["hip", "gfx942", 64],
 }
 #: one of so many kernels is compiled a day
-SHARES = {"sm_80": 3, "sm_90": 1, "gfx942": 3}
-SHARES_OF_SINGLES = {"sm_90": 2, "gfx942": 3}
+SHARES = {"sm_80": 4, "sm_90": 2, "gfx942": 4}
+SHARES_OF_SINGLES = {"sm_90": 3, "gfx942": 4}
 
 
 # programs -----------------------------------------------------------------------------------------
