@@ -31,13 +31,7 @@ BY_TENSOR = {
     aten.bucketize.Scalar: (aten.bucketize.Tensor, 0),
 }
 #: an overload that they call, and those that must not reach ATen's kernel while ours is behind it
-CALLED_WITH_NUMBERS = {
-    "aten._to_copy.default": (
-        "aten.searchsorted.Scalar",
-        "aten.searchsorted.Scalar_out",
-        "aten.bucketize.Scalar",
-    )
-}
+CALLED_WITH_NUMBERS = {"aten._to_copy.default": tuple(map(str, BY_TENSOR))}
 #: overloads that only such calls reach, and which stay ATen's for it: of ``2 ** x``
 CALLED_WITH_NUMBERS_ALONE = frozenset({"aten.pow.Tensor_Tensor_out"})
 
