@@ -81,7 +81,16 @@ def graph_us(run: Callable[[], object], flush: Flush, seconds: float) -> Row:
         spent += both + rest
         if spent > 4e3 * seconds:
             break
-    return {"us": statistics.median(times), "best_us": min(times), "calls": len(times) * calls}
+    return _row(times, calls)
+
+
+def _row(times: list[float], calls: int) -> Row:
+    us = statistics.median(times)
+    if us <= 0:
+        raise RuntimeError(
+            "the GPU is busy with another program: no difference of times is a call's"
+        )
+    return {"us": us, "best_us": min(times), "calls": len(times) * calls}
 
 
 def queued_us(run: Callable[[], object], flush: Flush, seconds: float) -> Row:
@@ -98,7 +107,7 @@ def queued_us(run: Callable[[], object], flush: Flush, seconds: float) -> Row:
         spent += both + rest
         if spent > 4e3 * seconds:
             break
-    return {"us": statistics.median(times), "best_us": min(times), "calls": len(times) * calls}
+    return _row(times, calls)
 
 
 def queued_ms(bodies: list[Callable[[], object]], flush: Flush, ahead: int) -> tuple[float, int]:

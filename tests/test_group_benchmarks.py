@@ -137,6 +137,9 @@ def test_a_call_costs_the_difference_of_two_graphs(monkeypatch: Any) -> None:
     assert row["us"] == pytest.approx(250.0)
     costs["run"] = 9.0  # longer than what a graph should take: one call
     assert timing.graph_us("run", "flush", seconds=0.0)["us"] == pytest.approx(9000.0)
+    costs["run"] = -0.01  # as where another program ran beside the second graph
+    with pytest.raises(RuntimeError, match="the GPU is busy"):
+        timing.graph_us("run", "flush", seconds=0.0)
 
 
 def test_a_random_call_costs_the_difference_of_two_queues(monkeypatch: Any) -> None:
