@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .kernels.draws import exponential, uniform
 from .kernels.scan import LONGEST as LONGEST_SCAN
-from .kernels.sorting import LONGEST, PLACE, SORTED
+from .kernels.sorting import LONGEST, SORTED
 from .long_scans import in_blocks, running_sum
 from .sized import Rule, Steps
 from .whole import Whole
@@ -168,7 +168,7 @@ def repeat_interleave(steps: Steps, repeats: Tensor, *, output_size: int | None 
 
 def _in_order(flat: Tensor) -> tuple[Tensor, Tensor]:
     """(A short vector's elements in order, their places)."""
-    places = torch.ops.gems.numbered_rows.default(flat, False, True) & PLACE
+    places = torch.ops.gems.row_order.default(flat, False, True, flat.numel())
     return flat.gather(0, places), places
 
 
@@ -274,8 +274,7 @@ def _first_to_come(p: Tensor, count: int) -> tuple[Tensor]:
     race = torch.where(p > 0, p / q, -1)
     if count == 1:
         return (race.argmax(-1, keepdim=True),)
-    numbers = torch.ops.gems.numbered_rows.default(race, True, False)
-    return ((numbers & PLACE).narrow(-1, 0, count).contiguous(),)
+    return (torch.ops.gems.row_order.default(race, True, False, count),)
 
 
 def _with_replacement(p: Tensor, count: int) -> tuple[Tensor]:

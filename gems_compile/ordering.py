@@ -1,6 +1,6 @@
 """Rules by which eager mode takes ops apart that put rows in order: sort, topk, medians.
 
-``gems::numbered_rows`` sorts elements with their places; all else gathers. See ``rules``.
+``gems::row_order`` sorts elements with their places; all else gathers. See ``rules``.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels.sorting import LONGEST, PLACE
+from .kernels.sorting import LONGEST
 from .whole import Whole
 
 aten = torch.ops.aten
 
 
-def sort(x: Tensor, dim: int | None = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
-    """(Elements, places) in order, equal ones in the order of their places. No dim: all of x is one
-    row."""
+def _order(x: Tensor, dim: int | None, descending: bool, count: int | None = None) -> Tensor:
+    """The places of the first ``count`` elements along dim, or of all, in order; equal ones in the
+    order of their places. No dim: all of x is one row."""
     if x.ndim == 0:
         raise Whole("one number")
     flat = dim is None
@@ -27,11 +27,23 @@ def sort(x: Tensor, dim: int | None = -1, descending: bool = False) -> tuple[Ten
     size = x.numel() if flat else rows.shape[-1]
     if not 0 < size <= LONGEST:
         raise Whole(f"rows of {size} elements")
-    places = torch.ops.gems.numbered_rows.default(rows, descending, flat) & PLACE
-    values = (rows.reshape(-1) if flat else rows).gather(-1, places)
+    count = size if count is None else count
+    return torch.ops.gems.row_order.default(rows, descending, flat, count)
+
+
+def _first(
+    x: Tensor, dim: int | None, descending: bool, count: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(Elements, places) of ``_order``."""
+    places = _order(x, dim, descending, count)
     if dim is None:
-        return values, places
+        return x.contiguous().reshape(-1).gather(-1, places), places
+    values = x.movedim(dim, -1).contiguous().gather(-1, places)
     return values.movedim(-1, dim).contiguous(), places.movedim(-1, dim).contiguous()
+
+
+def sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
+    return _first(x, dim, descending)
 
 
 def stable_sort(
@@ -43,13 +55,14 @@ def stable_sort(
 def topk(
     x: Tensor, k: int, dim: int = -1, largest: bool = True, ordered: bool = True
 ) -> tuple[Tensor, Tensor]:
-    values, places = sort(x, dim, largest)
-    return values.narrow(dim, 0, k).contiguous(), places.narrow(dim, 0, k).contiguous()
+    if k == 0:
+        raise Whole("none is asked for")
+    return _first(x, dim, largest, k)
 
 
 def kthvalue(x: Tensor, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     """The k-th smallest, counted from one."""
-    values, places = sort(x, dim, False)
+    values, places = _first(x, dim, False, k)
     return _at(values, dim, k - 1, keepdim), _at(places, dim, k - 1, keepdim)
 
 
@@ -60,14 +73,10 @@ def _at(x: Tensor, dim: int, place: int, keepdim: bool) -> Tensor:
 
 def median(x: Tensor, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     """The lower of two in the middle; NaN, and where the first is, for a row with one."""
-    values, places = sort(x, dim, False)
-    size = x.shape[dim]
-    middle, where = (_at(t, dim, (size - 1) // 2, keepdim) for t in (values, places))
+    middle, where = kthvalue(x, (x.shape[dim] + 1) // 2, dim, keepdim)
     if x.is_floating_point():
-        nan = values.isnan()
-        count = nan.sum(dim, keepdim=True)
-        first = places.gather(dim, (size - count).clamp(max=size - 1))
-        first, some = (t if keepdim else t.squeeze(dim) for t in (first, count > 0))
+        nan = x.isnan()
+        some, first = nan.any(dim, keepdim=keepdim), nan.int().argmax(dim, keepdim=keepdim)
         middle = torch.where(some, torch.full_like(middle, torch.nan), middle)
         where = torch.where(some, first, where)
     return middle, where
@@ -75,26 +84,25 @@ def median(x: Tensor, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Ten
 
 def nanmedian(x: Tensor, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     """That of the numbers of a row which has some."""
-    values, places = sort(x, dim, False)
-    count = values.isnan().logical_not().sum(dim, keepdim=True)
-    middle = ((count - 1) // 2).clamp(min=0)
+    values, places = _first(x, dim, False, (x.shape[dim] + 1) // 2)
+    middle = ((x.isnan().logical_not().sum(dim, keepdim=True) - 1) // 2).clamp(min=0)
     found = values.gather(dim, middle), places.gather(dim, middle)
     values, places = found if keepdim else (t.squeeze(dim) for t in found)
     return values, places
 
 
 def median_of_all(x: Tensor) -> Tensor:
-    values, _ = sort(x, None)
-    middle = values[(x.numel() - 1) // 2]
+    values, _ = _first(x, None, False, (x.numel() + 1) // 2)
+    middle = values[-1]
     if x.is_floating_point():
-        middle = torch.where(values[-1].isnan(), torch.full_like(middle, torch.nan), middle)
+        middle = torch.where(x.isnan().any(), torch.full_like(middle, torch.nan), middle)
     return middle.clone()
 
 
 def nanmedian_of_all(x: Tensor) -> Tensor:
-    values, _ = sort(x, None)
-    count = values.isnan().logical_not().sum(0, keepdim=True)
-    return values.gather(0, ((count - 1) // 2).clamp(min=0)).squeeze(0).clone()
+    values, _ = _first(x, None, False, (x.numel() + 1) // 2)
+    count = x.isnan().logical_not().sum()
+    return values.gather(0, ((count - 1) // 2).clamp(min=0).reshape(1)).squeeze(0).clone()
 
 
 ORDERING: dict[Any, Callable[..., Any]] = {

@@ -286,6 +286,51 @@ def avg_pool_backward(
     return total.to(x.dtype)
 
 
+def adaptive_avg_pool(axes: int, x: Tensor, size: Sequence[int]) -> Tensor:
+    """The mean of each window; so many of them reach over an axis, and may overlap."""
+    first = x.ndim - axes
+    full = x.shape[first:]
+    if not all((*full, *size)):
+        raise Whole("no windows")
+    lengths = [
+        _along((place + 1) * n // -count * -1 - place * n // count, first + k, x.ndim)
+        for k, (n, count) in enumerate(zip(full, size, strict=True))
+        for place in [_integers(count, x)]
+    ]
+    if all(n % count == 0 for n, count in zip(full, size, strict=True)):
+        split = [k for n, count in zip(full, size, strict=True) for k in (count, n // count)]
+        windows = wide(x).reshape(*x.shape[:first], *split)
+        total = windows.sum([first + 2 * k + 1 for k in range(axes)])
+    else:
+        total = _overlapping(x, first, full, size, lengths)
+    for length in lengths:  # one after the other, as ATen's kernel
+        total = total / length
+    return total.to(x.dtype)
+
+
+def _overlapping(
+    x: Tensor, first: int, full: Sequence[int], size: Sequence[int], lengths: Sequence[Tensor]
+) -> Tensor:
+    """The sum of each window of ``adaptive_avg_pool``, element after element."""
+    longest = [
+        max(-((i + 1) * n // -count) - i * n // count for i in range(count))
+        for n, count in zip(full, size, strict=True)
+    ]
+    if math.prod(longest) > MOST_TAPS:
+        raise Whole(f"windows of {math.prod(longest)} elements")
+    total = None
+    for at in itertools.product(*map(range, longest)):
+        tap = wide(x)
+        for k, step in enumerate(at):
+            begin = _integers(size[k], x) * full[k] // size[k]
+            tap = tap.index_select(first + k, (begin + step).clamp(max=full[k] - 1))
+        for step, length in zip(at, lengths, strict=True):
+            tap = torch.where(step < length, tap, torch.zeros_like(tap))
+        total = tap if total is None else total + tap
+    assert total is not None
+    return total
+
+
 def adaptive_avg_pool_backward(axes: int, gradient: Tensor, x: Tensor) -> Tensor:
     """Where windows lie side by side, of one size; others are ATen's."""
     kernel = []
@@ -318,6 +363,8 @@ RESAMPLING: dict[Any, Callable[..., Any]] = {
     aten.avg_pool3d.default: _of(3, avg_pool),
     aten.avg_pool2d_backward.default: _of(2, avg_pool_backward),
     aten.avg_pool3d_backward.default: _of(3, avg_pool_backward),
+    aten._adaptive_avg_pool2d.default: _of(2, adaptive_avg_pool),
+    aten._adaptive_avg_pool3d.default: _of(3, adaptive_avg_pool),
     aten._adaptive_avg_pool2d_backward.default: _of(2, adaptive_avg_pool_backward),
     aten._adaptive_avg_pool3d_backward.default: _of(3, adaptive_avg_pool_backward),
 }

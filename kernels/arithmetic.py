@@ -159,11 +159,28 @@ def div_mode(x, y, rounding_mode):
             return a // b
 
 
+@triton.jit
+def quick_floor_divide(x, y):
+    """floor(x / y) of floats: the rounded quotient's, less one where that is above. It is the
+    nearest one below beyond 2 ** 24."""
+    ratio = mathlib.div(x, y)
+    floor = tl.floor(ratio)
+    left = tl.fma(mathlib.neg(floor), y, x)
+    floor = tl.where((left != 0) & ((left < 0) != (y < 0)), floor - 1.0, floor)
+    # what is infinite leaves everything, and nothing
+    below = tl.where((x != 0) & ((x < 0) != (y < 0)), -1.0, 0.0)
+    floor = tl.where(tl.abs(y) == float("inf"), below, floor)
+    floor = tl.where(tl.abs(x) == float("inf"), float("nan"), floor)
+    floor = tl.where(floor == 0, mathlib.copysign(floor * 0.0, ratio), floor)
+    return tl.where((y == 0) | (ratio != ratio), ratio, floor)
+
+
 @pointwise(
     "aten.floor_divide.default",
     "aten.floor_divide.Scalar",
     dtypes=NUMBERS,
     samples=[call(INTEGER, DIVISOR), call(INTEGER, T(33, low=-7, high=-1)), call(INTEGER, 3)],
+    quick=quick_floor_divide,
 )
 @triton.jit
 def floor_divide(x, y):
@@ -260,6 +277,7 @@ def _literal_power(x, exponent):
         call(2, T(33, low=0, high=5)),
         *(call(T(4, 33, dtype="float32", low=0.5, high=3), n) for n in (0.5, -0.5, -1, -2, 1.7)),
     ],
+    quick=mathlib.quick_pow,
 )
 @triton.jit
 def pow(x, exponent):

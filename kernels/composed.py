@@ -8,6 +8,7 @@ A call that comes to anything else than declared ops is ATen's.
 COMPOSED: tuple[str, ...] = (
     "aten._adaptive_avg_pool2d.default",
     "aten._adaptive_avg_pool2d_backward.default",
+    "aten._adaptive_avg_pool3d.default",
     "aten._adaptive_avg_pool3d_backward.default",
     "aten._batch_norm_no_update.default",
     "aten._batch_norm_with_update.default",

@@ -14,7 +14,7 @@ from typing import Any
 
 from .dropout import drawn_words, native_dropout
 from .op import T, call, composite
-from .sorting import LONGEST, PLACE
+from .sorting import LONGEST
 
 #: overload -> its rule, a function of the overload's arguments less the generator
 DRAWS: dict[str, Callable[..., Any]] = {"aten.native_dropout.default": native_dropout}
@@ -315,7 +315,7 @@ def _order(keys: Any) -> Any:
     """Their places, in the order of the keys; equal ones stay in their order."""
     import torch
 
-    return torch.ops.gems.numbered_rows.default(keys, False, True) & PLACE
+    return torch.ops.gems.row_order.default(keys, False, True, keys.numel())
 
 
 @_distribution("aten.randint.default", "aten.randint.generator")

@@ -297,12 +297,29 @@ if INTERPRETED.value:
     @triton.jit
     def quick_div(x, y):
         return x / y
+
+    @triton.jit
+    def quick_atan(x):
+        return atan(x)
+
+    @triton.jit
+    def quick_pow(x, y):
+        return pow(x, y)
 else:
 
     @triton.jit
     def quick_div(x, y):
         """x / y in float32 within 2 units in the last place; 0 where y is beyond 2 ** 126."""
         return libdevice.fast_dividef(x, y)
+
+    @triton.jit
+    def quick_atan(x):
+        """In float32, which it is: see ``atan``."""
+        return libdevice.atan(x)
+
+    @triton.jit
+    def quick_pow(x, y):
+        return libdevice.pow(x, y)
 
 
 @triton.jit

@@ -102,7 +102,7 @@ def acos(x):
     return mathlib.acos(x)
 
 
-@pointwise("aten.atan.default", samples=[call(X)])
+@pointwise("aten.atan.default", samples=[call(X)], quick=mathlib.quick_atan)
 @triton.jit
 def atan(x):
     """The arc tangent."""
@@ -343,18 +343,18 @@ def sinc(x):
     return tl.where(x == 0, 1.0, mathlib.div(mathlib.sin(angle), angle))
 
 
-@pointwise(
-    "aten.digamma.default",
-    samples=[call(T(4, 33, low=0.5, high=15)), call(T(33, low=-0.9, high=-0.1))],
-)
 @triton.jit
-def digamma(x):
-    """The derivative of lgamma: reflected to x >= 0.5, raised to 10, then Bernoulli's series.
+def _reciprocal(x, quick: tl.constexpr):
+    if quick:
+        return mathlib.quick_div(mathlib.like(1.0, x), x)
+    else:
+        return mathlib.div(1.0, x)
 
-    Source: Cephes psi.c, as ATen.
-    """
+
+@triton.jit
+def _digamma(x, quick: tl.constexpr):
     # psi(1 - x) - psi(x) = pi / tan(pi x), which float32 would spoil near the integers
-    wide = x.to(tl.float64)
+    wide = x if quick else x.to(tl.float64)
     fraction = wide - mathlib.trunc(wide)
     cotangent = (3.141592653589793 / mathlib.tan(fraction * 3.141592653589793)).to(x.dtype)
     mirrored = x < 0
@@ -362,9 +362,9 @@ def digamma(x):
     result = tl.where(mirrored, mathlib.neg(cotangent), 0.0)
     for _ in tl.static_range(10):
         small = y < 10.0
-        result = result - tl.where(small, mathlib.div(1.0, y), 0.0)
+        result = result - tl.where(small, _reciprocal(y, quick), 0.0)
         y = tl.where(small, y + 1.0, y)
-    z = mathlib.div(1.0, y * y)
+    z = _reciprocal(y * y, quick)
     series = z * 8.33333333333333333333e-2 - 2.10927960927960927961e-2
     series = series * z + 7.57575757575757575758e-3
     series = series * z - 4.16666666666666666667e-3
@@ -372,11 +372,31 @@ def digamma(x):
     series = series * z - 8.33333333333333333333e-3
     series = series * z + 8.33333333333333333333e-2
     tail = tl.where(y < 1.0e17, series * z, 0.0)
-    result = result + mathlib.log(y) - mathlib.div(0.5, y) - tail
+    result = result + mathlib.log(y) - _reciprocal(y, quick) * 0.5 - tail
     pole = mirrored & (fraction == 0)
     result = tl.where(pole, float("nan"), result)
     # at -0.0 and 0.0: infinity of the other sign
     return tl.where(x == 0, mathlib.neg(mathlib.div(1.0, x)), result)
+
+
+@triton.jit
+def quick_digamma(x):
+    """Of a number of 16 bits, which float32 holds with bits to spare."""
+    return _digamma(x, True)
+
+
+@pointwise(
+    "aten.digamma.default",
+    samples=[call(T(4, 33, low=0.5, high=15)), call(T(33, low=-0.9, high=-0.1))],
+    quick=quick_digamma,
+)
+@triton.jit
+def digamma(x):
+    """The derivative of lgamma: reflected to x >= 0.5, raised to 10, then Bernoulli's series.
+
+    Source: Cephes psi.c, as ATen.
+    """
+    return _digamma(x, False)
 
 
 @pointwise("aten.special_entr.default", samples=[call(POSITIVE), call(X)])

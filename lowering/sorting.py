@@ -1,4 +1,4 @@
-"""The kernel of ``gems::numbered_rows``: a program sorts whole rows, in registers."""
+"""The kernel of ``gems::row_order``: a program sorts whole rows, in registers."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from .source import WAIT, Lines, Source, whole_kernel
 
 #: elements of a program that has several rows
 TOGETHER = 1024
+#: elements of a warp
+A_WARP = 256
 #: elements of a tensor from which on 32 bits do not count its places
 NARROW = 2**31
 
 
 @dataclass(frozen=True)
 class Rows:
-    """``count`` rows of ``size`` elements, one behind the other."""
+    """``count`` rows of ``size`` elements, one behind the other; of ``kept`` the order is asked."""
 
     count: int
     size: int
     descending: bool
+    kept: int
 
 
-def of_rows(x: Value, descending: bool, flat: bool) -> Rows:
+def of_rows(x: Value, descending: bool, flat: bool, kept: int) -> Rows:
     size: Any = product(x.shape) if flat else x.shape[-1]
     if not is_static(*x.shape) or not 0 < size <= LONGEST:
         raise Declined(f"a row of {size} elements: its kernel sorts up to {LONGEST}")
@@ -37,13 +40,13 @@ def of_rows(x: Value, descending: bool, flat: bool) -> Rows:
     if any(n != 1 and s != e for n, s, e in zip(x.shape, x.strides, expected, strict=True)):
         raise Declined("its kernel sorts contiguous rows")
     count: Any = product(x.shape)
-    return Rows(count // size, size, descending)
+    return Rows(count // size, size, descending, kept)
 
 
 def rows(v: Value, target: Target) -> Source:
     (x,) = v.inputs
-    size, count = v.params.size, v.params.count
-    block = power_of_two(size)
+    size, count, kept = v.params.size, v.params.count, v.params.kept
+    block, first = power_of_two(size), power_of_two(kept)
     tall = max(1, min(TOGETHER // block, power_of_two(count)))
     text = Lines()
     text.depth = 1
@@ -54,10 +57,12 @@ def rows(v: Value, target: Target) -> Source:
     text.add(f"place = tl.arange(0, {block})[None, :]")
     text.add(f"inside = (row < {count}) & (place < {size})")
     text.add(f"value = tl.load(x + (row * {size} + place), mask=inside, other=0)")
-    how = f"value, place, inside, {v.params.descending}"
-    text.add(f"number = tl.sort(sorting.numbered({how}))")
-    text.add(f"tl.store(out + (row * {size} + place), number, mask=inside)")
+    how = f"value, place, inside, {v.params.descending}, {first}"
+    text.add(f"order = sorting.places_in_order({how})")
+    text.add(f"kept = tl.arange(0, {first})[None, :]")
+    asked = f"(row < {count}) & (kept < {kept})"
+    text.add(f"tl.store(out + (row * {kept} + kept), order, mask={asked})")
     params = [("x", "in", x), ("out", "out", v)]
-    warps = 4 if block * tall <= TOGETHER else 8
+    warps = max(1, min(8, block * tall // A_WARP))
     grid = ceil_div(count, tall)
-    return whole_kernel("numbered_rows", text, params, grid, warps, target.waits, ("sorting",))
+    return whole_kernel("row_order", text, params, grid, warps, target.waits, ("sorting",))
