@@ -7,6 +7,7 @@ elements of up to 16 bits it has 32 bits, else 64.
 Compile workers import this file without torch: torch is imported inside the functions.
 """
 
+# ruff: noqa: RET505 - Triton compiles what follows a static if, a return in it or not
 from __future__ import annotations
 
 from typing import Any
