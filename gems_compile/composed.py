@@ -40,6 +40,7 @@ def composed_graph(
                 node.meta["val"] = results[0].meta["val"].fake_mode.from_tensor(kwargs[name])
             inputs += written
         with graph.inserting_before(output):
+            results = [_joinable(graph, result) for result in results]
             if why := add_writes(form, graph, results, written, pointwise=False):
                 return why
         output.args = ((),)
@@ -47,6 +48,19 @@ def composed_graph(
     returns = functional._schema.returns
     single = len(returns) == 1 and str(returns[0].type) != TENSORS
     return gm, [node.meta["val"] for node in inputs], single
+
+
+def _joinable(graph: fx.Graph, result: fx.Node) -> fx.Node:
+    """A kernel that is written as a whole stores no copy of its result; one that reads it does."""
+    from .lowering.graph import viewed
+    from .lowering.overload import name_of
+    from .lowering.whole import WHOLE
+
+    if name_of(viewed(result).target) not in WHOLE:
+        return result
+    node = graph.call_function(torch.ops.aten.bitwise_or.Scalar, (result, 0))
+    node.meta["val"] = result.meta["val"].clone()
+    return node
 
 
 def _traced(

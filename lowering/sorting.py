@@ -15,7 +15,7 @@ from .source import WAIT, Lines, Source, whole_kernel
 #: elements of a program that has several rows
 TOGETHER = 1024
 #: elements of a warp
-A_WARP = 256
+A_WARP = 1024
 #: elements of a tensor from which on 32 bits do not count its places
 NARROW = 2**31
 
@@ -46,7 +46,7 @@ def of_rows(x: Value, descending: bool, flat: bool, kept: int) -> Rows:
 def rows(v: Value, target: Target) -> Source:
     (x,) = v.inputs
     size, count, kept = v.params.size, v.params.count, v.params.kept
-    block, first = power_of_two(size), power_of_two(kept)
+    block, first = (max(2, power_of_two(n)) for n in (size, kept))
     tall = max(1, min(TOGETHER // block, power_of_two(count)))
     text = Lines()
     text.depth = 1

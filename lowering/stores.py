@@ -56,8 +56,8 @@ def why_not_store(node: fx.Node, program: Program, fuser: Fuser) -> str | None:
         return "the kernel does not run over what is copied"
     if not _places_differ(into):
         return "elements of the input share memory"
-    if group.whole and not _is_all_of(new, into, copy, fuser):
-        return "a kernel that is written as a whole stores its one result as it lies"
+    if group.whole:
+        return "a kernel that is written as a whole stores its result in memory of its own"
     if any(fuser.home.get(r) is group for r, _ in fuser.readers.get(into, ())):
         across = not set(group.reduced).isdisjoint(atoms_of(frame))
         if across and not on_chip(group):
@@ -69,13 +69,6 @@ def why_not_store(node: fx.Node, program: Program, fuser: Fuser) -> str | None:
         if fuser.home.get(source) is not group and fuser.closure.before(source) & bit:
             return "the old value is read after the new one is computed"
     return None
-
-
-def _is_all_of(new: Value, into: Value, copy: Value, fuser: Fuser) -> bool:
-    """Whether a kernel that is written as a whole may write the input's memory for its own."""
-    alike = (new.dtype, new.strides) == (into.dtype, into.strides)
-    readers = [reader for reader, _ in fuser.readers.get(new, ())]
-    return alike and new.kind == "whole" and readers == [copy] and new not in fuser.escapes
 
 
 def _reads_in_place(group: Group, memory: Value, frame: Frame, inlined: Collection[Value]) -> bool:

@@ -49,10 +49,8 @@ def lower_whole(name: str, args: Sequence[Any], result: torch.Tensor) -> Value:
 
 def whole_source(group: Group, options: Options, written: Collection[Value]) -> Source:
     """The text of such a group's kernel. ``written``: memory that ATen writes."""
-    value, *copies = group.members
+    (value,) = group.members
     source = WHOLE[str(value.op)].write(value, options.target)
-    for copy in copies:  # into an input, which the kernel writes instead: see stores.why_not_store
-        source.params = [(n, role, copy if t is value else t) for n, role, t in source.params]
     unaligned = [n for n, role, what in source.params if role == "in" and what in written]
     source.meta.update(exact=options.exact, unaligned=unaligned)
     return source
