@@ -314,6 +314,7 @@ LAYOUT: dict[str, Once] = {
 }
 IMAGE: dict[str, Once] = {
     "_adaptive_avg_pool2d": lambda s: call(T(*s.image), [n // 2 + 1 for n in s.image[2:]]),
+    "_adaptive_avg_pool3d": lambda s: call(T(*s.volume), [n // 2 for n in s.volume[2:]]),
     "channel_shuffle": lambda s: call(T(*s.image), 2),
     "pixel_shuffle": lambda s: call(T(*s.image), 2),
     "pixel_unshuffle": lambda s: call(T(*s.image), 2),

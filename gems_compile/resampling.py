@@ -292,11 +292,11 @@ def adaptive_avg_pool(axes: int, x: Tensor, size: Sequence[int]) -> Tensor:
     full = x.shape[first:]
     if not all((*full, *size)):
         raise Whole("no windows")
-    lengths = [
-        _along((place + 1) * n // -count * -1 - place * n // count, first + k, x.ndim)
-        for k, (n, count) in enumerate(zip(full, size, strict=True))
-        for place in [_integers(count, x)]
-    ]
+    lengths = []
+    for k, (n, count) in enumerate(zip(full, size, strict=True)):
+        window = _integers(count, x)
+        end = ((window + 1) * n + count - 1) // count
+        lengths.append(_along(end - window * n // count, first + k, x.ndim))
     if all(n % count == 0 for n, count in zip(full, size, strict=True)):
         split = [k for n, count in zip(full, size, strict=True) for k in (count, n // count)]
         windows = wide(x).reshape(*x.shape[:first], *split)
@@ -313,7 +313,7 @@ def _overlapping(
 ) -> Tensor:
     """The sum of each window of ``adaptive_avg_pool``, element after element."""
     longest = [
-        max(-((i + 1) * n // -count) - i * n // count for i in range(count))
+        max(((i + 1) * n + count - 1) // count - i * n // count for i in range(count))
         for n, count in zip(full, size, strict=True)
     ]
     if math.prod(longest) > MOST_TAPS:
