@@ -12,6 +12,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .aten_kernel import native_kernel, with_numbers_as_tensors
+from .bags import BAGS, KEPT
 from .composed import composed_graph, told
 from .config import Config, cache_dir
 from .convolutions import PRODUCTS, convolution_graph, is_convolution
@@ -389,9 +391,13 @@ def compile_one(
         return _compiled(made, overload, target, config, PRODUCTS)
     variant = Variant(None, False)
     whole = str(functional) in OPS or single_op(functional) is not None
-    makes = [one_node_graph] if whole else [one_node_graph, composed_graph]
+    makes: list[Callable[..., OneCall]] = [one_node_graph]
+    if not whole:
+        makes.append(composed_graph)
     if functional in LONG_SCANS or functional in LISTS:
         makes = [composed_graph, one_node_graph]
+    if functional in BAGS:
+        makes = [partial(composed_graph, keep=KEPT), composed_graph]
     if functional._schema.is_mutable and form is not None:
         makes = [composed_graph]
     for make in makes:
