@@ -44,13 +44,13 @@ def embedding_bag(
     else:
         out, made = made, indices.new_empty(0)
     sizes = _sizes(indices, offsets, padding_idx, bags)
-    if indices.is_cuda:
+    if as_a_gpu(indices):
         sizes = torch.nn.functional.pad(sizes, (0, int(include_last_offset)))
-        return out, _bag_of_each(indices, offsets, bags), sizes, made
+        return out, gems.bag_of_each.default(indices, offsets, bags), sizes, made
     fast = mode == SUM and padding_idx < 0 and weight.stride(1) == 1
     if per_sample_weights is not None:
         fast &= per_sample_weights.stride(0) == 1
-    whose = indices.new_empty(0) if fast else _bag_of_each(indices, offsets, bags)
+    whose = indices.new_empty(0) if fast else gems.bag_of_each.default(indices, offsets, bags)
     if mode == MAX:
         return out, whose, sizes, made.clamp(min=0)
     if mode == SUM:
@@ -60,6 +60,11 @@ def embedding_bag(
 
 def embedding_bag_forward_only(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return embedding_bag(*args, **kwargs, forward_only=True)
+
+
+def as_a_gpu(indices: Tensor) -> bool:
+    """Whether results are those of ATen's kernel of a GPU, and not of its CPU's."""
+    return indices.is_cuda
 
 
 def _check(weight: Tensor, indices: Tensor, offsets: Tensor, scales: Tensor | None) -> None:
@@ -82,15 +87,6 @@ def _sizes(indices: Tensor, offsets: Tensor, padding: int, bags: int) -> Tensor:
     begins = torch.where(bag == 0, 0, offsets[:bags])
     following = offsets[(bag + 1).clamp(max=offsets.shape[0] - 1)]
     return torch.where(bag == bags - 1, indices.shape[0], following) - begins
-
-
-def _bag_of_each(indices: Tensor, offsets: Tensor, bags: int) -> Tensor:
-    """[N]: the last of the bags that begin at an index or before it; the first begins with all."""
-    from .rules import searchsorted
-
-    places = torch.arange(indices.shape[0], device=indices.device)
-    before = searchsorted(offsets[:bags].long(), places, right=True) - 1
-    return before.clamp(min=0).to(indices.dtype)
 
 
 # gradients ---------------------------------------------------------------------------------------
@@ -139,7 +135,7 @@ def embedding_bag_per_sample_weights_backward(
 ) -> Tensor:
     """[N]: the product of a bag's gradient with each of its rows; 0 of padding."""
     if not offset2bag.shape[0]:
-        offset2bag = _bag_of_each(indices, offsets, offsets.shape[0])
+        offset2bag = gems.bag_of_each.default(indices, offsets, offsets.shape[0])
     given = wide(grad.index_select(0, offset2bag)) * wide(weight.index_select(0, indices))
     found = given.sum(1)
     if padding_idx >= 0:

@@ -21,6 +21,7 @@ def define(library: Any) -> None:
                     Of an empty bag 0. The mode MAX tells the index of each largest element, the
                     first of equal ones: integers; of an empty bag -1
     bag_sizes:      how many count, [bags]
+    bag_of_each:    the bag of each index, [N]
     """
     import torch
 
@@ -33,11 +34,16 @@ def define(library: Any) -> None:
     library.define(
         "bag_sizes(Tensor indices, Tensor offsets, int padding, int bags) -> Tensor", tags=tags
     )
+    library.define("bag_of_each(Tensor indices, Tensor offsets, int bags) -> Tensor", tags=tags)
     library.impl("embedding_bags", _bags, "CompositeExplicitAutograd")
     library.impl("bag_sizes", _sizes, "CompositeExplicitAutograd")
+    library.impl("bag_of_each", _bag_of_each, "CompositeExplicitAutograd")
     torch.library.register_fake("gems::embedding_bags", _room, lib=library)
     torch.library.register_fake(
         "gems::bag_sizes", lambda indices, *how: indices.new_empty(how[-1]), lib=library
+    )
+    torch.library.register_fake(
+        "gems::bag_of_each", lambda indices, *how: torch.empty_like(indices), lib=library
     )
 
 
@@ -66,8 +72,14 @@ def _bags(
 def _sizes(indices: Any, offsets: Any, padding: int, bags: int) -> Any:
     import torch
 
-    counted = torch.nn.functional.pad((indices != padding).cumsum(0), (1, 0))
-    begins = offsets[:bags].long().clone()
-    begins[:1] = 0
-    ends = torch.cat([begins[1:], begins.new_full((1,), indices.shape[0])])
-    return (counted[ends] - counted[begins]).to(indices.dtype)
+    counts = (indices != padding).to(indices.dtype)
+    whose = _bag_of_each(indices, offsets, bags)
+    return indices.new_zeros(bags).index_add(0, whose, counts)
+
+
+def _bag_of_each(indices: Any, offsets: Any, bags: int) -> Any:
+    import torch
+
+    ends = torch.cat([offsets[1:bags], offsets.new_full((1,), indices.shape[0])])
+    places = torch.arange(indices.shape[0], device=indices.device)
+    return torch.searchsorted(ends.long(), places, right=True).to(indices.dtype)

@@ -1,5 +1,5 @@
-"""The kernels of ``gems::embedding_bags`` and ``gems::bag_sizes``: a program has a bag, or a block
-of columns of one, and takes several of its rows at a time."""
+"""The kernels of ``gems::embedding_bags`` and its like: a program has a bag, or a block of columns of
+one, and takes several of its rows at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COLUMNS = 256
 TILE = 2048
 #: of these, those of a thread
 EACH = 8
-#: indices that are counted at a time
+#: indices that are counted, or given their bag's number, at a time
 COUNTED = 128
 
 
@@ -56,6 +56,10 @@ def of_bags(
 
 def of_sizes(indices: Value, offsets: Value, padding: int, bags: int) -> Bags:
     return _bags(indices, offsets, MAX, padding, bags)
+
+
+def of_each(indices: Value, offsets: Value, bags: int) -> Bags:
+    return _bags(indices, offsets, MAX, -1, bags)
 
 
 
@@ -156,6 +160,22 @@ def sizes(v: Value, target: Target) -> Source:
     add("tl.store(out + bag, tl.sum(count, 0).to(out.dtype.element_ty))")
     params = [("indices", "in", indices), ("offsets", "in", offsets), ("out", "out", v)]
     return whole_kernel("bag_sizes", text, params, how.count, 1, target.waits)
+
+
+def each(v: Value, target: Target) -> Source:
+    """[indices]"""
+    how: Bags = v.params
+    indices, offsets = v.inputs
+    text = _Text(target, (indices, v))
+    add = text.add
+    add(f"bag = {text.program}")
+    text.place_bag(how, indices, offsets)
+    add(f"for start in tl.range(first, end, {COUNTED}):")
+    text.depth += 1
+    add(f"place = start + tl.arange(0, {COUNTED})")
+    add("tl.store(out + place, bag.to(out.dtype.element_ty), mask=place < end)")
+    params = [("offsets", "in", offsets), ("out", "out", v)]
+    return whole_kernel("bag_of_each", text, params, how.count, 1, target.waits)
 
 
 class _Text(Lines):

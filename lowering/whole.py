@@ -26,6 +26,7 @@ class Whole(NamedTuple):
 
 #: by the overload
 WHOLE = {
+    "gems.bag_of_each.default": Whole(bag_kernels.of_each, bag_kernels.each),
     "gems.bag_sizes.default": Whole(bag_kernels.of_sizes, bag_kernels.sizes),
     "gems.depthwise_convolution.default": Whole(
         depthwise_kernels.of_convolution, depthwise_kernels.convolution
