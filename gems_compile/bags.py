@@ -59,7 +59,7 @@ def embedding_bag(
 
 
 def embedding_bag_forward_only(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return embedding_bag(*args, **kwargs, forward_only=True)
+    return embedding_bag(*args, **{**kwargs, "forward_only": True})
 
 
 def as_a_gpu(indices: Tensor) -> bool:

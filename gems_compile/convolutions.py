@@ -1,5 +1,5 @@
-"""A call of a convolution in eager mode as a graph: of images of few channels as ``lowering.images``
-has them, or depthwise as ``lowering.depthwise`` does. All others are cuDNN's."""
+"""A call of a convolution in eager mode as a graph: of images of few channels, by
+``lowering.images``, or depthwise, by ``lowering.depthwise``. All others are cuDNN's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .forms import Form
 from .kernels.target import Target
 from .lowering.overload import find_overload
 from .one_node import OneCall, one_node_graph
@@ -32,7 +31,6 @@ def convolution_graph(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     target: Target,
-    form: Form | None = None,
 ) -> OneCall:
     """See ``one_node.one_node_graph``."""
     from .kernels.fused import register_torch_ops
@@ -46,7 +44,7 @@ def convolution_graph(
         if isinstance(given, str):
             return given
         overload, args, kwargs = aten.convolution.default, given, {}
-    made = one_node_graph(overload, args, kwargs, form)
+    made = one_node_graph(overload, args, kwargs)
     if isinstance(made, str):
         return made
     gm, many = made[0], target.multiprocessors

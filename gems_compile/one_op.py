@@ -387,7 +387,7 @@ def compile_one(
         return Variant(run, len(overload._schema.returns) == 1, layouts=None)
     functional = overload if form is None else form.functional
     if is_convolution(functional):
-        made = convolution_graph(functional, args, kwargs, target, form)
+        made = convolution_graph(functional, args, kwargs, target)
         return _compiled(made, overload, target, config, PRODUCTS)
     variant = Variant(None, False)
     whole = str(functional) in OPS or single_op(functional) is not None

@@ -70,8 +70,6 @@ def _bags(
 
 
 def _sizes(indices: Any, offsets: Any, padding: int, bags: int) -> Any:
-    import torch
-
     counts = (indices != padding).to(indices.dtype)
     whose = _bag_of_each(indices, offsets, bags)
     return indices.new_zeros(bags).index_add(0, whose, counts)

@@ -52,7 +52,7 @@ def _room_for_result(
     back: bool,
     last: bool,
 ) -> Any:
-    n, c, (h, w) = *x.shape[:2], size
+    (n, c), (h, w) = x.shape[:2], size
     strides = (h * w * c, 1, w * c, c) if last else (c * h * w, h * w, w, 1)
     return x.new_empty_strided((n, c, h, w), strides)
 

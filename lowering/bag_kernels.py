@@ -1,5 +1,5 @@
-"""The kernels of ``gems::embedding_bags`` and its like: a program has a bag, or a block of columns of
-one, and takes several of its rows at a time."""
+"""The kernels of ``gems::embedding_bags`` and its like: a program has a bag, or a block of columns
+of one, and takes several of its rows at a time."""
 
 from __future__ import annotations
 
@@ -60,7 +60,6 @@ def of_sizes(indices: Value, offsets: Value, padding: int, bags: int) -> Bags:
 
 def of_each(indices: Value, offsets: Value, bags: int) -> Bags:
     return _bags(indices, offsets, MAX, -1, bags)
-
 
 
 def bags(v: Value, target: Target) -> Source:

@@ -1,8 +1,8 @@
 """Depthwise convolutions in two dims, and their gradients, as kernels of our own.
 
 ATen has a kernel for contiguous images, and takes cuDNN's in channels-last. Both read a window's
-elements from the cache once for each result. 64 images of 96 x 56 x 56, 7 x 7, bfloat16, H200, in us
-(ATen; 77 MB at full bandwidth are 17, the multiplications 30):
+elements from the cache once for each result. 64 images of 96 x 56 x 56, 7 x 7, bfloat16, H200, in
+us (ATen; 77 MB at full bandwidth are 17, the multiplications 30):
 
     contiguous      forward 662    backward 2175
     channels-last           142               458
@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from .convolutions import Convolution, convolution_of
-from .depthwise_kernels import MOST_TAPS, Axis, Windows, shares_of
+from .depthwise_kernels import MOST_TAPS, Windows, shares_of, windows_of
 from .graph import value_of
 from .rewrite import call_before
 from .strides import is_channels_last, is_contiguous
@@ -121,10 +121,8 @@ class _Depthwise:
 
     def _windows(self) -> Windows:
         conv = self.conv
-        (n, c, *given), made = value_of(conv.input).shape, value_of(conv.images[0]).shape[2:]
-        facts = zip(value_of(conv.weight).shape[2:], *self.how, given, made, strict=True)
-        down, across = (Axis(*map(int, axis)) for axis in facts)
-        return Windows(int(n), int(c), down, across, self.last)
+        shape, made = value_of(conv.input).shape, value_of(conv.images[0]).shape[2:]
+        return windows_of(shape, made, value_of(conv.weight).shape[2:], *self.how, self.last)
 
     # operands as the kernels read them -----------------------------------------------------------
 

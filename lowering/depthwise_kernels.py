@@ -119,23 +119,28 @@ class Windows:
         return LOAD * len(rows) * len(columns) + sum(map(len, rows)) * sum(map(len, columns))
 
 
-def _windows(
-    x: Value, made: Any, window: Any, stride: Any, padding: Any, dilation: Any, back: bool, last: Any
+def windows_of(
+    shape: Any,
+    made: Any,
+    window: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    last: bool,
+    back: bool = False,
 ) -> Windows:
-    batch, channels, *given = x.shape
-    if not is_static(*x.shape, *made):
+    """``shape``: of what is read; ``made``: the size of what is written."""
+    batch, channels, *given = map(int, shape)
+    axes: Any = zip(window, stride, padding, dilation, given, made, strict=True)
+    down, across = (Axis(*axis, back) for axis in axes)
+    return Windows(batch, channels, down, across, last)
+
+
+def _check(x: Value, window: Any, last: bool) -> None:
+    if not is_static(*x.shape):
         raise Declined("its kernel is for images of a fixed size")
-    _check_layout(x, last)
     if math.prod(window) > MOST_TAPS:
         raise Declined(f"its kernel is for windows of at most {MOST_TAPS} taps")
-    down, across = (
-        Axis(*facts, back)
-        for facts in zip(window, stride, padding, dilation, given, made, strict=True)
-    )
-    return Windows(int(batch), int(channels), down, across, last)
-
-
-def _check_layout(x: Value, last: bool) -> None:
     _, c, h, w = x.shape
     expected: Any = (h * w * c, 1, w * c, c) if last else (c * h * w, h * w, w, 1)
     if any(n != 1 and s != e for n, s, e in zip(x.shape, x.strides, expected, strict=True)):
@@ -154,7 +159,8 @@ def of_convolution(
     last: bool,
 ) -> Windows:
     window = weight.shape[:2] if last else weight.shape[2:]
-    return _windows(x, size, window, stride, padding, dilation, back, last)
+    _check(x, window, last)
+    return windows_of(x.shape, size, window, stride, padding, dilation, last, back)
 
 
 def of_weight_parts(
@@ -167,8 +173,9 @@ def of_weight_parts(
     shares: int,
     last: bool,
 ) -> Windows:
-    _check_layout(gradient, last)
-    return _windows(x, gradient.shape[2:], window, stride, padding, dilation, False, last)
+    for images in (gradient, x):
+        _check(images, window, last)
+    return windows_of(x.shape, gradient.shape[2:], window, stride, padding, dilation, last)
 
 
 # ------------------------------------------------------------------------------------------ kernels
@@ -254,7 +261,9 @@ def weight_parts(v: Value, target: Target) -> Source:
     add("c = tl.where(known, c, 0)")
     for k in range(w.taps):
         add(f"total{k} = tl.zeros([{tall}, {side}], tl.float32)")
-    add(f"for start in tl.range(share * {each}, tl.minimum((share + 1) * {each}, {tiles}), {tall}):")
+    add(
+        f"for start in tl.range(share * {each}, tl.minimum((share + 1) * {each}, {tiles}), {tall}):"
+    )
     text.depth += 1
     add(f"number = start + tl.arange(0, {tall})[:, None]")
     add(f"here = (number < {tiles}) & known")

@@ -131,9 +131,7 @@ def convolution(v: Value, target: Target) -> Source:
     add("total = tl.dot(a, b, total)")
     text.depth -= 1
     mask = _both("here[:, None]", inside)
-    add(
-        f"tl.store(out + ({text.pixel_of(v)}), total.to(out.dtype.element_ty), mask={mask})"
-    )
+    add(f"tl.store(out + ({text.pixel_of(v)}), total.to(out.dtype.element_ty), mask={mask})")
     return text.source("image_convolution", (*v.inputs, v), pixels, ceil_div(pixels, tall) * across)
 
 
@@ -211,7 +209,7 @@ class _Text(Lines):
         return f"({k} // {self.windows.row} * {self.windows.line} + {k} % {self.windows.row})"
 
     def pixel_of(self, images: Value) -> str:
-        """Where channels ``o`` of pixels ``m`` lie in images that are written, or their gradient."""
+        """Where channels ``o`` of pixels ``m`` lie in what is written, or in its gradient."""
         _, channels, height, width = images.shape
         if images.strides[1] == 1:
             return f"m[:, None] * {channels} + o[None, :]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ def bags_variant(*args: Any, target: Any) -> Any:
 
 
 def split(indices: list[int], ends: tuple[int, ...]) -> list[list[int]]:
-    return [indices[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [indices[a:b] for a, b in itertools.pairwise(ends)]
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2])

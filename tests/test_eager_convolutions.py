@@ -1,4 +1,4 @@
-"""Convolutions behind eager PyTorch: depthwise ones, those of images, and what stays the library's."""
+"""Convolutions behind eager PyTorch: depthwise ones, those of images, and the library's."""
 
 from __future__ import annotations
 
