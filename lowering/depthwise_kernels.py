@@ -131,8 +131,8 @@ def windows_of(
 ) -> Windows:
     """``shape``: of what is read; ``made``: the size of what is written."""
     batch, channels, *given = map(int, shape)
-    axes: Any = zip(window, stride, padding, dilation, given, made, strict=True)
-    down, across = (Axis(*axis, back) for axis in axes)
+    axes = zip(window, stride, padding, dilation, given, made, [back] * 2, strict=True)
+    down, across = (Axis(*axis) for axis in axes)
     return Windows(batch, channels, down, across, last)
 
 

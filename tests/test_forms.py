@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_accurate
+from composed_calls import CALLS
 from eagercheck import nothing_left, ours, whys  # noqa: F401
 from helpers import DEVICE, assert_same_metadata, ints
 from opcheck import SEED, calls, make, overload, tensors
@@ -218,47 +219,14 @@ BY_HAND: dict[str, Any] = {
         *(True, 0.1, 1e-5),
     ),
     "aten.affine_grid_generator.default": lambda r: (r(2, 2, 3), [2, 3, 4, 5], False),
-    "aten._conv_depthwise2d.default": lambda r: (
-        *(r(2, 4, 7, 6), r(4, 1, 3, 3), [3, 3], r(4)),
-        *([1, 1], [1, 1], [1, 1]),
-    ),
-    "aten.convolution.default": lambda r: (r(2, 4, 7, 6), r(4, 1, 3, 3), r(4), *DEPTHWISE),
-    "aten.convolution_backward.default": lambda r: (
-        *(r(2, 4, 7, 6), r(2, 4, 7, 6), r(4, 1, 3, 3), [4]),
-        *(*DEPTHWISE, [True] * 3),
-    ),
-    "aten._embedding_bag.default": lambda r: (r(11, 5), *bags_of(9), False, 1),
-    "aten._embedding_bag_forward_only.default": lambda r: (r(11, 5), *bags_of(9), False, 1),
-    "aten._embedding_bag_dense_backward.default": lambda r: (
-        *(r(3, 5), ints(9, high=11), bag_of_each(9), counts_of(9), counts_of(9)),
-        *(11, False, 1, None),
-    ),
-    "aten._embedding_bag_per_sample_weights_backward.default": lambda r: (
-        *(r(3, 5), r(11, 5), *bags_of(9), bag_of_each(9)),
-        0,
-    ),
+    **CALLS,
 }
-#: how windows lie, of four channels each by itself
-DEPTHWISE = ([1, 1], [1, 1], [1, 1], False, [0, 0], 4)
 #: and what they are given by name
 KEYWORDS = {
     "aten.sort.stable": {"stable": True},
     "aten.scatter.reduce": {"reduce": "add"},
     "aten.scatter.value_reduce": {"reduce": "add"},
 }
-
-
-def bags_of(count: int) -> tuple[Tensor, Tensor]:
-    """So many indices, and where three bags of them begin."""
-    return ints(count, high=11), torch.tensor([0, 2, 5], device=DEVICE)
-
-
-def bag_of_each(count: int) -> Tensor:
-    return torch.searchsorted(bags_of(count)[1], torch.arange(count, device=DEVICE), right=True) - 1
-
-
-def counts_of(count: int) -> Tensor:
-    return torch.bincount(bag_of_each(count))
 
 
 def norm_of(r: Any, channels: int) -> tuple[Tensor, ...]:
