@@ -167,6 +167,13 @@ def test_operands_with_gaps(layout: Any) -> None:
     check([wide[..., ::2], spread[..., 0], torch.stack([bias, bias], 1)[:, 0]], how)
 
 
+def test_layouts_that_differ() -> None:
+    """Of images and weight, the one that is in channels-last decides, as for cuDNN."""
+    operands, how = depthwise("3x3", torch.float32, torch.contiguous_format, bias=True)
+    weight = operands[1].to(memory_format=torch.channels_last)
+    check([operands[0], weight, operands[2]], how)
+
+
 def test_a_gradient_that_is_one_number() -> None:
     """``sum`` gives back a gradient that repeats one element."""
     operands, how = depthwise("7x7", torch.float32, torch.channels_last, bias=True)
@@ -182,19 +189,22 @@ def test_a_gradient_that_is_one_number() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_what_is_no_number_stays_where_windows_reach(layout: Any, value: float) -> None:
-    """Also in gradients of weights, whose sums are of tiles that end beyond the image. Two apart,
-    windows without padding leave out the image's end."""
+    """Also in gradients of weights, which sum tiles that end beyond the image: no tap of the first
+    row, or column, meets the last two of the image."""
     operands, _ = depthwise("3x3", torch.float32, layout, bias=False)
-    how = dict(stride=2, groups=5)
-    x = operands[0][:, :, :, :10].contiguous(memory_format=layout)
-    x[0, 1, 4, 4] = x[1, 2, 8, 8] = x[:, 3, :, -1] = value
+    how = dict(groups=5)
+    x = operands[0][:, :, :7, :7].contiguous(memory_format=layout)
+    x[0, 1, 4, 4] = x[1, 2, 5, 0] = x[1, 3, 0, 6] = x[0, 4, 6, 5] = value
     want = run([x, operands[1], None], how)
     with gems_compile.use_gems(only=[FORWARD, BACKWARD]):
         got = run([x, operands[1], None], how)
+    assert ours(FORWARD) == ours(BACKWARD) == 1
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a.isfinite(), b.isfinite())
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
-    assert not got[0].isfinite().all() and not got[2].isfinite().all()
+    finite = got[2][:, 0].isfinite()
+    assert not finite[1].all() and finite[2, 0].all() and finite[3, :, 0].all()
+    assert finite[4, 0].all() and not finite[4, 2].all()
 
 
 def test_places_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
