@@ -2,8 +2,9 @@
 
 Calls of pointwise ops and of reductions follow from their declarations: a sample's numbers at the
 benchmark's sizes, and the dims that a schema names; those of lists from their schemas, in
-``list_table``. Those of other ops are written in ``op_table``. A call is written as a sample is,
-with ``T`` for a random tensor; ``Filled`` is one whose numbers must be sorted, or distinct.
+``list_table``. Those of other ops are written in ``op_table`` and ``conv_table``. A call is written
+as a sample is, with ``T`` for a random tensor; ``Filled`` is one whose numbers must be sorted, or
+distinct, and ``Given`` one that a function makes.
 """
 
 from __future__ import annotations
@@ -37,6 +38,14 @@ class Filled:
 
     how: str
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Given:
+    """A tensor that a function makes, of the dtype and on the device under test."""
+
+    shape: tuple[int, ...]
+    make: Callable[[torch.dtype, torch.device], Tensor]
 
 
 @dataclass(frozen=True)
@@ -145,11 +154,13 @@ class Case:
 
 
 def _drawn(leaf: Any) -> bool:
-    return isinstance(leaf, (T, Filled))
+    return isinstance(leaf, (T, Filled, Given))
 
 
-def fill(spec: T | Filled, dtype: torch.dtype, device: torch.device) -> Tensor:
+def fill(spec: T | Filled | Given, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Normal numbers where no bounds are given, else uniform ones, integers within the bounds."""
+    if isinstance(spec, Given):
+        return spec.make(dtype, device)
     if isinstance(spec, Filled):
         drawn = torch.rand(spec.shape, device=device)
         if spec.how == "permutation":
@@ -251,10 +262,12 @@ def cases(small: bool = False) -> dict[str, Case]:
 
 def of_overload(name: str, sizes: Sizes) -> list[Case]:
     """An overload's cases; none of one that nobody has written a call for."""
+    from benchmarks.conv_table import bags, convolutions
     from benchmarks.list_table import lists
     from benchmarks.op_table import written
 
-    if found := [*written(name, sizes), *lists(name, sizes)]:
+    tables = written, lists, convolutions, bags
+    if found := [case for table in tables for case in table(name, sizes)]:
         return found
     kind = OPS[name].kind if name in OPS else ""
     derive: dict[str, Callable[[str, Sizes], Iterator[Case]]] = {

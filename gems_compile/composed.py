@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +17,16 @@ def composed_graph(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     form: Form | None = None,
+    keep: Collection[torch._ops.OpOverload] = (),
 ) -> tuple[fx.GraphModule, list[Tensor], bool] | str:
     """The graph of what torch's rules make of a call, its inputs as FakeTensors, and whether the
-    call returns one tensor; or why there is none. See ``one_node.one_node_graph``."""
+    call returns one tensor; or why there is none. ``keep``: overloads that rules call, and that are
+    not taken apart in turn. See ``one_node.one_node_graph``."""
     from .lowering.graph import output_node
 
     functional = overload if form is None else form.functional
     given = (args, kwargs) if form is None else functional_call(form, args, kwargs)
-    gm = _traced(functional, *given)
+    gm = _traced(functional, *given, keep)
     if isinstance(gm, str):
         return gm
     graph, output = gm.graph, output_node(gm.graph)
@@ -64,7 +66,10 @@ def _joinable(graph: fx.Graph, result: fx.Node) -> fx.Node:
 
 
 def _traced(
-    overload: torch._ops.OpOverload, args: Sequence[Any], kwargs: dict[str, Any]
+    overload: torch._ops.OpOverload,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    keep: Collection[torch._ops.OpOverload],
 ) -> fx.GraphModule | str:
     """Its placeholders are the call's tensors, in order, and a tuple of results is at its end."""
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -89,7 +94,7 @@ def _traced(
 
     traced = make_fx(
         torch.func.functionalize(program, remove="mutations"),
-        decomposition_table=whole_table().new_child(own),
+        decomposition_table=whole_table().new_child({**own, **dict.fromkeys(keep, _not_apart)}),
         tracing_mode="fake",
     )
     try:
@@ -97,6 +102,10 @@ def _traced(
     except Exception as error:  # ATen refuses the call, or its shapes depend on data
         return f"torch's rules do not take it apart: {error}"
     return _why_aliased(gm) or gm
+
+
+def _not_apart(*args: Any, **kwargs: Any) -> Any:
+    return NotImplemented
 
 
 def _why_aliased(gm: fx.GraphModule) -> str | None:

@@ -29,7 +29,14 @@ UNSERVED = {
     # what is not yet added up, or multiplied, would be written over
     "aten.cumsum_.default",
     "aten.cumprod_.default",
+    # their kernels are written as a whole, and store in memory of their own
+    "aten.convolution.out",
+    "aten.convolution_backward.out",
+    "aten._conv_depthwise2d.out",
+    "aten._embedding_bag.out",
+    "aten._embedding_bag_forward_only.out",
     # a scatter writes a copy of its own
+    "aten._embedding_bag_dense_backward.out",
     "aten.embedding_dense_backward.out",
     "aten.index_add.out",
     "aten.index_copy.out",

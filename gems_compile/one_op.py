@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,8 +20,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .aten_kernel import native_kernel, with_numbers_as_tensors
+from .bags import BAGS, KEPT
 from .composed import composed_graph, told
 from .config import Config, cache_dir
+from .convolutions import PRODUCTS, convolution_graph, is_convolution
 from .counting import SIZED
 from .forms import Form, places, share_memory
 from .kernels.composed import UPDATING
@@ -383,11 +386,18 @@ def compile_one(
         run = program(rule, args, kwargs, steps)
         return Variant(run, len(overload._schema.returns) == 1, layouts=None)
     functional = overload if form is None else form.functional
+    if is_convolution(functional):
+        made = convolution_graph(functional, args, kwargs, target)
+        return _compiled(made, overload, target, config, PRODUCTS)
     variant = Variant(None, False)
     whole = str(functional) in OPS or single_op(functional) is not None
-    makes = [one_node_graph] if whole else [one_node_graph, composed_graph]
+    makes: list[Callable[..., OneCall]] = [one_node_graph]
+    if not whole:
+        makes.append(composed_graph)
     if functional in LONG_SCANS or functional in LISTS:
         makes = [composed_graph, one_node_graph]
+    if functional in BAGS:
+        makes = [partial(composed_graph, keep=KEPT), composed_graph]
     if functional._schema.is_mutable and form is not None:
         makes = [composed_graph]
     for make in makes:
@@ -400,8 +410,13 @@ def compile_one(
 
 
 def _compiled(
-    made: OneCall, overload: torch._ops.OpOverload, target: Target, config: Config
+    made: OneCall,
+    overload: torch._ops.OpOverload,
+    target: Target,
+    config: Config,
+    also: Collection[str] = (),
 ) -> Variant:
+    """``also``: overloads of which calls may be ATen's."""
     from .backend import lowering_options
     from .lowering.graph import is_view
     from .lowering.pipeline import compile_graph
@@ -419,7 +434,8 @@ def _compiled(
     # host does not draw
     full = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)
     called = {*full, *(report.plan.aten if report.plan is not None else ())}
-    free = [n for n in called if makes_nothing(n) or is_view(n) or name_of(n.target) == SEED]
+    may = {SEED, *also}
+    free = [n for n in called if makes_nothing(n) or is_view(n) or name_of(n.target) in may]
     if report.launches and report.aten_calls == len(free):
         (output,) = gm.graph.find_nodes(op="output")
         layouts = [layout_of(n and n.meta["val"]) for n in output.args[0]]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .bags import BAGS
 from .kernels.draws import DRAWS
 from .kernels.factories import RULES as FACTORY_RULES
 from .lists import RULES as LISTS
@@ -38,7 +39,7 @@ def rules() -> dict[Any, Callable[..., Any]]:
     named = {**DRAWS, **FACTORY_RULES}
     found = ((find_overload(name), rule) for name, rule in named.items())
     beside = {overload: rule for overload, rule in found if overload is not None}
-    return beside | _RULES | LISTS | OPTIMIZERS | ORDERING | RESAMPLING | LONG_SCANS
+    return beside | _RULES | BAGS | LISTS | OPTIMIZERS | ORDERING | RESAMPLING | LONG_SCANS
 
 
 # matrix products ---------------------------------------------------------------------------------

@@ -16,16 +16,17 @@ def define(library: Any) -> None:
     """Register these on a torch Library. ``taps``: how many columns of a window count; the weight
     [O, C, rows, columns] is zero in the others. ``stride``, ``size``: down, across.
 
-    image_convolution:  images, weight -> the convolution [N, O, *size], in channels-last
-    image_weight_parts: gradient [N, O, h, w] in channels-last, images -> the gradient of the weight
+    image_convolution:  images, weight -> the convolution [N, O, *size], in channels-last or, if not
+                        ``last``, contiguous
+    image_weight_parts: gradient [N, O, h, w] in either layout, images -> the gradient of the weight
                         in parts, [shares, O, rows, columns, C], float32: their sum is meant
     """
     import torch
 
     tags = (torch.Tag.pt2_compliant_tag,)
     library.define(
-        "image_convolution(Tensor images, Tensor weight, int taps, int[] stride, int[] size)"
-        " -> Tensor",
+        "image_convolution(Tensor images, Tensor weight, int taps, int[] stride, int[] size,"
+        " bool last=True) -> Tensor",
         tags=tags,
     )
     library.define(
@@ -39,9 +40,12 @@ def define(library: Any) -> None:
     torch.library.register_fake("gems::image_weight_parts", _room_for_parts, lib=library)
 
 
-def _room_for_result(images: Any, weight: Any, taps: int, stride: Any, size: Any) -> Any:
+def _room_for_result(
+    images: Any, weight: Any, taps: int, stride: Any, size: Any, last: bool = True
+) -> Any:
     n, o, (h, w) = images.shape[0], weight.shape[0], size
-    return images.new_empty_strided((n, o, h, w), (h * w * o, 1, w * o, o))
+    strides = (h * w * o, 1, w * o, o) if last else (o * h * w, h * w, w, 1)
+    return images.new_empty_strided((n, o, h, w), strides)
 
 
 def _room_for_parts(
@@ -59,12 +63,14 @@ def _read(images: Any, rows: int, taps: int, stride: Any, size: Any) -> Any:
     return images[:, :, :down, :across]
 
 
-def _convolution(images: Any, weight: Any, taps: int, stride: Any, size: Any) -> Any:
+def _convolution(
+    images: Any, weight: Any, taps: int, stride: Any, size: Any, last: bool = True
+) -> Any:
     import torch
 
     read = _read(images, weight.shape[2], taps, stride, size)
     out = torch.conv2d(read, weight[..., :taps], stride=stride)
-    return _room_for_result(images, weight, taps, stride, size).copy_(out)
+    return _room_for_result(images, weight, taps, stride, size, last).copy_(out)
 
 
 def _weight_parts(

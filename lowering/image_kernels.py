@@ -79,7 +79,9 @@ def _windows(
     )
 
 
-def of_convolution(images: Value, weight: Value, taps: int, stride: Any, size: Any) -> Windows:
+def of_convolution(
+    images: Value, weight: Value, taps: int, stride: Any, size: Any, last: bool
+) -> Windows:
     _, channels, rows, columns = weight.shape
     if weight.strides != (rows * columns * channels, 1, columns * channels, channels):
         raise Declined("its kernel reads weights in channels-last")
@@ -90,8 +92,10 @@ def of_weight_parts(
     gradient: Value, images: Value, taps: int, window: Any, stride: Any, shares: int
 ) -> Windows:
     _, written, height, width = gradient.shape
-    if gradient.strides[1:] != (1, width * written, written):
-        raise Declined("its kernel reads gradients in channels-last")
+    last: Any = (width * written * height, 1, width * written, written)
+    first: Any = (width * written * height, height * width, width, 1)
+    if gradient.strides not in (last, first):
+        raise Declined("its kernel reads dense gradients, contiguous or in channels-last")
     return _windows(images, taps, window, stride, height, width)
 
 
@@ -127,10 +131,7 @@ def convolution(v: Value, target: Target) -> Source:
     add("total = tl.dot(a, b, total)")
     text.depth -= 1
     mask = _both("here[:, None]", inside)
-    add(
-        f"tl.store(out + (m[:, None] * {written} + o[None, :]),"
-        f" total.to(out.dtype.element_ty), mask={mask})"
-    )
+    add(f"tl.store(out + ({text.pixel_of(v)}), total.to(out.dtype.element_ty), mask={mask})")
     return text.source("image_convolution", (*v.inputs, v), pixels, ceil_div(pixels, tall) * across)
 
 
@@ -163,7 +164,7 @@ def weight_parts(v: Value, target: Target) -> Source:
     add(f"m = start + tl.arange(0, {tall})")
     text.place_windows("end")
     mask = _both("here[:, None]", f"{inside}[None, :]" if inside else "")
-    add(f"given = tl.load(gradient + (m[:, None] * {written} + o[None, :]), mask={mask}, other=0)")
+    add(f"given = tl.load(gradient + ({text.pixel_of(gradient)}), mask={mask}, other=0)")
     add("given = tl.trans(given)")
     last = w.terms % wide != 0
     for k in range(len(firsts)):
@@ -206,6 +207,15 @@ class _Text(Lines):
     def within(self, k: str) -> str:
         """Where terms ``k`` lie in a window."""
         return f"({k} // {self.windows.row} * {self.windows.line} + {k} % {self.windows.row})"
+
+    def pixel_of(self, images: Value) -> str:
+        """Where channels ``o`` of pixels ``m`` lie in what is written, or in its gradient."""
+        _, channels, height, width = images.shape
+        if images.strides[1] == 1:
+            return f"m[:, None] * {channels} + o[None, :]"
+        size: Any = height * width
+        image = f"(m // {size} * {channels * size} + m % {size})"
+        return f"{image}[:, None] + o[None, :] * {size}"
 
     def taps(self, k: str, tests: list[str]) -> str:
         """Which of the terms ``k`` count, of those that pass ``tests``."""

@@ -57,17 +57,22 @@ def take_images(gm: fx.GraphModule, target: Any) -> int:
 
     Biases are added, and their gradients summed, as ``conv_bias`` says.
     """
-    if not were_measured(target):
-        return 0
+    return replace_images(gm, target.multiprocessors) if were_measured(target) else 0
+
+
+def replace_images(gm: fx.GraphModule, multiprocessors: int, contiguous: bool = False) -> int:
+    """The same on any target. ``contiguous``: also windows that overlap and whose results are not
+    in channels-last, which a graph would rather have so."""
     found = [c for c in map(convolution_of, list(gm.graph.nodes)) if c is not None]
-    images = _Images(gm.graph, 2 * max(1, target.multiprocessors))
-    count = sum(images.take(conv, window) for conv in found if (window := _window(conv)))
+    images = _Images(gm.graph, 2 * max(1, multiprocessors))
+    windows = [(conv, _window(conv, contiguous)) for conv in found]
+    count = sum(images.take(conv, window) for conv, window in windows if window)
     if count:
         gm.recompile()
     return count
 
 
-def _window(conv: Convolution) -> Window | None:
+def _window(conv: Convolution, contiguous: bool) -> Window | None:
     """None of a convolution that is not taken."""
     x, weight = value_of(conv.input), value_of(conv.weight)
     made = value_of(conv.images[0] if conv.backward else conv.node)
@@ -84,7 +89,8 @@ def _window(conv: Convolution) -> Window | None:
     pixel = _filled(x.shape[1])
     fits = found.size[0] * found.row(pixel) * pixel <= MOST_TERMS
     of_images = conv.backward and conv.wanted[0]  # that gradient is cuDNN's
-    return found if fits and not of_images and is_channels_last(made) else None
+    laid_out = is_channels_last(made) or (contiguous and is_contiguous(made))
+    return found if fits and not of_images and laid_out else None
 
 
 def _filled(channels: int) -> int:
@@ -227,7 +233,8 @@ class _Images:
         pixel = _filled(channels)
         filled = self._pad(conv.weight, 0, window.row(pixel) - taps, 0, 0, 0, pixel - channels)
         filled = self._clone(filled, torch.channels_last)
-        how = taps, list(window.stride), list(window.counts)
+        last = is_channels_last(value_of(conv.node))
+        how = taps, list(window.stride), list(window.counts), last
         return self._call(torch.ops.gems.image_convolution.default, images, filled, *how)
 
     def _weight_of_frames(self, conv: Convolution, window: Window) -> fx.Node:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..kernels.target import Target
-from . import image_kernels, sorting
+from . import bag_kernels, depthwise_kernels, image_kernels, sorting
 from .group import Group
 from .indexing import size_of
 from .ir import Declined, Value, dtype_name
@@ -26,6 +26,15 @@ class Whole(NamedTuple):
 
 #: by the overload
 WHOLE = {
+    "gems.bag_of_each.default": Whole(bag_kernels.of_each, bag_kernels.each),
+    "gems.bag_sizes.default": Whole(bag_kernels.of_sizes, bag_kernels.sizes),
+    "gems.depthwise_convolution.default": Whole(
+        depthwise_kernels.of_convolution, depthwise_kernels.convolution
+    ),
+    "gems.depthwise_weight_parts.default": Whole(
+        depthwise_kernels.of_weight_parts, depthwise_kernels.weight_parts
+    ),
+    "gems.embedding_bags.default": Whole(bag_kernels.of_bags, bag_kernels.bags),
     "gems.image_convolution.default": Whole(
         image_kernels.of_convolution, image_kernels.convolution
     ),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_accurate
+from composed_calls import CALLS
 from eagercheck import nothing_left, ours, whys  # noqa: F401
 from helpers import DEVICE, assert_same_metadata, ints
 from opcheck import SEED, calls, make, overload, tensors
@@ -218,6 +219,7 @@ BY_HAND: dict[str, Any] = {
         *(True, 0.1, 1e-5),
     ),
     "aten.affine_grid_generator.default": lambda r: (r(2, 2, 3), [2, 3, 4, 5], False),
+    **CALLS,
 }
 #: and what they are given by name
 KEYWORDS = {

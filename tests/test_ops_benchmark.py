@@ -53,7 +53,7 @@ def test_nearly_every_op_is_timed() -> None:
 
 #: which ATen has no kernel for there, or takes another device's
 REFUSED = {
-    "cpu": ("_fused_rms_norm_backward", "_masked_scale"),
+    "cpu": ("_fused_rms_norm_backward", "_masked_scale", "_conv_depthwise2d"),
     "cuda": ("_batch_norm_no_update",),
 }[DEVICE]
 
