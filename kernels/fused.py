@@ -61,8 +61,9 @@ def register_torch_ops() -> None:
     torch.library.register_fake(
         "gems::batch_norm_apply", lambda x, *_: torch.empty_like(x), lib=library
     )
-    from . import draws, dropout, images, packed, pool, product, rows, sorting
+    from . import attention_ops, draws, dropout, images, packed, pool, product, rows, sorting
 
+    attention_ops.define(library)
     images.define(library)
     packed.define(library)
     pool.define(library)
