@@ -61,6 +61,24 @@ def biased(s, bias, rows, columns, n_q, n_k, bias_row, bias_column, scale):
 
 
 @triton.jit
+def seen_by(
+    first, n_k, n_whole, offset,
+    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(Where blocks of keys end that all queries of the block see, where all that any sees end).
+
+    ``n_whole``: n_k as a multiple of BLOCK_N, a number that the kernel is given. A compiler that
+    can tell that only one block is left makes no loop of it, and matrix products wait for each
+    other.
+    """
+    whole, end = n_whole, n_k
+    if CAUSAL:
+        whole = tl.maximum(tl.minimum(n_whole, (first + 1 + offset) // BLOCK_N * BLOCK_N), 0)
+        end = tl.maximum(tl.minimum(n_k, first + BLOCK_M + offset), 0)
+    return whole, end
+
+
+@triton.jit
 def over_keys(
     acc, total, most, q, k, v, bias, first, start, end, n_q, n_k, offset,
     k_row, v_row, bias_row, bias_column, scale,
@@ -100,7 +118,7 @@ def over_keys(
 
 @triton.jit
 def forward(
-    q, k, v, bias, out, lse, first, n_q, n_k, n_lse, offset,
+    q, k, v, bias, out, lse, first, n_q, n_k, n_whole, n_lse, offset,
     q_row, k_row, v_row, out_row, lse_row, bias_row, bias_column, scale,
     BIAS: tl.constexpr, CAUSAL: tl.constexpr, EMPTY: tl.constexpr, LSE_EMPTY: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -116,12 +134,7 @@ def forward(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     most = tl.full([BLOCK_M], -INFINITY, tl.float32)
-    end = n_k
-    whole = n_k
-    if CAUSAL:
-        end = tl.maximum(tl.minimum(n_k, first + BLOCK_M + offset), 0)
-        whole = tl.maximum(tl.minimum(n_k, first + 1 + offset), 0)
-    whole = whole // BLOCK_N * BLOCK_N
+    whole, end = seen_by(first, n_k, n_whole, offset, CAUSAL, BLOCK_M, BLOCK_N)
     acc, total, most = over_keys(
         acc, total, most, queries, k, v, bias, first, 0, whole, n_q, n_k, offset,
         k_row, v_row, bias_row, bias_column, scale, BIAS, CAUSAL, EMPTY, False,
@@ -266,7 +279,7 @@ def gradient_over_keys(
 
 @triton.jit
 def backward_queries(
-    do, q, k, v, bias, lse, delta, dq_out, first, n_q, n_k, offset,
+    do, q, k, v, bias, lse, delta, dq_out, first, n_q, n_k, n_whole, offset,
     do_row, q_row, k_row, v_row, lse_row, delta_row, bias_row, bias_column, dq_row, scale, natural,
     BIAS: tl.constexpr, CAUSAL: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -278,12 +291,7 @@ def backward_queries(
     rows = first + tl.arange(0, BLOCK_M)
     logarithm, less = statistics(lse, delta, rows, n_q, lse_row, delta_row)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    end = n_k
-    whole = n_k
-    if CAUSAL:
-        end = tl.maximum(tl.minimum(n_k, first + BLOCK_M + offset), 0)
-        whole = tl.maximum(tl.minimum(n_k, first + 1 + offset), 0)
-    whole = whole // BLOCK_N * BLOCK_N
+    whole, end = seen_by(first, n_k, n_whole, offset, CAUSAL, BLOCK_M, BLOCK_N)
     dq = gradient_over_keys(
         dq, queries, gradient, logarithm, less, k, v, bias, first, 0, whole, n_q, n_k, offset,
         k_row, v_row, bias_row, bias_column, scale, BIAS, CAUSAL, False,

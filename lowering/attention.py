@@ -8,7 +8,7 @@ serves all lengths. How far apart rows lie is part of the text, or loads would n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..kernels.attention_ops import NOTHING_SEEN
@@ -23,6 +23,8 @@ LOG2E = 1.4426950408889634
 LEAST = 16
 #: elements of the longest head
 MOST = 256
+#: and of float32, beyond which accumulators do not fit into registers
+MOST_WIDE = 128
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -62,8 +64,9 @@ def of_forward(q: Value, k: Value, v: Value, bias: Value | None, *how: Any) -> C
         raise Declined("queries, keys and values of different shapes")
     if heads % k.shape[1]:
         raise Declined(f"{heads} heads of queries for {k.shape[1]} of keys")
-    if max(width, v.shape[3]) > MOST:
-        raise Declined(f"a head of {max(width, v.shape[3])} elements: its kernel has {MOST}")
+    longest, most = max(width, v.shape[3]), MOST_WIDE if q.dtype == "float32" else MOST
+    if longest > most:
+        raise Declined(f"a head of {longest} elements: its kernel has up to {most}")
     for x in (q, k, v):
         _check_rows(x)
     if bias is not None:
@@ -93,31 +96,56 @@ def _check_bias(bias: Value, scores: tuple[Any, ...]) -> None:
         raise Declined(f"a bias of {list(bias.shape)} for {list(scores)}")
 
 
-def tile_of(which: str, q: Value, v: Value, keys: int, target: Target) -> Tile:
-    """The tile of the forward, of ``keys`` or of ``queries``: by width of a head and dtype.
+#: by kernel: of heads of up to so many elements. Not measured: as large as registers of an sm_90
+#: hold without spilling more than some bytes. Worth a try there: forward 128 x 128, 8 warps, 2
+#: stages; gradients of keys 64 x 64
+TILES = {
+    "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), MOST: Tile(128, 64, 8, 2)},
+    "keys": {64: Tile(64, 128, 8, 2), 128: Tile(64, 128, 8, 2), MOST: Tile(32, 64, 8, 2)},
+    "queries": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), MOST: Tile(64, 32, 8, 2)},
+}
+#: what a bias, or a loop over the heads of a group, takes registers for
+CROWDED = {
+    "forward": TILES["forward"] | {64: Tile(128, 64, 8, 3)},
+    "keys": TILES["keys"] | {128: Tile(32, 128, 8, 2)},
+    "queries": TILES["queries"],
+}
+#: of float32, whose products are made of three
+WIDE = {
+    "forward": {64: Tile(64, 32, 4, 2), MOST_WIDE: Tile(32, 32, 4, 1)},
+    "keys": {64: Tile(32, 64, 8, 2), MOST_WIDE: Tile(32, 32, 8, 1)},
+    "queries": {64: Tile(64, 32, 4, 2), MOST_WIDE: Tile(32, 32, 4, 1)},
+}
 
-    Not measured yet. Shared memory holds what the program has for good and ``stages`` of what it
-    walks over; a short side gets a tile no longer than it.
-    """
-    width: Any = max(block_of(q.shape[3]), block_of(v.shape[3]))
-    length: Any = q.shape[2]
-    if q.dtype == "float32":
-        found = Tile(64, 32, 4, 2) if width <= 64 else Tile(32, 32, 4, 1)
-    elif which == "forward":
-        small, large = Tile(128, 64, 4, 3), Tile(128, 64, 8, 3)
-        found = small if width <= 64 else large if width <= 128 else Tile(128, 64, 8, 2)
-    elif which == "keys":  # walks over queries
-        small, large = Tile(64, 128, 8, 2), Tile(64, 128, 8, 2)
-        found = small if width <= 64 else large if width <= 128 else Tile(32, 64, 8, 2)
-    else:
-        small, large = Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)
-        found = small if width <= 64 else large if width <= 128 else Tile(64, 32, 8, 2)
-    if target.shared < 2 * width * (found.queries + found.keys) * BITS[q.dtype] // 8:
-        found = Tile(found.queries // 2, 32, 4, 1)
-    queries = min(found.queries, max(LEAST, power_of_two(length)))
-    keys = min(found.keys, max(LEAST, power_of_two(keys)))
-    warps = found.warps if max(queries, keys) > 64 else 4
-    return Tile(queries, keys, warps, found.stages)
+
+def tile_of(which: str, q: Value, k: Value, v: Value, crowded: bool, target: Target) -> Tile:
+    """The tile of one of the kernels, by the width of a head and the dtype; a short side gets one
+    no longer than it, a small shared memory one that fits."""
+    width = max(block_of(q.shape[3]), block_of(v.shape[3]))
+    table = WIDE if q.dtype == "float32" else CROWDED if crowded else TILES
+    whole = next(tile for most, tile in table[which].items() if width <= most)
+    queries, keys = block_of(q.shape[2]), block_of(k.shape[2])
+    tile = replace(whole, queries=min(whole.queries, queries), keys=min(whole.keys, keys))
+    if tile != whole:
+        tile = replace(tile, warps=4)
+    row = width * BITS[q.dtype] // 8
+    while _rows_in_shared(which, tile) * row > target.shared:
+        if tile.stages > 1:
+            tile = replace(tile, stages=tile.stages - 1)
+        elif tile.queries >= tile.keys:
+            tile = replace(tile, queries=tile.queries // 2)
+        else:
+            tile = replace(tile, keys=tile.keys // 2)
+        if min(tile.queries, tile.keys) < LEAST:
+            raise Declined("its shared memory holds no tile of such heads")
+    return tile
+
+
+def _rows_in_shared(which: str, tile: Tile) -> int:
+    """What a program has for good, and of what it walks over two tensors a stage."""
+    if which == "keys":
+        return 2 * tile.keys + 2 * tile.stages * tile.queries
+    return (1 if which == "forward" else 2) * tile.queries + 2 * tile.stages * tile.keys
 
 
 def block_of(width: Any) -> int:
@@ -131,19 +159,27 @@ def forward(values: Sequence[Value], target: Target) -> Source:
     out, lse = values
     q, k, v, *bias = out.inputs
     call: Call = out.params
-    tile = tile_of("forward", q, v, k.shape[2], target)
+    tile = tile_of("forward", q, k, v, call.bias, target)
     text = _Text("attention_forward", call, q, k, v, tile, target)
     text.operands({"q": q, "k": k, "v": v, **_named(bias)})
     text.operands({"out": out, "lse": lse}, "out")
     rows: Any = lse.shape[2]
     text.programs(q.shape[0], q.shape[1], ceil_div(rows, tile.queries), longest_last=call.causal)
+    text.number("n_whole", k.shape[2] // tile.keys * tile.keys)
     text.number("n_lse", rows)
     empty = call.bias or (call.causal and call.offset < 0)
     nothing = NOTHING_SEEN[call.like]
     text.call(
         "forward",
         [*text.places("q", "k", "v", "bias", "out", "lse"), f"block * {tile.queries}"],
-        ["n_q", "n_k", "n_lse", "offset", *text.rows("q", "k", "v", "out", "lse", "bias")],
+        [
+            "n_q",
+            "n_k",
+            "n_whole",
+            "n_lse",
+            "offset",
+            *text.rows("q", "k", "v", "out", "lse", "bias"),
+        ],
         [text.column, text.scale, call.bias, call.causal, empty],
         ['float("inf")' if nothing else "0.0"],
     )
@@ -154,7 +190,7 @@ def backward_keys(values: Sequence[Value], target: Target) -> Source:
     dk, dv = values
     _, q, k, v, *bias, _, _ = dk.inputs
     call: Call = dk.params
-    tile = tile_of("keys", q, v, k.shape[2], target)
+    tile = tile_of("keys", q, k, v, call.bias or q.shape[1] != k.shape[1], target)
     text = _Text("attention_backward_keys", call, q, k, v, tile, target)
     text.operands(_read(dk))
     text.operands({"dk": dk, "dv": dv}, "out")
@@ -179,16 +215,17 @@ def backward_queries(values: Sequence[Value], target: Target) -> Source:
     (dq,) = values
     _, q, k, v = dq.inputs[:4]
     call: Call = dq.params
-    tile = tile_of("queries", q, v, k.shape[2], target)
+    tile = tile_of("queries", q, k, v, call.bias, target)
     text = _Text("attention_backward_queries", call, q, k, v, tile, target)
     text.operands(_read(dq))
     text.operands({"dq": dq}, "out")
     blocks = ceil_div(q.shape[2], tile.queries)
     text.programs(q.shape[0], q.shape[1], blocks, longest_last=call.causal)
+    text.number("n_whole", k.shape[2] // tile.keys * tile.keys)
     text.call(
         "backward_queries",
         text.places("do", "q", "k", "v", "bias", "lse", "delta", "dq"),
-        [f"block * {tile.queries}", "n_q", "n_k", "offset"],
+        [f"block * {tile.queries}", "n_q", "n_k", "n_whole", "offset"],
         [*text.rows("do", "q", "k", "v", "lse", "delta", "bias"), text.column, *text.rows("dq")],
         [text.scale, repr(call.scale), call.bias, call.causal],
     )
