@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attentioncheck import BFLOAT16, FLOAT, HALF, assert_near, check, exact, operands, served
 from eagercheck import nothing_left, ours, whys  # noqa: F401
 from helpers import DEVICE, assert_same_metadata, gems_only, rand
 from machine_code import assembly
-from opcheck import options
+from opcheck import options, trace
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -34,81 +35,6 @@ FLASH, EFFICIENT, CUDNN = (
     f"_scaled_dot_product_{n}_attention" for n in ("flash", "efficient", "cudnn")
 )
 on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="the overload is a CPU's")
-gpu = pytest.mark.gpu
-
-BFLOAT16, HALF, FLOAT = torch.bfloat16, torch.float16, torch.float32
-#: of what float64 gives: units in the last place of the largest one, for p is rounded to the dtype
-ULPS = {BFLOAT16: 3 * 2**-8, HALF: 3 * 2**-11, FLOAT: 5e-6}
-
-
-# what is right -----------------------------------------------------------------------------------
-
-
-def operands(
-    sizes: tuple[int, ...], dtype: torch.dtype, inside: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of (batch, heads, heads of keys, queries, keys, width); ``inside``: heads within the
-    rows, as a linear layer leaves them."""
-    batch, heads, shared, length, keys, width = sizes
-    found = []
-    for many, rows in ((heads, length), (shared, keys), (shared, keys)):
-        x = rand(batch, rows, many, width, dtype=dtype).transpose(1, 2)
-        found.append((x if inside else x.contiguous()).requires_grad_())
-    return found[0], found[1], found[2]
-
-
-def exact(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float | None
-) -> Tensor:
-    """In float64; what sees nothing is 0."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
-    s = q.double() @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if bias is not None:
-        s = s + bias.double()
-    if causal:
-        s = s.masked_fill(~torch.ones_like(s, dtype=torch.bool).tril(), -math.inf)
-    none = (s == -math.inf).all(-1, keepdim=True)
-    return torch.softmax(s.masked_fill(none, 0), -1).masked_fill(none, 0) @ v
-
-
-def assert_near(got: Sequence[Tensor], want: Sequence[Tensor], dtype: torch.dtype) -> None:
-    for k, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert not a.isnan().any(), f"result {k}"
-        # of one key the gradients of queries are differences of equal numbers, of about 1
-        off = (a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1)
-        assert off <= ULPS[dtype], f"result {k}: {off.item():.2g} of {b.abs().max().item():.2g}"
-
-
-def check(
-    name: str,
-    given: tuple[Tensor, Tensor, Tensor],
-    bias: Tensor | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-) -> None:
-    """Results and gradients through ``scaled_dot_product_attention``: ours, right, laid out as
-    ATen's, and the same bits each time."""
-    gqa = given[0].shape[1] != given[1].shape[1]
-
-    def run() -> list[Tensor]:
-        how = {"attn_mask": bias, "is_causal": causal, "scale": scale, "enable_gqa": gqa}
-        out = F.scaled_dot_product_attention(*given, **how)
-        return [out, *torch.autograd.grad(out, given, gradient)]
-
-    want = exact(*given, bias, causal, scale)
-    gradient = torch.randn(want.shape, device=DEVICE).to(given[0].dtype)
-    right = [want, *torch.autograd.grad(want, given, gradient.double())]
-    native = run()
-    with gems_compile.use_gems(only=[name, f"{name}_backward"]):
-        got, again = run(), run()
-    for served in (name, f"{name}_backward"):
-        assert ours(served) == 2, whys(served)
-    for a, b, c in zip(got, native, again, strict=True):
-        assert_same_metadata(a.detach(), b.detach())
-        assert torch.equal(a, c)
-    assert_near(got, right, given[0].dtype)
-
 
 SIZES = {
     "odd": (2, 3, 3, 37, 41, 24),
@@ -178,15 +104,6 @@ def test_queries_that_see_nothing(dtype: torch.dtype) -> None:
     check(CPU, operands(SIZES["odd"], dtype), bias=bias.to(dtype))
 
 
-def served(name: str, *args: Any, **kwargs: Any) -> Any:
-    """(ATen's, ours) of an overload called by itself."""
-    overload = getattr(torch.ops.aten, name).default
-    want = overload(*args, **kwargs)
-    with gems_compile.use_gems(only=[name]):
-        got = overload(*args, **kwargs)
-    return want, got
-
-
 @on_cpu
 @gems_only
 def test_either_forward_goes_with_either_backward() -> None:
@@ -217,13 +134,57 @@ def test_heads_share_keys() -> None:
     assert ours(CPU), whys(CPU)
     right = exact(q, k, v, None, True, None)
     assert_near([got[0]], [right], FLOAT)
-    do = torch.randn_like(right).float()
+
+
+@gems_only
+@pytest.mark.parametrize("like", ["flash", "efficient", "cudnn", "cpu"])
+@pytest.mark.parametrize(
+    ("sizes", "offset", "biased"),
+    [
+        ((2, 6, 2, 33, 45, 16), 0, False),
+        ((1, 4, 1, 140, 150, 24), 10, True),
+        ((1, 2, 1, 70, 40, 16), -30, False),  # the first 30 queries see no key
+    ],
+)
+def test_the_ops_themselves(sizes: tuple[int, ...], offset: int, biased: bool, like: str) -> None:
+    """Kernels and plain forms, for what no overload of a CPU's asks: heads that share keys, and a
+    mask whose diagonal lies elsewhere."""
     register_torch_ops()
-    back = [t.detach() for t in (q, k, v)]
-    delta = (do * got[0]).sum(-1, keepdim=True)
-    how = back[0], back[1], back[2], None, got[1], delta, True, 0, 0.25, False, "cpu"
-    plain = [torch.ops.gems.attention_queries(do, *how), *torch.ops.gems.attention_keys(do, *how)]
-    assert_near(plain, torch.autograd.grad(right, (q, k, v), do.double()), FLOAT)
+    given = operands(sizes, FLOAT)
+    seen = torch.ones(sizes[3], sizes[4], dtype=torch.bool, device=DEVICE).tril(offset)
+    bias = rand(sizes[3], sizes[4]) if biased else torch.zeros(sizes[3], sizes[4], device=DEVICE)
+    right = exact(*given, bias.masked_fill(~seen, -math.inf), False, 0.3)
+    do = torch.randn_like(right).float()
+    want = torch.autograd.grad(right, given, do.double())
+    how = True, offset, 0.3, False, like
+    more = [bias] if biased else []
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> Any:
+        return torch.ops.gems.attention.default(q, k, v, bias[0] if bias else None, *how)
+
+    def backward(
+        do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *b: Any
+    ) -> Any:
+        delta = (do * o).sum(-1, keepdim=True)
+        inputs = do, q, k, v, b[0] if b else None, lse, delta, *how
+        return torch.ops.gems.attention_queries.default(*inputs), *(
+            torch.ops.gems.attention_keys.default(*inputs)
+        )
+
+    q, k, v = (t.detach() for t in given)
+    plain, ours = forward(q, k, v, *more), compiled(forward, q, k, v, *more)
+    for a, b in zip(ours, plain, strict=True):
+        assert_same_metadata(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for run in (lambda f, *a: f(*a), compiled):
+        assert_near([plain[0], *run(backward, do, *plain, q, k, v, *more)], [right, *want], FLOAT)
+
+
+def compiled(fn: Any, *args: Tensor) -> Any:
+    """What kernels of ours make of it."""
+    run, report = compile_graph(trace(fn, *args), [], options(alone=True))
+    assert not report.aten and not report.failures
+    return run(list(args))
 
 
 @on_cpu
@@ -368,7 +329,7 @@ def test_one_kernel_for_all_lengths() -> None:
     texts = set()
     for length in (500, 1000, 4096):
         with FakeTensorMode():
-            q = torch.empty(2, length, 4, 64, dtype=HALF).transpose(1, 2)
+            q = torch.empty(2, length, 4, 64, dtype=HALF, device=DEVICE).transpose(1, 2)
         gm = make_fx(
             lambda q: torch.ops.gems.attention.default(
                 q, q, q, None, True, 0, 0.125, False, "flash"
@@ -379,6 +340,25 @@ def test_one_kernel_for_all_lengths() -> None:
         report = compile_graph(gm, [], options(alone=True))[1]
         texts |= {source.key for source in report.sources}
     assert len(texts) == 1
+
+
+@gems_only
+def test_layers_alike_in_one_graph() -> None:
+    """The logarithms are not wanted, and still have their place; one kernel serves both layers."""
+    how = True, 0, 0.25, False, "efficient"
+
+    def layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first = torch.ops.gems.attention.default(q, k, v, None, *how)[0]
+        return torch.ops.gems.attention.default(first, k, v, None, *how)[0] * 2
+
+    register_torch_ops()
+    q, k, v = (rand(1, 33, 2, 16).transpose(1, 2) for _ in range(3))
+    gm = trace(layers, q, k, v)
+    compiled, report = compile_graph(gm, [], options(alone=True))
+    assert report.launches == 3 and not report.aten and not report.failures
+    assert len({source.key for source in report.sources}) == 2
+    want = exact(exact(q, k, v, None, True, 0.25), k, v, None, True, 0.25) * 2
+    assert_near([compiled([q, k, v])[0]], [want], FLOAT)
 
 
 @pytest.mark.parametrize("shared", [227, 163, 99, 64])
@@ -410,87 +390,3 @@ def test_shapes_that_do_not_fit() -> None:
             of_forward(q, bad, bad, None, *how)
     with pytest.raises(Declined, match="a bias of"):
         of_forward(q, k, k, value(8, 8), *how)
-
-
-# on a GPU ----------------------------------------------------------------------------------------
-
-BACKENDS = {
-    FLASH: "FLASH_ATTENTION",
-    EFFICIENT: "EFFICIENT_ATTENTION",
-    CUDNN: "CUDNN_ATTENTION",
-}
-LARGE = {
-    "whole blocks": (2, 4, 4, 512, 512, 64),
-    "odd": (2, 3, 3, 397, 397, 64),
-    "width 128": (2, 4, 4, 1000, 1000, 128),
-    "width 96": (1, 2, 2, 300, 300, 96),
-    "width 256": (1, 2, 2, 257, 257, 256),
-}
-
-
-@gpu
-@gems_only
-@pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", [BFLOAT16, HALF])
-@pytest.mark.parametrize("sizes", LARGE.values(), ids=LARGE)
-@pytest.mark.parametrize("name", BACKENDS)
-def test_on_a_gpu(
-    name: str, sizes: tuple[int, ...], dtype: torch.dtype, causal: bool, inside: bool
-) -> None:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    if name == CUDNN and sizes[-1] > 128:
-        pytest.skip("cuDNN's backward has no such heads")
-    with sdpa_kernel(SDPBackend[BACKENDS[name]]):
-        check(name, operands(sizes, dtype, inside), causal=causal)
-
-
-@gpu
-@gems_only
-@pytest.mark.parametrize("name", [FLASH, CUDNN])
-def test_shared_keys_on_a_gpu(name: str) -> None:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with sdpa_kernel(SDPBackend[BACKENDS[name]]):
-        check(name, operands((2, 8, 2, 300, 300, 128), BFLOAT16), causal=True)
-
-
-@gpu
-@gems_only
-@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT])
-@pytest.mark.parametrize("shape", [(2, 4, 304, 272), (1, 1, 304, 272), (2, 1, 1, 272)])
-def test_bias_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    bias = rand(*shape, dtype=dtype)
-    bias[..., 7] = -math.inf
-    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-        check(EFFICIENT, operands((2, 4, 4, 304, 272, 64), dtype), bias=bias)
-
-
-@gpu
-@gems_only
-@pytest.mark.parametrize("width", [64, 128])
-def test_float32_on_a_gpu(width: int) -> None:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
-        check(EFFICIENT, operands((2, 2, 2, 300, 200, width), FLOAT), causal=True)
-
-
-@gpu
-@gems_only
-@pytest.mark.parametrize("name", BACKENDS)
-def test_all_results_on_a_gpu(name: str) -> None:
-    """Those that autograd saves, too."""
-    q, k, v = (t.detach() for t in operands((1, 4, 4, 200, 200, 64), BFLOAT16))
-    more = () if name == FLASH else (None, True)
-    want, got = served(name, q, k, v, *more)
-    assert ours(name) == 1, whys(name)
-    for a, b in zip(got, want, strict=True):
-        if isinstance(b, Tensor):
-            assert_same_metadata(a, b)
-        else:
-            assert a == b
-    torch.testing.assert_close(got[1][:, :, :200], want[1][:, :, :200], rtol=1e-4, atol=1e-3)
