@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .aten_kernel import CALLED_WITH_NUMBERS_ALONE, companions
+from .attention import ATTENTION
 from .config import vendor
 from .counting import SIZED
 from .errors import UnknownOp, nearest
@@ -175,7 +176,15 @@ def _declared() -> dict[str, torch._ops.OpOverload]:
     by its name as torch prints it."""
     load_ops()
     found = {}
-    every = (*OPS, *COMPOSED, *map(str, SIZED), *FACTORIES, *DRAWS, *foreach())
+    every = (
+        *OPS,
+        *COMPOSED,
+        *map(str, SIZED),
+        *map(str, ATTENTION),
+        *FACTORIES,
+        *DRAWS,
+        *foreach(),
+    )
     for name in dict.fromkeys(every):
         if not name.startswith("aten."):  # nobody calls ours or prims' in eager mode
             continue

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .aten_kernel import native_kernel, with_numbers_as_tensors
+from .attention import ATTENTION
+from .attention import why_native as why_not_attend
 from .bags import BAGS, KEPT
 from .composed import composed_graph, told
 from .config import Config, cache_dir
@@ -102,7 +104,9 @@ class Handler:
         self._describe = describe
         self._lock = threading.Lock()
         self._compiled = 0
-        self._random = torch.Tag.nondeterministic_seeded in overload.tags
+        # attention draws nothing: with dropout it is ATen's
+        random = torch.Tag.nondeterministic_seeded in overload.tags and overload not in ATTENTION
+        self._random = random
         self._makes = any(a.name == "device" for a in _arguments(overload))  # what no operand tells
         self._lazy = takes_lazily_negated(overload)
         self._full = Variant(None, False, f"more than {MAX_COMPILED} variants were compiled")
@@ -380,7 +384,9 @@ def compile_one(
 ) -> Variant:
     """The call as a graph of one node, through the compiler; or of what torch takes it apart into,
     if that node is no declared op. ``form``: what the overload is, if it writes."""
-    if (rule := SIZED.get(overload)) is not None:
+    if overload in ATTENTION and (why := why_not_attend(overload, args, kwargs)):
+        return Variant(None, False, why)
+    if (rule := SIZED.get(overload) or ATTENTION.get(overload)) is not None:
         compiled = lambda make: _compiled(make(), overload, target, config)  # noqa: E731
         steps = Steps(lambda make: in_clean_thread(lambda: compiled(make)))
         run = program(rule, args, kwargs, steps)

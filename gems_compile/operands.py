@@ -55,10 +55,11 @@ def _overlaps(t: Tensor) -> bool:
     return False
 
 
-def layout_of(t: Tensor | None) -> tuple[Any, ...] | None:
-    """What a caller sees beside the values: dtype, shape, the strides that address memory."""
-    if t is None:
-        return None
+def layout_of(t: Tensor | int | None) -> Any:
+    """What a caller sees beside the values: dtype, shape, the strides that address memory; a number
+    or None, which some ops return beside tensors, as it is."""
+    if not isinstance(t, Tensor):
+        return t
     strides = tuple(s for n, s in zip(t.shape, t.stride(), strict=True) if n > 1)
     return t.dtype, tuple(t.shape), strides
 

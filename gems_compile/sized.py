@@ -81,8 +81,10 @@ def _traced(
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+    from .kernels.fused import register_torch_ops
     from .lowering.decompose import whole_table
 
+    register_torch_ops()
     shapes = ShapeEnv()
     with FakeTensorMode(shape_env=shapes) as mode:
         fakes: list[Tensor] = [

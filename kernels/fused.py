@@ -61,8 +61,21 @@ def register_torch_ops() -> None:
     torch.library.register_fake(
         "gems::batch_norm_apply", lambda x, *_: torch.empty_like(x), lib=library
     )
-    from . import bags, depthwise, draws, dropout, images, packed, pool, product, rows, sorting
+    from . import (
+        attention_ops,
+        bags,
+        depthwise,
+        draws,
+        dropout,
+        images,
+        packed,
+        pool,
+        product,
+        rows,
+        sorting,
+    )
 
+    attention_ops.define(library)
     bags.define(library)
     depthwise.define(library)
     images.define(library)

@@ -47,7 +47,7 @@ def _taken_over(source: Source, first: _Description, own: _Description) -> Sourc
     def moved(what: Any) -> Any:
         if isinstance(what, Value):
             return values[what]
-        return salts[what] if type(what) is int else what  # else it is a size
+        return salts.get(what, what) if type(what) is int else what  # else it is a size
 
     params = [(name, role, moved(what)) for name, role, what in source.params]
     return Source(

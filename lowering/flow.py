@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from .graph import Storage, calls_of, is_only_write, nodes_in
 from .indexing import product
-from .ir import BITS, Value, base_of
+from .ir import BITS, Value, base_of, is_further
 from .overload import facts_of
 from .translate import Program
 from .views import Permute, Reshape
@@ -51,7 +51,7 @@ def drop_unread(program: Program, escapes: set[Value]) -> None:
     for v in reversed(program.values):
         if v.kind == "view":
             kept.append(v)
-        elif not v.computes or v in read or v.kind == "store":
+        elif not v.computes or v in read or v.kind == "store" or _comes_with(v, read):
             kept.append(v)
             read.update(v.bases)
         else:
@@ -61,13 +61,18 @@ def drop_unread(program: Program, escapes: set[Value]) -> None:
     ]
 
 
+def _comes_with(v: Value, read: set[Value]) -> bool:
+    """Whether a kernel that is wanted for another result makes v as well."""
+    return is_further(v) and v.args[0] in read
+
+
 def find_escapes(program: Program, graph: Any) -> set[Value]:
     """Values that must be in memory: ATen reads them, the graph returns them or writes them."""
     escapes = set[Value]()
     for v in program.values:
         if v.kind == "store":
             escapes.add(base_of(v.params[0]))
-        elif v.kind == "whole":
+        elif v.kind == "whole" and not is_further(v):
             escapes.update(v.bases)
     for node in graph.nodes:
         if node.op == "output" or node in program.aten:

@@ -10,10 +10,10 @@ from .closure import Closure
 from .flow import copies_alone, drop_unread, find_escapes, find_readers, order_edges
 from .folds import fold_parts
 from .frames import align, aligned_operands, frame_for
-from .group import MAX_POINTERS, SHARE, Group, atoms_of, pointers
+from .group import MAX_POINTERS, SHARE, Group, atoms_of, latest_first, pointers, reductions_first
 from .indexing import contiguous_strides, is_static, product
 from .inline import Inliner
-from .ir import Value, base_of, is_dense
+from .ir import Value, base_of, is_alike, is_dense, is_further
 from .parts import sweep_parts
 from .places import Crossings, find_tied, is_tied, reads_through, strays
 from .recompute import recompute
@@ -100,7 +100,7 @@ class Fuser:
         self.seen.clear()
 
     def _stored(self, v: Value, group: Group) -> bool:
-        if v in self.escapes:
+        if v in self.escapes or v.kind == "whole":
             return True
         for reader, _ in self.readers.get(v, ()):
             if self.home.get(reader) is not group and self._reads_elsewhere(reader, group):
@@ -134,7 +134,7 @@ class Fuser:
             siblings[twin] = None
         others = [g for g in siblings if g not in producers]
         # a reduction first: it takes in a pointwise group, not the other way round
-        return sorted(producers, key=_reductions_first), sorted(others, key=_latest_first)
+        return sorted(producers, key=reductions_first), sorted(others, key=latest_first)
 
     def is_near(self, group: Group, place: int) -> bool:
         """Whether a value there may share the group's kernel because it reads the same data."""
@@ -152,6 +152,9 @@ class Fuser:
         return producer and (producer.number, x.shape, x.strides, v.params)
 
     def _place(self, v: Value) -> None:
+        if is_further(v):
+            self._enter(self.home[v.args[0]], v)
+            return
         producers, siblings = self._candidates(v)
         joined: Group | None = None
         if v.kind == "whole":
@@ -305,7 +308,8 @@ class Fuser:
         if m in self.column_feeds:
             return False  # its readers will join v
         return any(
-            not _alike(r, v) and self._reads_elsewhere(r, group) for r, _ in self.readers.get(m, [])
+            not is_alike(r, v) and self._reads_elsewhere(r, group)
+            for r, _ in self.readers.get(m, [])
         )
 
     def _makes_cycle(self, group: Group, v: Value) -> bool:
@@ -362,10 +366,13 @@ class Fuser:
         if key is not None:
             self.twins[key] = group
             self.twin_frames[(group, key)] = frame
-        group.members.append(v)
         group.operands += len(v.inputs)
         if is_tied(v, group.tied):
             group.tied.add(v)
+        self._enter(group, v)
+
+    def _enter(self, group: Group, v: Value) -> None:
+        group.members.append(v)
         group.last = max(group.last, self.place[v])
         self.home[v] = group
         self.closure.grow(group)
@@ -485,16 +492,3 @@ class Fuser:
             for s in outside
             if self.home.get(s) not in (start, end)
         )
-
-
-def _latest_first(group: Group) -> int:
-    return -group.last
-
-
-def _reductions_first(group: Group) -> tuple[bool, int]:
-    return not group.reduced, -group.last
-
-
-def _alike(r: Value, v: Value) -> bool:
-    """Whether r is v, or a reduction that shares its operand and its kernel (a max's place)."""
-    return r is v or (r.kind == v.kind == "reduce" and (r.args, r.params) == (v.args, v.params))

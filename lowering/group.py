@@ -180,6 +180,14 @@ class Group:
         return self.whole, len(self.members)
 
 
+def latest_first(group: Group) -> int:
+    return -group.last
+
+
+def reductions_first(group: Group) -> tuple[bool, int]:
+    return not group.reduced, -group.last
+
+
 def has_stores(group: Group) -> bool:
     """Whether it writes memory that others may read."""
     return bool(group.stores) or any(m.kind == "store" for m in group.members)

@@ -64,7 +64,8 @@ class Value:
     iota, full -                     literals
     random     kept                  (seed, salt, threshold): see Builder.kept
     random     bits                  (seed, salt, bits): see Builder.random_bits
-    whole      its overload          Values in memory, what it must know in ``params``: see whole
+    whole      its overload          Values in memory, what it must know in ``params``: see whole;
+                                     or (Value,), whose kernel has this result, too: see is_further
     """
 
     __slots__ = (
@@ -132,6 +133,20 @@ class Value:
         v.bases = tuple([base_of(a) if a.kind == "view" else a for a in inputs])
         v.shape, v.strides, v.dtype = self.shape, self.strides, self.dtype
         return v
+
+
+#: ``params`` of a further result
+FURTHER = "further"
+
+
+def is_further(v: Value) -> bool:
+    """Whether another Value's kernel, which is written as a whole, has v as a further result."""
+    return v.kind == "whole" and v.params is FURTHER
+
+
+def is_alike(r: Value, v: Value) -> bool:
+    """Whether r is v, or a reduction that shares its operand and its kernel (a max's place)."""
+    return r is v or (r.kind == v.kind == "reduce" and (r.args, r.params) == (v.args, v.params))
 
 
 def is_seed(v: Value) -> bool:

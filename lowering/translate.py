@@ -154,9 +154,7 @@ class Translator:
             store.node = node
             return store
         if name in WHOLE:
-            value = self._add(lower_whole(name, args, val))
-            value.node = node
-            return value
+            return self._whole(name, args, node, val)
         if view is not None:
             return self._bind_view(view(self.builder, val, *args), node, val)
         assert op is not None  # or there is a view, see above
@@ -222,6 +220,14 @@ class Translator:
         return known[place]
 
     # results -------------------------------------------------------------------------------
+
+    def _whole(self, name: str, args: Sequence[Any], node: Node, val: Any) -> Any:
+        several = isinstance(val, (tuple, list))
+        made = [self._add(v) for v in lower_whole(name, args, val if several else (val,))]
+        picked = {u.args[1]: u for u in node.users if u.target is operator.getitem}
+        for k, value in enumerate(made):
+            value.node = picked.get(k, node) if several else node
+        return tuple(made) if several else made[0]
 
     def _pointwise(self, op: Op, args: Sequence[Any], node: Node, val: torch.Tensor) -> Value:
         if not all(isinstance(a, _OPERANDS) for a in args):

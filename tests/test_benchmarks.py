@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 import pytest
 import torch
+from eagercheck import nothing_left  # noqa: F401
+from helpers import DEVICE
 
 table = pytest.importorskip("benchmarks.table", reason="the benchmarks are not installed")
 host = pytest.importorskip("benchmarks.host")
 models = pytest.importorskip("benchmarks.models")
+
+
+attention = pytest.importorskip("benchmarks.attention")
 
 
 def rows(**gems: Any) -> list[dict[str, Any]]:
@@ -82,3 +88,19 @@ def test_growth_is_seen() -> None:
     assert soak.growth(flat, 100) == []
     assert soak.growth(leaking, 100) == ["allocated memory: 49.0 -> 109.0 MiB"]
     assert soak.growth(flat[:10], 100) == ["too few turns to tell whether memory grows"]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU its cases are large")
+def test_attention_is_timed(tmp_path: Any, monkeypatch: Any, capsys: Any) -> None:
+    """Forward and backward, of ours and of ATen's, and how far both are from float64."""
+    monkeypatch.setattr(attention.timing, "MIN_STEPS", 1)
+    monkeypatch.setattr(attention.timing, "BATCH_SECONDS", 0.0)
+    out = tmp_path / "rows.json"
+    how = ["--small", "--seconds", "0.01", "--dtype", "float32", "--json", str(out)]
+    assert attention.main(how) == 0
+    found = json.loads(out.read_text())["rows"]
+    assert {(r["side"], r["backward"]) for r in found} == {
+        (side, back) for side in ("cpu", "cpu, gems") for back in (False, True)
+    }
+    assert len(found) == 8 and all(r["ms"] > 0 and r["error"] < 5e-6 for r in found)
+    assert "was ATen's" not in capsys.readouterr().out
