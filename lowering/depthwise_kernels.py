@@ -312,6 +312,7 @@ class _Text(Lines):
         super().__init__()
         self.windows: Windows = v.params
         self.tile, self.depth = tile, 1
+        self.asked = False  # whether every read is behind a test
         sizes = [math.prod(t.shape) for t in (*v.inputs, v)]
         #: the number of the program
         wide = ".to(tl.int64)" if max(sizes) >= NARROW else ""
