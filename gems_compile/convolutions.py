@@ -34,8 +34,7 @@ def convolution_graph(
 ) -> OneCall:
     """See ``one_node.one_node_graph``."""
     from .kernels.fused import register_torch_ops
-    from .lowering.convolutions import Convolution, convolution_of
-    from .lowering.depthwise import take_depthwise, why_not_depthwise
+    from .lowering.depthwise import found_in, take_depthwise, why_not_depthwise
     from .lowering.images import replace_images
 
     register_torch_ops()
@@ -48,9 +47,9 @@ def convolution_graph(
     if isinstance(made, str):
         return made
     gm, many = made[0], target.multiprocessors
-    found: list[Convolution] = [c for c in map(convolution_of, gm.graph.nodes) if c is not None]
+    found = found_in(gm.graph)
     if not found:
-        return "no convolution in two dims"
+        return "no convolution in one dim or two"
     if replace_images(gm, many, contiguous=True) or take_depthwise(gm, many):
         return made
     return f"{why_not_depthwise(found[0])}; nor is it one of images of up to 4 channels in 16 bits"

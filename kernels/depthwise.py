@@ -1,18 +1,19 @@
-"""Depthwise convolutions of images: each channel has a window of its own. Their kernels are written
-as a whole, by ``lowering.depthwise_kernels``.
+"""Depthwise convolutions of images, or of signals: each channel has a window of its own. Their
+kernels are written as a whole, by ``lowering.depthwise_kernels``.
 
 Compile workers import this file without torch: torch is imported inside the functions.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
 def define(library: Any) -> None:
     """Register these on a torch Library. ``last``: images lie in channels-last, and the weight as
     [rows, columns, 1, C]; else images are contiguous, and the weight is [C, 1, rows, columns], in
-    order. Pairs are (down, across).
+    order. Pairs are (down, across). Signals are [N, C, L], contiguous; of them all has one dim.
 
     depthwise_convolution:  out[n, c, o] = bias[c] + sum over k of
                             x[n, c, o * stride + k * dilation - padding] * weight[c, k], where x is
@@ -52,9 +53,11 @@ def _room_for_result(
     back: bool,
     last: bool,
 ) -> Any:
-    (n, c), (h, w) = x.shape[:2], size
-    strides = (h * w * c, 1, w * c, c) if last else (c * h * w, h * w, w, 1)
-    return x.new_empty_strided((n, c, h, w), strides)
+    n, c = x.shape[:2]
+    if not last:
+        return x.new_empty((n, c, *size))
+    h, w = size
+    return x.new_empty_strided((n, c, h, w), (h * w * c, 1, w * c, c))
 
 
 def _room_for_parts(
@@ -69,7 +72,7 @@ def _room_for_parts(
 ) -> Any:
     import torch
 
-    taps, channels = window[0] * window[1], x.shape[1]
+    taps, channels = math.prod(window), x.shape[1]
     shape = (shares, taps, channels) if last else (shares, channels, taps)
     return x.new_empty(shape, dtype=torch.float32)
 
@@ -90,7 +93,7 @@ def _convolution(
     out = _room_for_result(x, weight, bias, stride, padding, dilation, size, back, last)
     weight = weight.permute(3, 2, 0, 1) if last else weight
     channels = x.shape[1]
-    how = stride, padding, dilation, False, [0, 0], channels
+    how = stride, padding, dilation, False, [0] * len(stride), channels
     if not back:
         return out.copy_(torch.ops.aten.convolution(x, weight, bias, *how))
     image = torch.empty_like(out)
@@ -111,7 +114,8 @@ def _weight_parts(
     import torch
 
     channels = x.shape[1]
-    how = None, stride, padding, dilation, False, [0, 0], channels, [False, True, False]
+    nothing = [0] * len(stride)
+    how = None, stride, padding, dilation, False, nothing, channels, [False, True, False]
     weight = x.new_empty((channels, 1, *window))
     found = torch.ops.aten.convolution_backward(gradient, x, weight, *how)[1].flatten(1)
     out = _room_for_parts(gradient, x, window, stride, padding, dilation, shares, last).zero_()

@@ -1,4 +1,4 @@
-"""Depthwise convolutions in two dims, and their gradients, as kernels of our own.
+"""Depthwise convolutions in one dim or two, and their gradients, as kernels of our own.
 
 ATen has a kernel for contiguous images, and takes cuDNN's in channels-last. Both read a window's
 elements from the cache once for each result. 64 images of 96 x 56 x 56, 7 x 7, bfloat16, H200, in
@@ -10,12 +10,13 @@ us (ATen; 77 MB at full bandwidth are 17, the multiplications 30):
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import fx
 
-from .convolutions import Convolution, convolution_of
+from .convolutions import BACKWARD, FORWARD, Convolution
 from .depthwise_kernels import MOST_TAPS, Windows, shares_of, windows_of
 from .graph import value_of
 from .rewrite import call_before
@@ -29,6 +30,12 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_STRIDE = 2
 
 
+def found_in(graph: fx.Graph) -> list[Convolution]:
+    """Those in one dim or two, and their backward."""
+    nodes = [node for node in graph.nodes if node.target in (FORWARD, BACKWARD)]
+    return [conv for conv in map(Convolution, nodes) if value_of(conv.input).ndim in (3, 4)]
+
+
 def why_not_depthwise(conv: Convolution) -> str | None:
     """Why a convolution is not ours, or None."""
     x, weight = value_of(conv.input), value_of(conv.weight)
@@ -40,9 +47,8 @@ def why_not_depthwise(conv: Convolution) -> str | None:
     sizes = (*x.shape, *weight.shape, *made.shape)
     if not all(type(n) is int and n > 0 for n in sizes):
         return "a depthwise convolution of no elements, or of sizes that vary"
-    rows, columns = weight.shape[2:]
-    if rows * columns > MOST_TAPS:
-        return f"a window of {rows} x {columns}: ours have at most {MOST_TAPS} taps"
+    if (taps := math.prod(weight.shape[2:])) > MOST_TAPS:
+        return f"a window of {taps} taps: ours have at most {MOST_TAPS}"
     if conv.backward and conv.wanted[0] and max(conv.stride) > MOST_STRIDE:
         return f"the gradient of images with a stride above {MOST_STRIDE}"
     return None
@@ -50,8 +56,7 @@ def why_not_depthwise(conv: Convolution) -> str | None:
 
 def take_depthwise(gm: fx.GraphModule, multiprocessors: int) -> int:
     """Replace depthwise convolutions and their gradients; returns how many."""
-    found = [c for c in map(convolution_of, list(gm.graph.nodes)) if c is not None]
-    taken = [c for c in found if why_not_depthwise(c) is None]
+    taken = [conv for conv in found_in(gm.graph) if why_not_depthwise(conv) is None]
     for conv in taken:
         _Depthwise(conv, multiprocessors).take()
     if taken:
@@ -67,7 +72,8 @@ class _Depthwise:
         (made,) = conv.results
         shown = value_of(conv.input) if made is None else made
         self.last = is_channels_last(shown) and not is_contiguous(shown)
-        self.how = conv.stride, conv.padding, conv.dilation
+        dims = value_of(conv.input).ndim - 2
+        self.how = conv.stride[:dims], conv.padding[:dims], conv.dilation[:dims]
 
     def take(self) -> None:
         conv = self.conv
@@ -97,7 +103,8 @@ class _Depthwise:
         if conv.wanted[1]:
             results[1] = self._weight_gradient(gradient)
         if conv.wanted[2]:
-            results[2] = self._call(aten.sum.dim_IntList, gradient, [0, 2, 3])
+            others = [k for k in range(value_of(gradient).ndim) if k != 1]
+            results[2] = self._call(aten.sum.dim_IntList, gradient, others)
         return results
 
     def _convolution(self, x: fx.Node, bias: fx.Node | None, size: list[int], back: bool) -> Any:
@@ -106,18 +113,17 @@ class _Depthwise:
 
     def _weight_gradient(self, gradient: fx.Node) -> fx.Node:
         weight = value_of(self.conv.weight)
-        channels, _, rows, columns = weight.shape
         images = self._images(self.conv.input)
         shares = shares_of(self._windows(), self.multiprocessors)
         target = torch.ops.gems.depthwise_weight_parts.default
-        how = [rows, columns], *self.how, shares, self.last
+        how = list(weight.shape[2:]), *self.how, shares, self.last
         parts = self._call(target, gradient, images, *how)
         whole = self._call(aten.sum.dim_IntList, parts, [0])
         whole = self._call(aten._to_copy.default, whole, dtype=weight.dtype)
         if self.last:
             whole = self._call(aten.permute.default, whole, [1, 0])
             whole = self._call(aten.clone.default, whole, memory_format=torch.contiguous_format)
-        return self._call(aten.view.default, whole, [channels, 1, rows, columns])
+        return self._call(aten.view.default, whole, list(weight.shape))
 
     def _windows(self) -> Windows:
         conv = self.conv

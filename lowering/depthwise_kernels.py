@@ -129,10 +129,12 @@ def windows_of(
     last: bool,
     back: bool = False,
 ) -> Windows:
-    """``shape``: of what is read; ``made``: the size of what is written."""
+    """``shape``: of what is read; ``made``: the size of what is written. A signal is a row."""
     batch, channels, *given = map(int, shape)
-    axes = zip(window, stride, padding, dilation, given, made, [back] * 2, strict=True)
-    down, across = (Axis(*axis) for axis in axes)
+    backs = [back] * len(given)
+    facts = zip(window, stride, padding, dilation, given, made, backs, strict=True)
+    axes = [Axis(*fact) for fact in facts]
+    down, across = axes if len(axes) == 2 else (Axis(1, 1, 0, 1, 1, 1, back), *axes)
     return Windows(batch, channels, down, across, last)
 
 
@@ -141,8 +143,10 @@ def _check(x: Value, window: Any, last: bool) -> None:
         raise Declined("its kernel is for images of a fixed size")
     if math.prod(window) > MOST_TAPS:
         raise Declined(f"its kernel is for windows of at most {MOST_TAPS} taps")
-    _, c, h, w = x.shape
-    expected: Any = (h * w * c, 1, w * c, c) if last else (c * h * w, h * w, w, 1)
+    expected: Any = [math.prod(map(int, x.shape[k + 1 :])) for k in range(x.ndim)]
+    if last:
+        _, c, h, w = x.shape
+        expected = (h * w * c, 1, w * c, c)
     if any(n != 1 and s != e for n, s, e in zip(x.shape, x.strides, expected, strict=True)):
         raise Declined("its kernel reads dense images, contiguous or in channels-last")
 
@@ -308,6 +312,7 @@ class _Text(Lines):
         super().__init__()
         self.windows: Windows = v.params
         self.tile, self.depth = tile, 1
+        self.asked = False  # whether every read is behind a test
         sizes = [math.prod(t.shape) for t in (*v.inputs, v)]
         #: the number of the program
         wide = ".to(tl.int64)" if max(sizes) >= NARROW else ""
