@@ -103,12 +103,6 @@ TILES = {
     "keys": {64: Tile(128, 64, 4, 2), 128: Tile(64, 128, 8, 1), MOST: Tile(32, 64, 8, 2)},
     "queries": {64: Tile(128, 64, 8, 3), 128: Tile(64, 64, 4, 2), MOST: Tile(64, 32, 8, 2)},
 }
-#: what a bias, or a loop over the heads of a group, takes registers for
-CROWDED = {
-    "forward": TILES["forward"],
-    "keys": TILES["keys"] | {64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2)},
-    "queries": TILES["queries"],
-}
 #: of float32, whose products are made of three
 WIDE = {
     "forward": {64: Tile(64, 32, 4, 2), MOST_WIDE: Tile(32, 32, 4, 1)},
@@ -117,11 +111,11 @@ WIDE = {
 }
 
 
-def tile_of(which: str, q: Value, k: Value, v: Value, crowded: bool, target: Target) -> Tile:
+def tile_of(which: str, q: Value, k: Value, v: Value, target: Target) -> Tile:
     """The tile of one of the kernels, by the width of a head and the dtype; a short side gets one
     no longer than it, a small shared memory one that fits."""
     width = max(block_of(q.shape[3]), block_of(v.shape[3]))
-    table = WIDE if q.dtype == "float32" else CROWDED if crowded else TILES
+    table = WIDE if q.dtype == "float32" else TILES
     whole = next(tile for most, tile in table[which].items() if width <= most)
     queries, keys = block_of(q.shape[2]), block_of(k.shape[2])
     tile = replace(whole, queries=min(whole.queries, queries), keys=min(whole.keys, keys))
@@ -158,7 +152,7 @@ def forward(values: Sequence[Value], target: Target) -> Source:
     out, lse = values
     q, k, v, *bias = out.inputs
     call: Call = out.params
-    tile = tile_of("forward", q, k, v, call.bias, target)
+    tile = tile_of("forward", q, k, v, target)
     text = _Text("attention_forward", call, q, k, v, tile, target)
     text.operands({"q": q, "k": k, "v": v, **_named(bias)})
     text.operands({"out": out, "lse": lse}, "out")
@@ -189,7 +183,7 @@ def backward_keys(values: Sequence[Value], target: Target) -> Source:
     dk, dv = values
     _, q, k, v, *bias, _, _ = dk.inputs
     call: Call = dk.params
-    tile = tile_of("keys", q, k, v, call.bias or q.shape[1] != k.shape[1], target)
+    tile = tile_of("keys", q, k, v, target)
     text = _Text("attention_backward_keys", call, q, k, v, tile, target)
     text.operands(_read(dk))
     text.operands({"dk": dk, "dv": dv}, "out")
@@ -214,7 +208,7 @@ def backward_queries(values: Sequence[Value], target: Target) -> Source:
     (dq,) = values
     _, q, k, v = dq.inputs[:4]
     call: Call = dq.params
-    tile = tile_of("queries", q, k, v, call.bias, target)
+    tile = tile_of("queries", q, k, v, target)
     text = _Text("attention_backward_queries", call, q, k, v, tile, target)
     text.operands(_read(dq))
     text.operands({"dq": dq}, "out")

@@ -15,7 +15,7 @@ from .source import WAIT, Lines, Source, whole_kernel
 #: elements of a program that has several rows
 TOGETHER = 1024
 #: elements of a warp
-A_WARP = 1024
+A_WARP = 2048
 #: elements of a tensor from which on 32 bits do not count its places
 NARROW = 2**31
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import gems_compile
 from gems_compile.kernels.sorting import LONGEST
+from gems_compile.ordering import MOST
 
 NAN, INF = float("nan"), float("inf")
 
@@ -59,16 +60,23 @@ def test_bools() -> None:
     assert torch.equal(got[1], want[1])
 
 
-@pytest.mark.parametrize("size", [LONGEST, 1000])
+@pytest.mark.parametrize("size", [MOST, 1000])
 def test_long_rows(size: int) -> None:
     x = torch.randperm(2 * size, device=DEVICE).view(2, size).float()
     got, want = in_order("sort", torch.sort, x)
     assert torch.equal(got[1], want[1])
 
 
+@pytest.mark.parametrize("k", [1, 2, 100])
+def test_the_first_of_long_rows(k: int) -> None:
+    x = torch.randperm(2 * LONGEST, device=DEVICE).view(2, LONGEST).float()
+    got, want = in_order("topk", torch.topk, x, k)
+    assert torch.equal(got[1], want[1])
+
+
 def test_what_is_atens() -> None:
-    """Longer rows, wider elements, no rows."""
-    for x in (rand(1, LONGEST + 1), rand(3, 4).double(), rand(3, 0), ints(3, 4)):
+    """Longer rows, more of a row than ATen sorts as fast, wider elements, no rows."""
+    for x in (rand(1, LONGEST + 1), rand(1, MOST + 1), rand(3, 4).double(), rand(3, 0), ints(3, 4)):
         want = torch.sort(x)
         with gems_compile.use_gems(only=["sort"]):
             got = torch.sort(x)
