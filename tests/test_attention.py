@@ -244,6 +244,20 @@ def test_reasons(name: str, args: dict[str, Any], why: str | None) -> None:
     assert (found is None) if why is None else (why in str(found))
 
 
+def test_results_that_no_kernel_fills() -> None:
+    """Of flash and cuDNN on a GPU: numbers, None, seeds; logarithms that are not asked for."""
+    from gems_compile.attention import completed
+
+    out, lse, seed = rand(2, 3), rand(2), torch.zeros(2, dtype=torch.uint64)
+    native = (out, lse[:0], None, 7, seed, torch.empty((), dtype=torch.int64))
+    mine = out + 1
+    found = completed(lambda tensors: (mine, lse), native)([])
+    assert found[0] is mine and found[1].shape == (0,) and found[2:4] == [None, 7]
+    for a, b in zip(found[4:], native[4:], strict=True):
+        assert a is not b
+        assert_same_metadata(a, b)
+
+
 # the kernels without a GPU ------------------------------------------------------------------------
 
 
