@@ -1,13 +1,14 @@
 """Attention in eager mode: rules of the overloads that ``scaled_dot_product_attention`` comes to.
 
 That function itself is a composite, behind which autograd lies; it chooses a backend, and the
-backend's forward and backward are ops on the device. Each rule here computes what one of them
-returns, laid out as ATen's, with ``gems::attention``: a program of the host, for some of the
-results are numbers and tensors that no kernel fills. See ``sized``.
+backend's forward and backward are ops on the device. Each rule here computes what one of them does,
+laid out as ATen's, with ``gems::attention``: a program of the host (see ``sized``), for some of the
+results are numbers, and tensors that no kernel fills (see ``completed``).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels.target import Target
 from .lowering.overload import find_overload
 from .sized import Steps
 from .whole import wide
@@ -23,10 +25,15 @@ from .whole import wide
 UNLIKE_DIAGONAL = ("flash", "cudnn")
 
 
-def why_native(overload: torch._ops.OpOverload, args: Sequence[Any], kwargs: Any) -> str | None:
+#: queries of a program, and so many keys that ATen splits them
+QUERIES, MANY_KEYS = 64, 1024
+
+
+def why_native(
+    overload: torch._ops.OpOverload, args: Sequence[Any], kwargs: Any, target: Target
+) -> str | None:
     """Why a call of one of ``ATTENTION`` is ATen's, or None; the kernels decline others."""
-    names = [a.name for a in overload._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = _arguments(overload, args, kwargs)
     tensors = [given["query"], given["key"], given["value"]]
     if given.get("dropout_p", 0.0) != 0.0:
         return "dropout: its mask is ATen's"
@@ -36,6 +43,9 @@ def why_native(overload: torch._ops.OpOverload, args: Sequence[Any], kwargs: Any
         return "the gradient of the bias is wanted"
     if any(t.ndim != 4 or t.numel() == 0 for t in tensors):
         return "its operands are empty, or not of four dims"
+    (batch, heads, length, _), keys = tensors[0].shape, tensors[1].shape[2]
+    if length < keys >= MANY_KEYS and 2 * batch * heads * -(-length // QUERIES) < target.multiprocessors:
+        return "few queries, and many keys, which ATen's splits among programs"
     scale = given.get("scale")
     if scale is not None and not 0 < scale < math.inf:
         return f"a scale of {scale}"
@@ -48,6 +58,11 @@ def why_native(overload: torch._ops.OpOverload, args: Sequence[Any], kwargs: Any
     if like == "efficient" and tensors[0].shape[1] != tensors[1].shape[1]:
         return "unequal heads, which ATen's refuses"
     return None
+
+
+def read(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those that are read: not a dropout's seeds, which may lie elsewhere."""
+    return [t for t in tensors if t.ndim > 1]
 
 
 def _how(q: Tensor, causal: bool, scale: float | None, like: str) -> tuple[Any, ...]:
@@ -69,179 +84,83 @@ def _backward(
     return torch.ops.gems.attention_queries.default(*given), dk, dv
 
 
-def _gradients(steps: Steps, do: Tensor, *given: Any) -> Any:
-    if do.stride(-1) != 1:  # of a sum, say
-        do = do.contiguous()
-    return steps(_backward, do, *given)
+def completed(run: Callable[..., Any], native: Sequence[Any]) -> Callable[..., Any]:
+    """The run, with what it does not compute as ATen's first call of this kind returned it:
+    numbers, None, empty tensors, and a dropout's seeds, which nobody has filled in either."""
+    known = [_kind(t) for t in native]
+
+    def whole(tensors: list[Tensor]) -> list[Any]:
+        made = run(tensors)
+        return [
+            made[k] if kind is COMPUTED and k < len(made) else _again(kind, other)
+            for k, (kind, other) in enumerate(known)
+        ]
+
+    return whole
+
+
+COMPUTED, EMPTY, NUMBER = "computed", "empty", "number"
+
+
+def _kind(t: Any) -> tuple[str, Any]:
+    """What became of a result, and what says how it is made again; it holds no memory."""
+    if not isinstance(t, Tensor):
+        return NUMBER, t
+    room = functools.partial(torch.empty, t.shape, dtype=t.dtype, device=t.device)
+    return COMPUTED if t.numel() else EMPTY, room
+
+
+def _again(kind: str, other: Any) -> Any:
+    return other if kind is NUMBER else other()
 
 
 # ATen's overloads --------------------------------------------------------------------------------
 
 
-def flash(
-    steps: Steps,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    return_debug_mask: bool = False,
-    *,
-    scale: float | None = None,
-) -> Any:
-    out, lse = steps(_forward, q, k, v, None, *_how(q, is_causal, scale, "flash"))
-    state, unused = (q.new_empty(shape, dtype=torch.uint64) for shape in ((2,), ()))
-    return out, lse, None, None, q.shape[2], k.shape[2], state, unused, q.new_empty(0)
+def _arguments(overload: torch._ops.OpOverload, args: Sequence[Any], kwargs: Any) -> dict[str, Any]:
+    """By their names, which are those of all backends but for the bias."""
+    names = [a.name for a in overload._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given.setdefault("attn_bias", given.get("attn_mask"))
+    return given
 
 
-def flash_backward(
-    steps: Steps,
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cum_seq_q: Any,
-    cum_seq_k: Any,
-    max_q: int,
-    max_k: int,
-    dropout_p: float,
-    is_causal: bool,
-    *seed: Any,
-    scale: float | None = None,
-) -> Any:
-    how = _how(q, is_causal, scale, "flash")
-    return _gradients(steps, do, q, k, v, None, out, lse, *how)
+def _rule(overload: torch._ops.OpOverload, like: str) -> Callable[..., Any]:
+    """Forward: out and the logarithms; backward: the gradients of query, key and value."""
+    bind = functools.partial(_arguments, overload)
+
+    def forward(steps: Steps, *args: Any, **kwargs: Any) -> Any:
+        given = bind(args, kwargs)
+        q = given["query"]
+        how = _how(q, given.get("is_causal", False), given.get("scale"), like)
+        return steps(_forward, q, given["key"], given["value"], given["attn_bias"], *how)
+
+    def backward(steps: Steps, *args: Any, **kwargs: Any) -> Any:
+        given = bind(args, kwargs)
+        q, do = given["query"], given["grad_out" if "grad_out" in given else "grad_out_"]
+        if do.stride(-1) != 1:  # of a sum, say
+            do = do.contiguous()
+        rest = (given[n] for n in ("key", "value", "attn_bias", "out", "logsumexp"))
+        how = _how(q, given.get("is_causal", False), given.get("scale"), like)
+        return steps(_backward, do, q, *rest, *how)
+
+    return backward if overload._schema.name.endswith("backward") else forward
 
 
-def efficient(
-    steps: Steps,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    compute_log_sumexp: bool,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-) -> Any:
-    out, lse = steps(_forward, q, k, v, bias, *_how(q, is_causal, scale, "efficient"))
-    if not compute_log_sumexp:
-        lse = lse.new_empty((*lse.shape[:2], 0))
-    return out, lse, *(q.new_empty((), dtype=torch.int64) for _ in range(2))
-
-
-def efficient_backward(
-    steps: Steps,
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    philox_seed: Any,
-    philox_offset: Any,
-    dropout_p: float,
-    grad_input_mask: Sequence[bool],
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-) -> Any:
-    how = _how(q, is_causal, scale, "efficient")
-    return *_gradients(steps, do, q, k, v, bias, out, lse, *how), None
-
-
-def cudnn(
-    steps: Steps,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    compute_log_sumexp: bool,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    return_debug_mask: bool = False,
-    *,
-    scale: float | None = None,
-) -> Any:
-    out, lse = steps(_forward, q, k, v, bias, *_how(q, is_causal, scale, "cudnn"))
-    seed, offset = (q.new_empty((), dtype=torch.int64) for _ in range(2))
-    lse = lse if compute_log_sumexp else None
-    return out, lse, None, None, q.shape[2], k.shape[2], seed, offset, None
-
-
-def cudnn_backward(
-    steps: Steps,
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    philox_seed: Any,
-    philox_offset: Any,
-    bias: Tensor | None,
-    cum_seq_q: Any,
-    cum_seq_k: Any,
-    max_q: int,
-    max_k: int,
-    dropout_p: float,
-    is_causal: bool,
-    *,
-    scale: float | None = None,
-) -> Any:
-    how = _how(q, is_causal, scale, "cudnn")
-    return _gradients(steps, do, q, k, v, bias, out, lse, *how)
-
-
-def cpu(
-    steps: Steps,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    attn_mask: Tensor | None = None,
-    scale: float | None = None,
-) -> Any:
-    return steps(_forward, q, k, v, attn_mask, *_how(q, is_causal, scale, "cpu"))
-
-
-def cpu_backward(
-    steps: Steps,
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dropout_p: float,
-    is_causal: bool,
-    *,
-    attn_mask: Tensor | None = None,
-    scale: float | None = None,
-) -> Any:
-    how = _how(q, is_causal, scale, "cpu")
-    return _gradients(steps, do, q, k, v, attn_mask, out, lse, *how)
-
-
-_RULES: dict[str, tuple[str, Callable[..., Any]]] = {
-    "flash_attention": ("flash", flash),
-    "flash_attention_backward": ("flash", flash_backward),
-    "efficient_attention": ("efficient", efficient),
-    "efficient_attention_backward": ("efficient", efficient_backward),
-    "cudnn_attention": ("cudnn", cudnn),
-    "cudnn_attention_backward": ("cudnn", cudnn_backward),
-    "flash_attention_for_cpu": ("cpu", cpu),
-    "flash_attention_for_cpu_backward": ("cpu", cpu_backward),
+#: ATen's overload, as it goes on behind "_scaled_dot_product_" -> whose layouts its results have:
+#: see ``kernels.attention_ops``
+_NAMES = {
+    "flash_attention": "flash",
+    "efficient_attention": "efficient",
+    "cudnn_attention": "cudnn",
+    "flash_attention_for_cpu": "cpu",
 }
-_FOUND = {find_overload(f"aten._scaled_dot_product_{n}.default"): r for n, r in _RULES.items()}
-
-#: the rule of each of ATen's overloads that this torch has
-ATTENTION = {overload: rule for overload, (_, rule) in _FOUND.items() if overload is not None}
-#: and whose layouts its results have: see ``kernels.attention_ops``
-LIKE = {overload: like for overload, (like, _) in _FOUND.items() if overload is not None}
+_FOUND = {
+    find_overload(f"aten._scaled_dot_product_{name}{suffix}.default"): like
+    for name, like in _NAMES.items()
+    for suffix in ("", "_backward")
+}
+#: those that this torch has
+LIKE = {overload: like for overload, like in _FOUND.items() if overload is not None}
+#: and their rules
+ATTENTION = {overload: _rule(overload, like) for overload, like in LIKE.items()}

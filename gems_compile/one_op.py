@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from . import attention
 from .aten_kernel import native_kernel, with_numbers_as_tensors
 from .attention import ATTENTION
-from .attention import why_native as why_not_attend
 from .bags import BAGS, KEPT
 from .composed import composed_graph, told
 from .config import Config, cache_dir
@@ -263,6 +263,7 @@ class Handler:
         return variant
 
     def _why_native(self, tensors: Sequence[Tensor], options: dict[str, Any]) -> str | None:
+        tensors = attention.read(tensors) if self.overload in ATTENTION else tensors
         return why_native(tensors, self.target, options if self._makes else {})
 
     def _why_numbers(self, tensors: Sequence[Tensor]) -> str | None:
@@ -301,6 +302,8 @@ class Handler:
         _here.off = True
         try:
             out = self._aten(keyset, args, kwargs)
+            if self.overload in ATTENTION and variant.run is not None:
+                variant.run = attention.completed(variant.run, out)
             if variant.layouts is None and variant.run is not None:
                 variant.layouts = [layout_of(t) for t in variant.run(list(tensors))]
         except Whole as why:
@@ -384,7 +387,7 @@ def compile_one(
 ) -> Variant:
     """The call as a graph of one node, through the compiler; or of what torch takes it apart into,
     if that node is no declared op. ``form``: what the overload is, if it writes."""
-    if overload in ATTENTION and (why := why_not_attend(overload, args, kwargs)):
+    if overload in ATTENTION and (why := attention.why_native(overload, args, kwargs, target)):
         return Variant(None, False, why)
     if (rule := SIZED.get(overload) or ATTENTION.get(overload)) is not None:
         compiled = lambda make: _compiled(make(), overload, target, config)  # noqa: E731

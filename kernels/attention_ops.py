@@ -11,8 +11,8 @@ from typing import Any
 
 #: whose results' layouts ``like`` names: the overloads of ATen that compute attention
 LIKE = ("flash", "efficient", "cudnn", "cpu")
-#: what lse says of a query that sees no key; 0 is ATen's on a CPU, and infinity its flash kernel's,
-#: which makes all p = exp(s - lse) of the backward 0
+#: what lse says of a query that sees no key: 0 is ATen's on a CPU, and infinity its flash kernel's;
+#: with either all p = exp(s - lse) of the backward are 0, which -inf would make NaN
 NOTHING_SEEN = {"flash": math.inf, "efficient": math.inf, "cudnn": math.inf, "cpu": 0.0}
 #: what rows of lse are filled up to a multiple of
 LSE_ROWS = {"flash": 1, "efficient": 32, "cudnn": 1, "cpu": 1}

@@ -240,8 +240,34 @@ def test_reasons(name: str, args: dict[str, Any], why: str | None) -> None:
 
     q, k = torch.empty(1, 2, 8, 16, dtype=HALF), torch.empty(1, 2, 9, 16, dtype=HALF)
     overload = getattr(torch.ops.aten, name).default
-    found = why_native(overload, (), {"query": q, "key": k, "value": k, **args})
+    found = why_native(overload, (), {"query": q, "key": k, "value": k, **args}, INTERPRETER)
     assert (found is None) if why is None else (why in str(found))
+
+
+@pytest.mark.parametrize(("queries", "few"), [(1, True), (64, True), (65, False), (4096, False)])
+def test_few_queries(queries: int, few: bool) -> None:
+    """A step of decoding: fewer programs than half of a GPU's multiprocessors."""
+    from gems_compile.attention import why_native
+
+    target = dataclasses.replace(INTERPRETER, multiprocessors=132)
+    q, k = (torch.empty(1, 40, n, 64, dtype=HALF, device="meta") for n in (queries, 5000))
+    overload = getattr(torch.ops.aten, FLASH).default
+    found = why_native(overload, (), {"query": q, "key": k, "value": k}, target)
+    assert ("few queries" in str(found)) == few
+
+
+def test_results_that_no_kernel_fills() -> None:
+    """Of flash and cuDNN on a GPU: numbers, None, seeds; logarithms that are not asked for."""
+    from gems_compile.attention import completed
+
+    out, lse, seed = rand(2, 3), rand(2), torch.zeros(2, dtype=torch.uint64)
+    native = (out, lse[:0], None, 7, seed, torch.empty((), dtype=torch.int64))
+    mine = out + 1
+    found = completed(lambda tensors: (mine, lse), native)([])
+    assert found[0] is mine and found[1].shape == (0,) and found[2:4] == [None, 7]
+    for a, b in zip(found[4:], native[4:], strict=True):
+        assert a is not b
+        assert_same_metadata(a, b)
 
 
 # the kernels without a GPU ------------------------------------------------------------------------

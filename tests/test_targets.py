@@ -126,6 +126,18 @@ def scatters(x: Tensor, y: Tensor, w: Tensor, i: Tensor) -> list[Tensor]:
     ]
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> list[Tensor]:
+    """Forward and backward, causal with heads that share keys, and with a bias."""
+    out: list[Tensor] = []
+    for more, causal in ((None, True), (bias, False)):
+        how = causal, 0, 0.125, False, "flash"
+        o, lse = torch.ops.gems.attention.default(q, k, v, more, *how)
+        given = q, q, k, v, more, lse, (q * o).float().sum(-1, keepdim=True), *how
+        out += [o, torch.ops.gems.attention_queries.default(*given)]
+        out += torch.ops.gems.attention_keys.default(*given)
+    return out
+
+
 PROGRAMS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Tensor, ...]]]] = {
     "layer_norm": (layer_norm_gelu, lambda: (rand(64, 1000), rand(1000), rand(1000))),
     "layer_norm_grad": (
@@ -236,6 +248,10 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Tensor, ...]]]]
     "masks": (
         lambda i, x: torch.where((i[:, None] >= i[None, :]) & (x > 0), x, -1e4),
         lambda: (ids(64, high=99), rand(64, 64)),
+    ),
+    "attention": (
+        attention,
+        lambda: (rand(2, 4, 200, 64), rand(2, 2, 300, 64), rand(2, 2, 300, 64), rand(200, 300)),
     ),
     "scatters": (
         scatters,
