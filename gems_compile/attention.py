@@ -21,8 +21,8 @@ from .lowering.overload import find_overload
 from .sized import Steps
 from .whole import wide
 
-#: those whose causal mask ends at the last key and not at the diagonal, or might
-UNLIKE_DIAGONAL = ("flash", "cudnn")
+#: float16 and bfloat16 only; the last query of a causal call sees the last key, or might
+NARROW = ("flash", "cudnn")
 
 
 #: queries of a program, and so many keys that ATen splits them
@@ -44,16 +44,19 @@ def why_native(
     if any(t.ndim != 4 or t.numel() == 0 for t in tensors):
         return "its operands are empty, or not of four dims"
     (batch, heads, length, _), keys = tensors[0].shape, tensors[1].shape[2]
-    if length < keys >= MANY_KEYS and 2 * batch * heads * -(-length // QUERIES) < target.multiprocessors:
+    if (
+        length < keys >= MANY_KEYS
+        and 2 * batch * heads * -(-length // QUERIES) < target.multiprocessors
+    ):
         return "few queries, and many keys, which ATen's splits among programs"
     scale = given.get("scale")
     if scale is not None and not 0 < scale < math.inf:
         return f"a scale of {scale}"
     like = LIKE[overload]
     unequal = tensors[0].shape[2] != tensors[1].shape[2]
-    if like in UNLIKE_DIAGONAL and given.get("is_causal", False) and unequal:
-        return "a causal mask of which the diagonal is not the middle"
-    if like in UNLIKE_DIAGONAL and tensors[0].dtype == torch.float32:
+    if like in NARROW and given.get("is_causal", False) and unequal:
+        return "a causal mask of unequal lengths: its diagonal may end at the last key"
+    if like in NARROW and tensors[0].dtype == torch.float32:
         return "float32, which ATen's refuses"
     if like == "efficient" and tensors[0].shape[1] != tensors[1].shape[1]:
         return "unequal heads, which ATen's refuses"
@@ -117,10 +120,14 @@ def _again(kind: str, other: Any) -> Any:
 # ATen's overloads --------------------------------------------------------------------------------
 
 
+@functools.cache
+def _names(overload: torch._ops.OpOverload) -> tuple[str, ...]:
+    return tuple(a.name for a in overload._schema.arguments)
+
+
 def _arguments(overload: torch._ops.OpOverload, args: Sequence[Any], kwargs: Any) -> dict[str, Any]:
     """By their names, which are those of all backends but for the bias."""
-    names = [a.name for a in overload._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = {**dict(zip(_names(overload), args, strict=False)), **kwargs}
     given.setdefault("attn_bias", given.get("attn_mask"))
     return given
 

@@ -22,13 +22,18 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import gems_compile
+from gems_compile.attention import ATTENTION, completed, why_native
+from gems_compile.config import Config
 from gems_compile.kernels.fused import register_torch_ops
-from gems_compile.kernels.target import INTERPRETER
+from gems_compile.kernels.target import INTERPRETER, current_target
 from gems_compile.lowering.attention import Call, Tile, of_forward, tile_of
 from gems_compile.lowering.decompose import whole_table
 from gems_compile.lowering.ir import Declined, Value
 from gems_compile.lowering.pipeline import compile_graph
 from gems_compile.lowering.source import Source
+from gems_compile.one_op import _compiled, in_clean_thread
+from gems_compile.operands import layout_of
+from gems_compile.sized import Steps
 
 CPU = "_scaled_dot_product_flash_attention_for_cpu"
 FLASH, EFFICIENT, CUDNN = (
@@ -236,8 +241,6 @@ def test_what_is_atens() -> None:
 )
 def test_reasons(name: str, args: dict[str, Any], why: str | None) -> None:
     """Of calls on a GPU, asked without one."""
-    from gems_compile.attention import why_native
-
     q, k = torch.empty(1, 2, 8, 16, dtype=HALF), torch.empty(1, 2, 9, 16, dtype=HALF)
     overload = getattr(torch.ops.aten, name).default
     found = why_native(overload, (), {"query": q, "key": k, "value": k, **args}, INTERPRETER)
@@ -247,8 +250,6 @@ def test_reasons(name: str, args: dict[str, Any], why: str | None) -> None:
 @pytest.mark.parametrize(("queries", "few"), [(1, True), (64, True), (65, False), (4096, False)])
 def test_few_queries(queries: int, few: bool) -> None:
     """A step of decoding: fewer programs than half of a GPU's multiprocessors."""
-    from gems_compile.attention import why_native
-
     target = dataclasses.replace(INTERPRETER, multiprocessors=132)
     q, k = (torch.empty(1, 40, n, 64, dtype=HALF, device="meta") for n in (queries, 5000))
     overload = getattr(torch.ops.aten, FLASH).default
@@ -256,10 +257,61 @@ def test_few_queries(queries: int, few: bool) -> None:
     assert ("few queries" in str(found)) == few
 
 
+@on_cpu
+@gems_only
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("name", [FLASH, EFFICIENT, CUDNN])
+def test_layouts_of_a_gpus_overloads(name: str, inside: bool, packed: bool) -> None:
+    """As their meta functions say, and right: their rules, asked on a CPU."""
+    q, k, v = (t.detach() for t in operands((2, 2, 2, 33, 33, 16), HALF, inside))
+    if packed:
+        q, k, v = (torch.cat([t] * 2, -1)[..., :16] for t in (q, k, v))
+    bias = None if name == FLASH else rand(33, 33, dtype=HALF).expand(2, 2, 33, 33)
+    more = () if name == FLASH else (bias, True)
+    out, lse, *others = meta(name, q, k, v, *more)
+    got = by_rule(name, q, k, v, *more)
+    assert list(map(layout_of, got)) == list(map(layout_of, (out, lse)))
+    do = torch.randn_like(got[0])
+    saved = (*got, *others[:-1])
+    if name == EFFICIENT:
+        args = do, q, k, v, bias, *got, *others, 0.0, [True, True, True, False]
+    elif name == CUDNN:
+        args = do, q, k, v, *got, *others[4:6], bias, *others[:4], 0.0, False
+    else:
+        args = do, q, k, v, *saved[:6], 0.0, False, *saved[6:]
+    grads = by_rule(f"{name}_backward", *args)
+    want = [layout_of(t) for t in meta(f"{name}_backward", *args)[:3]]
+    assert list(map(layout_of, grads)) == want
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    right = exact(leaves[0], leaves[1], leaves[2], bias, False, None)
+    assert_near([got[0], *grads], [right, *torch.autograd.grad(right, leaves, do.double())], HALF)
+
+
+def meta(name: str, *args: Any) -> Any:
+    """What an overload's meta function makes of such arguments."""
+
+    def one(a: Any) -> Any:
+        if not isinstance(a, Tensor):
+            return a
+        return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
+
+    return getattr(torch.ops.aten, name).default(*map(one, args))
+
+
+def by_rule(name: str, *args: Any) -> Any:
+    """What an overload's rule makes of them, here."""
+    overload, target = getattr(torch.ops.aten, name).default, current_target()
+    config = Config.from_call()
+
+    def compile_step(make: Any) -> Any:
+        return in_clean_thread(lambda: _compiled(make(), overload, target, config))
+
+    return ATTENTION[overload](Steps(compile_step), *args)
+
+
 def test_results_that_no_kernel_fills() -> None:
     """Of flash and cuDNN on a GPU: numbers, None, seeds; logarithms that are not asked for."""
-    from gems_compile.attention import completed
-
     out, lse, seed = rand(2, 3), rand(2), torch.zeros(2, dtype=torch.uint64)
     native = (out, lse[:0], None, 7, seed, torch.empty((), dtype=torch.int64))
     mine = out + 1

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from attentioncheck import BFLOAT16, FLOAT, HALF, check, operands, served
+from attentioncheck import BFLOAT16, FLOAT, HALF, assert_near, check, exact, operands, served
 from eagercheck import nothing_left, ours, whys  # noqa: F401
 from helpers import assert_same_metadata, gems_only, rand
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import gems_compile
 
 pytestmark = [pytest.mark.gpu, gems_only]
 FLASH, EFFICIENT, CUDNN = (
@@ -87,3 +89,34 @@ def test_all_results_on_a_gpu(name: str) -> None:
         else:
             assert a == b
     torch.testing.assert_close(got[1][:, :, :200], want[1][:, :, :200], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_either_forward_goes_with_either_backward_on_a_gpu(name: str, first: bool) -> None:
+    """One of them is ours."""
+    given = operands((2, 4, 4, 300, 300, 64), BFLOAT16)
+    with sdpa_kernel(SDPBackend[BACKENDS[name]]):
+        with gems_compile.use_gems(only=[name] if first else []):
+            out = F.scaled_dot_product_attention(*given, is_causal=True)
+        do = torch.randn_like(out)
+        with gems_compile.use_gems(only=[] if first else [f"{name}_backward"]):
+            grads = torch.autograd.grad(out, given, do)
+    assert ours(name if first else f"{name}_backward") == 1
+    right = exact(*given, None, True, None)
+    want = torch.autograd.grad(right, given, do.double())
+    assert_near([out, *grads], [right, *want], BFLOAT16)
+
+
+def test_a_captured_graph() -> None:
+    """Replayed with other numbers in place."""
+    q, k, v = (t.detach() for t in operands((1, 4, 4, 256, 256, 64), BFLOAT16))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), gems_compile.use_gems(only=[FLASH]):
+        F.scaled_dot_product_attention(q, k, v)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = F.scaled_dot_product_attention(q, k, v)
+        q.copy_(torch.randn_like(q))
+        graph.replay()
+    assert ours(FLASH) == 2, whys(FLASH)
+    assert_near([out], [exact(q, k, v, None, False, None)], BFLOAT16)
