@@ -2,9 +2,9 @@
 
 Calls of pointwise ops and of reductions follow from their declarations: a sample's numbers at the
 benchmark's sizes, and the dims that a schema names; those of lists from their schemas, in
-``list_table``. Those of other ops are written in ``op_table`` and ``conv_table``. A call is written
-as a sample is, with ``T`` for a random tensor; ``Filled`` is one whose numbers must be sorted, or
-distinct, and ``Given`` one that a function makes.
+``list_table``. Those of other ops are written in ``op_table``, ``conv_table`` and
+``attention_table``. A call is written as a sample is, with ``T`` for a random tensor; ``Filled`` is
+one whose numbers must be sorted, or distinct, and ``Given`` one that a function makes.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ class Case:
     label:  its size in a name
     across: it works over another dim than the last
     whole:  it reads all of its tensors, so that their bytes say how fast it is
+    compared: so many of its results; others hold nothing that a call defines (None: all)
     """
 
     overload: str
@@ -109,6 +110,7 @@ class Case:
     call: Call
     across: bool = False
     whole: bool = True
+    compared: int | None = None
 
     @property
     def op(self) -> str:
@@ -120,7 +122,8 @@ class Case:
 
     @property
     def random(self) -> bool:
-        return torch.Tag.nondeterministic_seeded in eager._overloads()[self.overload].tags
+        seeded = torch.Tag.nondeterministic_seeded in eager._overloads()[self.overload].tags
+        return seeded and self.compared is None  # attention without dropout draws nothing
 
     def elements(self) -> int:
         """Of its largest tensor."""
@@ -262,11 +265,12 @@ def cases(small: bool = False) -> dict[str, Case]:
 
 def of_overload(name: str, sizes: Sizes) -> list[Case]:
     """An overload's cases; none of one that nobody has written a call for."""
+    from benchmarks.attention_table import attention
     from benchmarks.conv_table import bags, convolutions
     from benchmarks.list_table import lists
     from benchmarks.op_table import written
 
-    tables = written, lists, convolutions, bags
+    tables = written, lists, convolutions, bags, attention
     if found := [case for table in tables for case in table(name, sizes)]:
         return found
     kind = OPS[name].kind if name in OPS else ""

@@ -223,6 +223,8 @@ class Measured:
         ours, why_not = self.ours()
         if why_not:
             return f"ATen's: {why_not}", self.moved(native)
+        if (count := self.case.compared) is not None:
+            ours, native = ours[:count], native[:count]
         if self.case.random:
             why = why_unlikely(ours, native)
         else:
