@@ -84,7 +84,7 @@ def side(name: str) -> Iterator[None]:
     names = names or ["_scaled_dot_product_flash_attention_for_cpu"]
     chosen = contextlib.nullcontext()
     if backend in BACKENDS:
-        chosen = sdpa_kernel(SDPBackend[f"{backend.upper()}_ATTENTION"])
+        chosen = sdpa_kernel(getattr(SDPBackend, f"{backend.upper()}_ATTENTION"))
     with chosen, gems_compile.use_gems(only=[*names, f"{names[0]}_backward"] if ours else []):
         yield
 

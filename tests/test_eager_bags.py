@@ -61,7 +61,10 @@ def run(weight: Tensor, scales: Tensor | None, *where: Tensor, **how: Any) -> li
 
 def check(weight: Tensor, scales: Tensor | None, *where: Tensor, **how: Any) -> None:
     """Ours are as near float64 as ATen's, and came from kernels."""
-    want = run(weight, scales, *where, **how)
+    try:
+        want = run(weight, scales, *where, **how)
+    except NotImplementedError as error:  # gradients in bfloat16, on a GPU
+        pytest.skip(f"ATen has no such kernel there: {error}")
     wide = None if scales is None else scales.double()
     exact = run(weight.double(), wide, *where, **how)
     names = NAMES if scales is not None else NAMES[:3]
@@ -302,8 +305,8 @@ def test_machine_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         noted = lambda v, t, w=kernel.write: seen.append(w(v, target)) or w(v, t)  # noqa: E731
         monkeypatch.setitem(WHOLE, name, kernel._replace(write=noted))
     monkeypatch.setattr(bags, "as_a_gpu", lambda tensor: True)
-    table = torch.empty(1000, 128, dtype=torch.bfloat16)
-    indices, places = torch.zeros(4096, dtype=torch.int64), torch.zeros(256, dtype=torch.int64)
+    table = torch.empty(1000, 128, dtype=torch.bfloat16, device=DEVICE)
+    indices, places = (torch.zeros(n, dtype=torch.int64, device=DEVICE) for n in (4096, 256))
     for mode, padding in ((0, -1), (1, 3), (2, -1)):
         args = table, indices, places, False, mode, False, None, False, padding
         graph, *_ = composed_graph(aten._embedding_bag.default, args, {})

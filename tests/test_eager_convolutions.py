@@ -383,8 +383,9 @@ def test_machine_code(layout: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name, kernel in list(WHOLE.items()):
         noted = lambda v, t, w=kernel.write: seen.append(w(v, target)) or w(v, t)  # noqa: E731
         monkeypatch.setitem(WHOLE, name, kernel._replace(write=noted))
-    x = torch.empty(64, 32, 56, 56, dtype=torch.bfloat16).contiguous(memory_format=layout)
-    weight = torch.empty(32, 1, 3, 3, dtype=torch.bfloat16)
+    x = torch.empty(64, 32, 56, 56, dtype=torch.bfloat16, device=DEVICE)
+    x = x.contiguous(memory_format=layout)
+    weight = torch.empty(32, 1, 3, 3, dtype=torch.bfloat16, device=DEVICE)
     how = [1, 1], [1, 1], [1, 1], False, [0, 0], 32
     args = (x, x, weight, None, *how, [True, True, False])
     graph, *_ = convolution_graph(aten.convolution_backward.default, args, {}, INTERPRETER)
