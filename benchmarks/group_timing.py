@@ -159,4 +159,5 @@ def timed(
         return {**graph_us(run, flush, seconds), "how": "graph"}
     except Exception as error:
         torch.cuda.synchronize()  # raises where the device is lost
+        captured(flush)  # else the device's generator counts for the capture that failed
         return {**profiled_us(run, flush), "how": "profiler", "not_captured": str(error)[:300]}

@@ -46,7 +46,10 @@ def test_nearly_every_op_is_timed() -> None:
     assert len(op_cases.without_cases()) < len(eager._declared()) / 20
     assert {case.family for case in CASES.values()} == set(op_cases.FAMILIES)
     full = op_cases.cases()
-    assert {case.overload for case in full.values()} == {c.overload for c in CASES.values()}
+    small = {case.overload for case in CASES.values()}
+    others = {case.overload for case in full.values()} - small
+    assert small <= {case.overload for case in full.values()}
+    assert all("_scaled_dot_product_" in name for name in others)  # a CPU has none of them
     assert full["add.Tensor-2^24"].elements() == 2**24 and "add.Tensor-16384" in full
     assert {"sum.dim_IntList-8192x4096", "sum.dim_IntList-8192x4096-columns"} <= set(full)
 
@@ -236,6 +239,8 @@ def use_gems():
     key = "CUDA" if torch.cuda.is_available() else "CPU"
     library.impl("gelu", lambda x, *, approximate="none": x * torch.special.ndtr(x), key)
     library.impl("exp", lambda x: x + 1, key)
+    library.impl("isfinite", lambda x: 1 // 0, key)  # as its kernels fail on empty operands
+    library.impl("index.Tensor", lambda x, indices: 1 // 0, key)
     try:
         yield
     finally:
