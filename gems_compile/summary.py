@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
+from . import traffic
 from .lowering.graph import module_path, source_line
 from .lowering.group import Group, Plan
 from .lowering.horizontal import Combined
@@ -21,6 +22,7 @@ from .lowering.ir import Value
 from .lowering.pipeline import Report
 from .lowering.render import kernel_name
 from .lowering.source import Source
+from .lowering.tune import hints_of
 
 SHORT = {
     "float16": "f16",
@@ -75,11 +77,16 @@ class NodeFact:
     detail: str  # the kernel's name, or the reason
     line: str
     module: str
+    inputs: tuple[str, ...] = ()  # names of nodes, and of the graph's inputs
+    steps: tuple[int, ...] = ()  # places among the graph's calls of those that compute it
 
 
 @dataclass(frozen=True)
 class Call:
-    """One step of the compiled function: a kernel launch or an ATen call, in order."""
+    """One step of the compiled function: a kernel launch or an ATen call, in order.
+
+    ``eager``: the bytes that ATen's ops for the same nodes read and write, one after the other.
+    """
 
     kind: str  # "kernel" or "aten"
     name: str
@@ -90,6 +97,14 @@ class Call:
     lines: tuple[str, ...]
     modules: tuple[str, ...]
     parts: tuple[int, ...] = ()  # elements of each, for kernels alike that are one launch
+    read: int = 0  # bytes
+    written: int = 0
+    eager: int = 0
+
+    @property
+    def saved(self) -> int:
+        """Bytes that eager PyTorch moves beyond ours."""
+        return self.eager - self.read - self.written
 
 
 @dataclass(frozen=True)
@@ -137,6 +152,9 @@ class GraphSummary:
     captures: tuple[str, ...] = ()  # what CUDA graphs hold, what they do not, and why
     tuned: tuple[str, ...] = ()  # the tiles of kernels that were measured
     kernels: int = 0
+    inputs: dict[str, str] = field(default_factory=dict)  # name -> type
+    outputs: tuple[str, ...] = ()  # names of nodes, or of inputs
+    sources: dict[str, str] = field(default_factory=dict)  # kernel's name and key -> its text
     seconds: dict[str, float] = field(default_factory=dict)
     counted: dict[str, int] = field(default_factory=dict)  # of a graph whose nodes are not known
 
@@ -194,14 +212,29 @@ def summarize(report: Report) -> GraphSummary:
         names = ("nodes", "fused", "aten_calls", "launches")
         counted = {name: getattr(report, name) for name in names}
         return GraphSummary(**head, kernels=len(report.sources), counted=counted)
-    origins = _origins(plan)
+    origins, graph = _origins(plan), _graph_of(plan)
+    sizes = hints_of(graph) if graph is not None else {}
     return GraphSummary(
         **head,
-        nodes=tuple(_node_facts(plan, origins)),
-        calls=tuple(_calls(plan, report.source_of, origins)),
+        nodes=tuple(_node_facts(plan, graph, origins)),
+        calls=tuple(_calls(plan, report.source_of, origins, sizes)),
         unfused=tuple(_unfused(plan, origins)),
         kernels=len(report.sources),
+        sources={f"{s.name}_{s.key[:8]}": s.commented for s in report.sources},
+        **(_ends(graph) if graph is not None else {}),
     )
+
+
+def _graph_of(plan: Plan) -> Graph | None:
+    nodes = (*(n for g in plan.groups for n in g.nodes), *plan.steps)
+    return next((n.graph for n in nodes if isinstance(n, Node)), None)
+
+
+def _ends(graph: Graph) -> dict[str, Any]:
+    """What the graph takes and returns."""
+    inputs = {n.name: describe(n.meta.get("val")) for n in graph.find_nodes(op="placeholder")}
+    (output,) = graph.find_nodes(op="output")
+    return {"inputs": inputs, "outputs": tuple(_op(n).name for n in output.all_input_nodes)}
 
 
 def _rewrites(report: Report) -> dict[str, Any]:
@@ -279,14 +312,40 @@ def is_call(step: Any, plan: Plan) -> bool:
     )
 
 
-def _node_facts(plan: Plan, origins: Origins) -> Iterable[NodeFact]:
-    graph = next((g.nodes[0].graph for g in plan.groups if g.nodes), None)
-    graph = graph or next((n.graph for n in plan.steps if isinstance(n, Node)), None)
+def _recomputed(plan: Plan, origins: Origins) -> dict[Group, list[Node]]:
+    """Ops that kernels which read them compute again, each kernel for itself."""
+    found: dict[Group, list[Node]] = {}
+    for group in plan.groups:
+        nodes: dict[Node, None] = {}
+        todo, seen = list(group.members), set(group.members)
+        while todo:
+            for source in todo.pop().inputs:
+                if source in plan.inlined and source not in seen:
+                    seen.add(source)
+                    todo.append(source)
+                    if source.computes and source in origins:
+                        nodes[_op(origins[source])] = None
+        found[group] = list(nodes)
+    return found
+
+
+def _steps(plan: Plan) -> list[Any]:
+    """Groups and nodes that a run calls, in order: the graph's calls."""
+    return [s for s in plan.steps if isinstance(s, Group) or is_call(s, plan)]
+
+
+def _node_facts(plan: Plan, graph: Graph | None, origins: Origins) -> Iterable[NodeFact]:
     homes: dict[Node, dict[str, None]] = {}
+    places: dict[Node, list[int]] = {}
+    again = _recomputed(plan, origins)
+    for place, step in enumerate(_steps(plan)):
+        own = [step] if isinstance(step, Node) else [*map(_op, _nodes_of(step, origins))]
+        for node in (*own, *again.get(step, ())):
+            places.setdefault(node, []).append(place)
     for group in plan.groups:
         for node in _nodes_of(group, origins):
             homes.setdefault(_op(node), {})[kernel_name(group.members)] = None
-    recomputed = {_op(v.node) for v in plan.inlined if v.node is not None and v.computes}
+    recomputed = {node for nodes in again.values() for node in nodes}
     called = {step for step in plan.steps if is_call(step, plan)}
     for node in graph.nodes if graph is not None else ():
         if node.op != "call_function" or node.target is operator.getitem:
@@ -307,6 +366,8 @@ def _node_facts(plan: Plan, origins: Origins) -> Iterable[NodeFact]:
             detail,
             source_line(node),
             module_path(node),
+            _distinct(_op(n).name for n in node.all_input_nodes),
+            tuple(dict.fromkeys(places.get(node, ()))),
         )
 
 
@@ -334,12 +395,19 @@ def _typed(dtype: str, shape: Iterable[Any]) -> str:
 # calls -------------------------------------------------------------------------------------------
 
 
-def _calls(plan: Plan, source_of: dict[Group, Source], origins: Origins) -> Iterable[Call]:
-    for step in plan.steps:
+def _calls(
+    plan: Plan, source_of: dict[Group, Source], origins: Origins, sizes: Mapping[Any, int]
+) -> Iterable[Call]:
+    again, known = _recomputed(plan, origins), set()
+    for step in _steps(plan):
         if isinstance(step, Group):
-            yield _launch(step, source_of[step], origins)
-        elif is_call(step, plan):
+            # what several kernels compute eager computes once: the first of them saves it
+            others = [node for node in again.get(step, ()) if node not in known]
+            known.update(others)
+            yield _launch(step, source_of[step], origins, others, sizes)
+        else:
             reads = tuple(describe(n.meta.get("val")) for n in step.all_input_nodes)
+            read, written = traffic.of_node(step)
             yield Call(
                 "aten",
                 op_name(step),
@@ -349,13 +417,24 @@ def _calls(plan: Plan, source_of: dict[Group, Source], origins: Origins) -> Iter
                 (op_name(step),),
                 _distinct([source_line(step)]),
                 _distinct([module_path(step)]),
+                read=read,
+                written=written,
+                eager=read + written,
             )
 
 
-def _launch(group: Group, source: Source, origins: Origins) -> Call:
-    reads = tuple(_typed(v.dtype, v.shape) for _, role, v in source.params if role == "in")
+def _launch(
+    group: Group,
+    source: Source,
+    origins: Origins,
+    others: Sequence[Node],
+    sizes: Mapping[Any, int],
+) -> Call:
+    """``others``: nodes whose eager bytes count here, though other kernels compute them, too."""
+    inputs = [v for _, role, v in source.params if role == "in"]
     outputs = [v for _, role, v in source.params if role == "out"]
-    writes = tuple(_typed(v.dtype, v.shape) for v in (*outputs, *group.stores.values()))
+    outputs += group.stores.values()
+    reads, writes = (tuple(_typed(v.dtype, v.shape) for v in vs) for vs in (inputs, outputs))
     parts = group.groups if isinstance(group, Combined) else ()
     nodes = _nodes_of(group, origins)
     return Call(
@@ -368,6 +447,9 @@ def _launch(group: Group, source: Source, origins: Origins) -> Call:
         _distinct(map(source_line, nodes)),
         _distinct(map(module_path, nodes)),
         tuple(part.numel(part.domain) for part in parts),
+        traffic.of_values(inputs, sizes),
+        traffic.of_values(outputs, sizes),
+        sum(sum(traffic.of_node(n)) for n in dict.fromkeys([*map(_op, nodes), *others])),
     )
 
 
