@@ -412,6 +412,8 @@ def test_json_is_the_whole_of_it() -> None:
         "detail",
         "line",
         "module",
+        "inputs",
+        "steps",
     }
     assert data["seconds"].keys() == {"Dynamo", "AOTAutograd"}
 
@@ -460,3 +462,35 @@ def test_a_buffer_that_repeats_its_elements_is_put_back() -> None:
     before = model.scale.clone()
     gems_compile.explain(model, rand(3, 4))  # ATen would refuse to write the buffer
     assert torch.equal(model.scale, before) and model.seen.eq(0).all()
+
+
+def test_what_a_step_moves() -> None:
+    """Bytes, and those of eager PyTorch's ops for the same; a recomputed sum counts once."""
+
+    def program(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = x + y.float()
+        return z.exp() * 2, torch.softmax(z, -1)
+
+    x, y = rand(64, 32), rand(32).to(torch.bfloat16)
+    (graph,) = gems_compile.explain(program, x, y).graphs
+    moved = sum(c.read + c.written for c in graph.calls)
+    whole, row = 64 * 32 * 4, 32 * 4
+    eager = (row // 2 + row) + (whole + row + whole) + 3 * 2 * whole  # cast, add; exp, mul, softmax
+    assert sum(c.eager for c in graph.calls) == eager
+    assert sum(c.saved for c in graph.calls) == eager - moved
+    assert moved <= 4 * whole + 2 * row
+
+
+def test_edges_and_steps() -> None:
+    found = gems_compile.explain(Mlp().to(DEVICE), rand(4, 8))
+    for graph in found.graphs:
+        known = {*graph.inputs, *(node.name for node in graph.nodes)}
+        assert set(graph.outputs) <= known
+        for node in graph.nodes:
+            assert set(node.inputs) <= known
+            assert bool(node.steps) == (node.fate != FREE)
+            for place in node.steps:
+                call = graph.calls[place]
+                assert node.op in call.ops or node.detail.endswith("which recompute it")
+        keys = {f"{c.name}_{c.detail}" for c in graph.calls if c.kind == "kernel"}
+        assert keys == set(graph.sources)
