@@ -316,7 +316,7 @@ def _overlapping(
         max(((i + 1) * n + count - 1) // count - i * n // count for i in range(count))
         for n, count in zip(full, size, strict=True)
     ]
-    if math.prod(longest) > MOST_TAPS:
+    if math.prod(longest) > MOST_WRITTEN_OUT:
         raise Whole(f"windows of {math.prod(longest)} elements")
     total = None
     for at in itertools.product(*map(range, longest)):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import BACKEND, DEVICE, gems_only, no_new_graph, rand
-from torch import nn
+from torch import Tensor, nn
 
 if BACKEND == "gems":
     import gems_compile
