@@ -4,6 +4,9 @@ Each call is checked for right numbers first, and then both are timed in turns i
 device time (``--mode kernel``), the host's (``host``), or that of steady calls (``call``), which is
 what the defaults of eager mode follow: ``--write-table`` writes those into
 ``gems_compile/defaults/``. With FlagGems installed, its kernels are timed too, in another process.
+
+On several GPUs: a process a GPU with ``--part 1/4 --json 1.json`` and so on, and then ``--rows
+*.json`` reads what they measured instead of measuring.
 """
 
 from __future__ import annotations
@@ -46,7 +49,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--small", action="store_true", help="tiny shapes, for a CPU with TRITON_INTERPRET=1")
     add("--seconds", type=float, default=0.2, help="of timing, per case and side (default: 0.2)")
     add("--no-flag-gems", action="store_true", help="leave FlagGems out, where it is installed")
-    add("--json", type=Path, help="write all rows to this file")
+    add("--json", type=Path, help="write all rows to this file, a line each until all are there")
+    add("--part", default=(1, 1), type=part, help="K/N: the K-th of N shares of the cases")
+    add("--rows", nargs="+", type=Path, help="report what such files hold, and measure nothing")
     where = "append each row here (default: results/ops.jsonl, nowhere with --small)"
     add("--results", type=Path, help=where)
     where = "draw x eager as bars, .svg or .png (default: results/ops.svg, nowhere with --small)"
@@ -61,6 +66,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.write_table and options.mode != "call":
         parser.error(f"--write-table takes --mode call, not {options.mode}: see --help")
     return options
+
+
+def part(text: str) -> tuple[int, int]:
+    """ "2/4" -> (2, 4)"""
+    first, _, count = text.partition("/")
+    found = int(first), int(count)
+    if not 1 <= found[0] <= found[1]:
+        raise ValueError(text)
+    return found
 
 
 def setting_of(options: argparse.Namespace) -> Setting:
@@ -199,9 +213,13 @@ def add_kernel_ratios(rows: list[Row], found: Iterable[Case], setting: Setting) 
                 row["kernel_ratio"] = again["ratio"]
 
 
-def run(found: Iterable[Case], setting: Setting, where: dict[str, str]) -> list[Row]:
-    """All rows, each printed as it comes."""
+def run(
+    found: Iterable[Case], setting: Setting, where: dict[str, str], file: Path | None = None
+) -> list[Row]:
+    """All rows, each printed as it comes, and added to the file."""
     copies, common, rows = Copies(replace(setting, mode="kernel")), {**where, **stamp()}, []
+    if file is not None:
+        file.write_text("")
     for case in found:
         row = {**measure(case, setting, copies), **common}
         text = row["status"]
@@ -209,6 +227,39 @@ def run(found: Iterable[Case], setting: Setting, where: dict[str, str]) -> list[
             text = f"{row['eager_us']:.2f} / {row['gems_us']:.2f} us = {row['ratio']:.2f}"
         print(f"{case.name}: {text}", flush=True)
         rows.append(row)
+        if file is not None:
+            append(row, file)
+    return rows
+
+
+def read(files: Iterable[Path], mode: str, found: Iterable[Case]) -> list[Row]:
+    """The rows of a mode that such files hold, in the order of the cases; those of calls learn from
+    those of kernels how they did on the device."""
+    places = {case.name: place for place, case in enumerate(found)}
+    rows: list[Row] = []
+    for file in files:
+        text = file.read_text()
+        whole = text.lstrip().startswith("[")
+        rows += json.loads(text) if whole else map(json.loads, text.splitlines())
+    rows = [row for row in rows if row["case"] in places]
+    on_device = {row["case"]: row for row in rows if row["mode"] == "kernel"}
+    picked = [row for row in rows if row["mode"] == mode]
+    for row in picked:
+        if mode == "call" and "ratio" in (there := on_device.get(row["case"], {})):
+            row.setdefault("kernel_ratio", there["ratio"])
+    return sorted(picked, key=lambda row: places[row["case"]])
+
+
+def measured(
+    found: list[Case], setting: Setting, where: dict[str, str], options: argparse.Namespace
+) -> list[Row]:
+    first, count = options.part
+    found = found[first - 1 :: count]
+    rows = run(found, setting, where, options.json)
+    if options.write_table:
+        add_kernel_ratios(rows, found, setting)
+    if has_flag_gems() and not options.no_flag_gems:
+        print(add_flag_gems(rows, setting))
     return rows
 
 
@@ -232,12 +283,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_list(found)
         return 0
     setting = setting_of(options)
-    where = machine(setting.device)
-    rows = run(found, setting, where)
-    if options.write_table:
-        add_kernel_ratios(rows, found, setting)
-    if has_flag_gems() and not options.no_flag_gems:
-        print(add_flag_gems(rows, setting))
+    if options.rows:
+        rows = read(options.rows, setting.mode, found)
+        if not rows:
+            print(f"--rows: no row of mode {setting.mode} there", file=sys.stderr)
+            return 2
+        where = {key: rows[0][key] for key in ("gpu", "target", "torch")}
+    else:
+        where = machine(setting.device)
+        rows = measured(found, setting, where, options)
     sink = options.results or (None if options.small else ROOT / "results" / "ops.jsonl")
     for row in rows:
         append(row, sink)

@@ -197,6 +197,30 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
         assert all(row["case"] in plot.read_text() for row in rows)
 
 
+def test_parts(tmp_path: Path, capsys: Any) -> None:
+    """Each of two processes measures half, in both modes; a third reads what they wrote."""
+    files = []
+    for mode in ("kernel", "call"):
+        for k in (1, 2):
+            files.append(tmp_path / f"{mode}{k}.json")
+            half = ("--part", f"{k}/2", "--json", str(files[-1]), "--mode", mode)
+            assert run("--ops", "gelu,mv", "--no-flag-gems", *half) == 0
+    sizes = [len(json.loads(file.read_text())) for file in files]
+    assert sizes == [2, 1, 2, 1]
+    lines = [json.dumps(row) + "\n" for row in json.loads(files[0].read_text())]
+    files[0].write_text("".join(lines))  # as a run that was cut leaves it
+    out = tmp_path / "all.json"
+    capsys.readouterr()
+    again = ("--rows", *map(str, files), "--mode", "call", "--json", str(out))
+    assert run("--ops", "gelu,mv", *again) == 0
+    rows = json.loads(out.read_text())
+    assert [row["case"] for row in rows] == ["gelu-130", "gelu-34", "mv-6x34"]
+    assert all(row["mode"] == "call" and row["kernel_ratio"] > 0 for row in rows)
+    assert "x eager (2)" in capsys.readouterr().out
+    assert run("--rows", *map(str, files), "--mode", "host") == 2
+    assert "--rows: no row of mode host there" in capsys.readouterr().err
+
+
 def test_a_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     row = {"status": "ok", "family": "norm", "case": "a", "ratio": 2.0}
@@ -213,6 +237,10 @@ def test_typos(capsys: Any) -> None:
     with pytest.raises(SystemExit):
         run("--write-table")
     assert "--write-table takes --mode call, not kernel" in capsys.readouterr().err
+    for wrong in ("5/4", "0/2", "2"):
+        with pytest.raises(SystemExit):
+            run("--part", wrong)
+        assert "argument --part: invalid part value" in capsys.readouterr().err
 
 
 def test_the_list(capsys: Any) -> None:
