@@ -28,6 +28,15 @@ STANDARD = "nvidia:sm90"
 #: ops told apart by the dim that their second argument names: the last, or another
 WITH_DIM = ("_softmax", "_log_softmax")
 
+#: ops whose time is that of tensor cores: other dtypes, and heads that are filled up to a tile of
+#: another width, have another speed than was measured
+ATTENTION = tuple(
+    f"_scaled_dot_product_{backend}_attention{suffix}"
+    for backend in ("flash", "efficient")
+    for suffix in ("", "_backward")
+)
+HEADS = (64, 128)
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -101,6 +110,8 @@ def why_not_worth(name: str, args: Sequence[Any], target: Target) -> str | None:
     nothing = "one kernel of ours gains nothing over ATen's"
     if row is None:
         return nothing
+    if name in ATTENTION and (args[0].dtype.itemsize != 2 or args[0].shape[-1] not in HEADS):
+        return "only heads of 64 and 128 elements in 16 bits were measured"
     largest = max((a.numel() for a in args if isinstance(a, Tensor)), default=0)
     least = row.least
     if name in WITH_DIM:

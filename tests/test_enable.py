@@ -329,6 +329,7 @@ def test_what_is_worth_a_kernel(monkeypatch: Any) -> None:
         "_softmax": worth.Measured(2**24, least_across=2**19),
         "_log_softmax": worth.Measured(2**24, longest=16384),
         "logsumexp": worth.Measured(0),
+        worth.ATTENTION[0]: worth.Measured(0),
         "add.Tensor": worth.Measured(None),
     }
     monkeypatch.setattr(worth, "table_of", lambda label: worth.Table(label, "", "", rows))
@@ -342,6 +343,10 @@ def test_what_is_worth_a_kernel(monkeypatch: Any) -> None:
     assert worth.least_elements("add.Tensor", h200) == worth.least_elements("exp", h200) > 2**60
     assert "a row has more" in str(why("_log_softmax", on(4096, 32768), 1, False))
     assert why("logsumexp", on(4), [0]) is None
+    heads = [on(1, 2, 8, width) for width in (64, 80)]
+    assert why(worth.ATTENTION[0], heads[0].half()) is None
+    for x in (heads[0], heads[1].half()):
+        assert "in 16 bits" in str(why(worth.ATTENTION[0], x))
     assert "gains nothing" in str(why("add.Tensor", on(2**13, 2**13)))
     assert worth.on_unasked("_softmax", h200) and not worth.on_unasked("_softmax.out", h200)
     assert not worth.on_unasked("add.Tensor", h200)
