@@ -116,6 +116,9 @@ class Edge:
     reason: str
     line: str
     module: str
+    # not of what makes two edges alike: the bytes of the value, and the nodes that both ends are of
+    bytes: int = field(default=0, compare=False)
+    nodes: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,7 @@ def summarize(report: Report) -> GraphSummary:
         **head,
         nodes=tuple(_node_facts(plan, graph, origins)),
         calls=tuple(_calls(plan, report.source_of, origins, sizes)),
-        unfused=tuple(_unfused(plan, origins)),
+        unfused=tuple(_unfused(plan, origins, sizes)),
         kernels=len(report.sources),
         sources={f"{s.name}_{s.key[:8]}": s.commented for s in report.sources},
         **(_ends(graph) if graph is not None else {}),
@@ -460,7 +463,7 @@ def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
 # edges -------------------------------------------------------------------------------------------
 
 
-def _unfused(plan: Plan, origins: Origins) -> Iterable[Edge]:
+def _unfused(plan: Plan, origins: Origins, sizes: Mapping[Any, int]) -> Iterable[Edge]:
     """The refusals that still hold at the end: both ends in kernels, not in the same one."""
     home = {m: g for g in plan.groups for m in g.members}
     seen: set[tuple[Value, Value]] = set()
@@ -471,7 +474,14 @@ def _unfused(plan: Plan, origins: Origins) -> Iterable[Edge]:
         seen.add((producer, consumer))
         node = origins.get(consumer) or origins.get(producer)
         where = (source_line(node), module_path(node)) if node is not None else ("", "")
-        yield Edge(_value_name(producer, origins), _value_name(consumer, origins), why, *where)
+        yield Edge(
+            _value_name(producer, origins),
+            _value_name(consumer, origins),
+            why,
+            *where,
+            traffic.of_values([producer], sizes),
+            tuple(_op(origins[v]).name for v in (producer, consumer) if v in origins),
+        )
 
 
 def _value_name(value: Value, origins: Origins) -> str:
