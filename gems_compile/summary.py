@@ -116,9 +116,8 @@ class Edge:
     reason: str
     line: str
     module: str
-    # not of what makes two edges alike: the bytes of the value, and the nodes that both ends are of
-    bytes: int = field(default=0, compare=False)
-    nodes: tuple[str, ...] = field(default=(), compare=False)
+    bytes: int = field(default=0, compare=False)  # of the value
+    nodes: tuple[str, ...] = field(default=(), compare=False)  # that both ends are of
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,14 @@ FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
+#: becomes the browser, with the pipes as the files that it knows them by: it reads 3 and writes 4
+START = """
+import fcntl, os, sys
+pipes = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for end, name in zip(pipes, (3, 4)):
+    os.dup2(end, name)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 PATIENCE = 30  # seconds for an answer, on a machine that is busy
 
 
@@ -40,11 +49,9 @@ class Browser:
     def __init__(self, profile: Path, size: tuple[int, int] = (1280, 800)) -> None:
         to_read, self.write = os.pipe()
         self.read, to_write = os.pipe()
-        window = f"--window-size={size[0]},{size[1]}"
-        flags = " ".join((*FLAGS, window, f"--user-data-dir={profile}", "about:blank"))
-        # it reads its file 3 and writes its file 4
+        program = (str(find()), *FLAGS, f"--user-data-dir={profile}", "about:blank")
         self.process = subprocess.Popen(
-            ["sh", "-c", f"exec {find()} {flags} 3<&{to_read} 4>&{to_write}"],
+            [sys.executable, "-S", "-c", START, str(to_read), str(to_write), *program],
             pass_fds=(to_read, to_write),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -127,7 +134,9 @@ class Browser:
 
     def frame(self) -> None:
         """Until what was asked to be drawn is drawn."""
-        self.eval("new Promise(r => requestAnimationFrame(() => requestAnimationFrame(() => r(1))))")
+        self.eval(
+            "new Promise(r => requestAnimationFrame(() => requestAnimationFrame(() => r(1))))"
+        )
 
     def mouse(self, kind: str, x: float, y: float, **more: Any) -> None:
         params = {"type": f"mouse{kind}", "x": x, "y": y, **more}

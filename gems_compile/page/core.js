@@ -40,14 +40,16 @@ const saved = (box) => box.bytes[2] - moved(box);
 const cost = (box) => (graph().measured ? box.us : moved(box));
 const costText = (box) => (graph().measured ? micros(box.us) : bytes(moved(box)));
 
-/** What a box is called: its ops, since kernels' names list each step of them. */
+/** What a box is called: the ops that it fuses, since a kernel's name lists each step of them. */
 function boxTitle(box) {
-  const name = TEXTS[box.name];
-  return box.kind === "kernel" ? name.replace(/^fused_/, "") : name;
+  return box.kind === "kernel" ? opsTitle(box.ops.map((k) => TEXTS[k])) || TEXTS[box.name] : TEXTS[box.name];
 }
 
-/** Equal kernels, or equal ATen calls for the same reason. */
-const identity = (box) => `${box.kind} ${box.name} ${box.detail}`;
+const OVERLOAD = /\.(?:[A-Z]\w*|dim|dim_\w+|int|correction)$/; // of "add.Tensor", not "mylib.scale"
+const opsTitle = (ops) => [...new Set(ops.map((op) => op.replace(OVERLOAD, "")))].join(" + ");
+
+/** The same for equal kernels, and for equal ATen calls of equal types for the same reason. */
+const identity = (box) => `${box.name} ${box.detail}` + (box.kind === "kernel" ? "" : ` ${box.reads} ${box.writes}`);
 
 // prepared once a graph ------------------------------------------------------------------------
 
@@ -59,7 +61,7 @@ function prepared() {
   if (PREPARED.has(own)) return PREPARED.get(own);
   const made = {
     before: own.boxes.map(() => []), after: own.boxes.map(() => []), refused: own.boxes.map(() => []),
-    equal: new Map(), hues: new Map(), haystack: null,
+    equal: new Map(), hues: new Map(), haystack: null, hubs: null,
   };
   for (const edge of own.edges) {
     made.after[edge[0]].push(edge);
@@ -69,6 +71,7 @@ function prepared() {
     made.refused[edge[0]].push(edge);
     made.refused[edge[1]].push(edge);
   }
+  made.hubs = own.boxes.map((_, step) => made.before[step].length > 24 || made.after[step].length > 24);
   own.boxes.forEach((box, step) => {
     const key = identity(box);
     if (!made.equal.has(key)) made.equal.set(key, []);
@@ -101,7 +104,7 @@ let CSS = {};
 /** The colours of the scheme that is on, read again when it changes. */
 function readColours() {
   const style = getComputedStyle(document.documentElement);
-  const names = ["back", "paper", "text", "soft", "rule", "accent", "band", "aten", "aten-rule", "edge", "found", "warn", "good", "fill", "line", "solid"];
+  const names = ["back", "paper", "text", "soft", "rule", "accent", "band", "aten", "aten-rule", "aten-solid", "edge", "found", "warn", "good", "fill", "line", "solid"];
   CSS = Object.fromEntries(names.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
 }
 
@@ -109,12 +112,12 @@ function readColours() {
 function coloursOf(box) {
   const by = $("colour").value;
   if (by === "kernel") {
-    if (box.kind === "aten") return { fill: CSS.aten, line: CSS["aten-rule"], solid: CSS["aten-rule"] };
+    if (box.kind === "aten") return { fill: CSS.aten, line: CSS["aten-rule"], solid: CSS["aten-solid"] };
     return ofHue(HUES[prepared().hues.get(box.detail) % HUES.length]);
   }
   const most = largest(by);
   const share = most > 0 ? Math.max(by === "saved" ? saved(box) : cost(box), 0) / most : 0;
-  if (share === 0) return { fill: CSS.paper, line: CSS["aten-rule"], solid: CSS.aten };
+  if (share === 0) return { fill: CSS.paper, line: CSS["aten-rule"], solid: CSS["aten-solid"] };
   const [hue, strong] = [by === "saved" ? 150 : 40, Math.sqrt(share)];
   return { fill: oklch("fill", hue, 0.4 + 2.4 * strong), line: oklch("line", hue, 1), solid: oklch("solid", hue, 0.15 + 1.4 * strong) };
 }

@@ -43,11 +43,16 @@ def page_data(explanation: Data, times: Mapping[str, Sequence[float]] | None = N
         "name": explanation["name"],
         "target": explanation["target"],
         "seconds": explanation["seconds"],
-        "breaks": [[times, why] for why, times in explanation["graph_breaks"].items()],
+        "breaks": [[count, why] for why, count in explanation["graph_breaks"].items()],
         "graphs": graphs,
         "sources": sources,
         "texts": list(texts.numbers),
-        "size": {"width": layout.WIDTH, "head": layout.HEAD, "line": layout.LINE},
+        "size": {
+            "width": layout.WIDTH,
+            "head": layout.HEAD,
+            "line": layout.LINE,
+            "gutter": layout.GUTTER,
+        },
     }
 
 
@@ -64,8 +69,9 @@ def _graph(graph: Data, texts: Texts, times: Sequence[float] | None) -> Data:
     for k, node in enumerate(nodes):
         for step in node["steps"]:
             members[step].append(k)
-        if not node["steps"] and homes[k] is not None:
-            views[homes[k]].append(k)
+        home = homes[k]
+        if not node["steps"] and home is not None:
+            views[home].append(k)
     edges = _edges(nodes, number)
     lanes = layout.lanes_of([c["modules"][0] if c["modules"] else "" for c in calls])
     lines = [len(m) + bool(v) for m, v in zip(members, views, strict=True)]
@@ -79,14 +85,14 @@ def _graph(graph: Data, texts: Texts, times: Sequence[float] | None) -> Data:
         "numbers": graph["numbers"],
         "seconds": graph["seconds"],
         "notes": _notes(graph),
-        "nodes": [
-            [*(texts(n[key]) for key in NODE), texts.all(n["inputs"])] for n in nodes
-        ],
+        "nodes": [[*(texts(n[key]) for key in NODE), texts.all(n["inputs"])] for n in nodes],
         "inputs": [[name, kind] for name, kind in graph["inputs"].items()],
         "outputs": graph["outputs"],
         "boxes": boxes,
         "edges": edges,
-        "lanes": [[n.label, round(n.x), round(n.y), round(n.width), round(n.height)] for n in lanes],
+        "lanes": [
+            [n.label, round(n.x), round(n.y), round(n.width), round(n.height)] for n in lanes
+        ],
         "refused": _refused(graph, {n["name"]: n["steps"] for n in nodes}, texts),
         "measured": times is not None,
         **_tables(graph, number, times),
@@ -118,11 +124,11 @@ def _homes(nodes: Sequence[Data], number: Mapping[str, int]) -> list[int | None]
     home: list[int | None] = [n["steps"][0] if n["steps"] else None for n in nodes]
     for k in reversed(range(len(nodes))):
         for name in nodes[k]["inputs"]:
-            source = number.get(name)
-            if source is None or nodes[source]["steps"] or home[k] is None:
+            source, own = number.get(name), home[k]
+            if source is None or nodes[source]["steps"] or own is None:
                 continue
             old = home[source]
-            home[source] = home[k] if old is None else min(old, home[k])
+            home[source] = own if old is None else min(old, own)
     for k, node in enumerate(nodes):
         if home[k] is None:
             known = (home[number[name]] for name in node["inputs"] if name in number)
@@ -173,7 +179,9 @@ def _tables(graph: Data, number: Mapping[str, int], times: Sequence[float] | Non
     kernels = [(k, c) for k, c in calls if c["kind"] == "kernel"]
     aten = [(k, c) for k, c in calls if c["kind"] == "aten"]
     steps = {n["name"]: n["steps"] for n in graph["nodes"]}
-    ends = [(sorted({s for n in e["nodes"] for s in steps.get(n, ())}), e) for e in graph["unfused"]]
+    ends = [
+        (sorted({s for n in e["nodes"] for s in steps.get(n, ())}), e) for e in graph["unfused"]
+    ]
     return {
         "saved": sorted(
             _folded(kernels, lambda c: (c["name"], c["detail"]), times),

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 WIDTH, GAP_X, GAP_Y = 190, 56, 16  # of a box, and between boxes
 HEAD, LINE = 40, 15  # heights of a box's title and of one of its ops
 MOST_LINES = 8
-LABEL = 24  # above a row
+LABEL, GUTTER = 12, 200  # above a row, and left of it, for its name
 GAP_LANES, GAP_COLUMNS = 18, 110
-MOST_IN_A_LANE = 48  # calls; a busier part of the model is taken apart by the next number in its path
+MOST_IN_A_LANE = (
+    48  # calls; a busier part of the model is taken apart by the next number in its path
+)
 ASPECT = 1.7  # width by height of the whole
 
 NUMBER = re.compile(r"(?:^|\.)\d+(?=\.|$)")
@@ -50,7 +52,8 @@ def lanes_of(modules: Sequence[str]) -> list[Lane]:
     rows: dict[str, Lane] = {}
     for place, label in enumerate(labels):
         rows.setdefault(label, Lane(label, [])).boxes.append(place)
-    return list(rows.values())
+    # a row that starts with one early call (a saved value's) stands where most of its calls do
+    return sorted(rows.values(), key=lambda lane: lane.boxes[len(lane.boxes) // 2])
 
 
 def _labels(modules: Sequence[str]) -> list[str]:
@@ -87,7 +90,9 @@ def height_of(lines: int) -> float:
     return HEAD + LINE * min(lines, MOST_LINES)
 
 
-def place(lanes: Sequence[Lane], lines: Sequence[int], edges: Iterable[tuple[int, int]]) -> list[Place]:
+def place(
+    lanes: Sequence[Lane], lines: Sequence[int], edges: Iterable[tuple[int, int]]
+) -> list[Place]:
     """A place for each box, and for each lane its own in it.
 
     ``lines``: how many ops each box lists; ``edges``: (box, later box that reads it).
@@ -132,7 +137,7 @@ def _place_lane(lane: Lane, column: dict[int, int], places: list[Place], most: i
         for k in range(start, start + most):
             y = top
             for box in stacked.get(k, ()):
-                places[box].x, places[box].y = (k - start) * (WIDTH + GAP_X), y
+                places[box].x, places[box].y = GUTTER + (k - start) * (WIDTH + GAP_X), y
                 y += places[box].height + GAP_Y
             bottom = max(bottom, y - GAP_Y)
         top = bottom + 2 * GAP_Y

@@ -4,15 +4,15 @@ function header() {
   const all = DATA.graphs, sum = (f) => all.reduce((n, g) => n + f(g), 0);
   const now = sum((g) => g.boxes.reduce((n, b) => n + moved(b), 0)), eager = sum((g) => g.boxes.reduce((n, b) => n + b.bytes[2], 0));
   const ours = sum((g) => g.numbers.seconds), torchs = Object.values(DATA.seconds).reduce((a, b) => a + b, 0);
-  const less = eager > 0 ? ` (\u2212${Math.round(100 - (100 * now) / eager)}%)` : "";
+  const less = eager > 0 ? ` ${now > eager ? "+" : "\u2212"}${Math.abs(Math.round(100 - (100 * now) / eager))}%` : "";
   $("name").textContent = DATA.name;
   $("target").textContent = `target: ${DATA.target}`;
   $("totals").replaceChildren(...[
     [number(sum((g) => g.numbers.nodes)), "nodes"],
     [number(sum((g) => g.numbers.launches)), "launches"],
     [number(sum((g) => g.numbers.aten_calls)), "ATen calls"],
-    [eager > 0 ? `${bytes(now)} of ${bytes(eager)}${less}` : "not known", "bytes moved, of eager's"],
-    [`${ours.toFixed(2)} s` + (torchs > 0 ? ` + ${torchs.toFixed(2)} s torch` : ""), "compile"],
+    [eager > 0 ? bytes(now) + less : "not known", `moved (eager ${bytes(eager)})`],
+    [`${ours.toFixed(2)} s`, "compile" + (torchs > 0 ? ` (torch ${torchs.toFixed(2)} s)` : "")],
   ].map(([value, name]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
   $("graph").replaceChildren(...all.map((g, k) => el("option", { value: String(k) }, `${g.title} (${plural(g.boxes.length, "call")})`)));
   $("graph").hidden = all.length < 2;

@@ -27,13 +27,13 @@ function callPanel(step) {
     ...(box.kind === "aten" ? [el("h3", {}, "Why ATen"), el("p", { className: "why" }, TEXTS[box.detail])] : []),
     ...memory(box),
     ...section(`Eager ops: ${box.nodes.length}`, box.nodes.map(nodeLine)),
+    ...(key in DATA.sources ? sourceOf(DATA.sources[key]) : []),
     ...section(`Views without a call: ${box.views.length}`, box.views.map(nodeLine)),
     ...section("Lines", texts(box.lines).map(lineOf)),
     ...section("Modules", texts(box.modules).map((m) => link(m, () => search(m)))),
-    ...section("Reads results of", made.before[step].map((e) => stepLink(e[0], `  ${nameOf(e[2])}`))),
+    ...section("Reads from", made.before[step].map((e) => stepLink(e[0], `  ${nameOf(e[2])}`))),
     ...section("Is read by", made.after[step].map((e) => stepLink(e[1], `  ${nameOf(e[2])}`))),
     ...section("Not fused with", made.refused[step].map((e) => stepLink(e[0] === step ? e[1] : e[0], `  ${TEXTS[e[2]]}`))),
-    ...(key in DATA.sources ? sourceOf(DATA.sources[key]) : []),
   ];
 }
 
@@ -47,7 +47,7 @@ function memory(box) {
       ["reads", types(box.reads)],
       ["writes", types(box.writes)],
       ["bytes", `${bytes(box.bytes[0])} read, ${bytes(box.bytes[1])} written`],
-      ["eager's", bytes(eager)],
+      box.kind === "kernel" ? ["eager's", bytes(eager)] : null,
       box.kind === "kernel" ? ["saved", el("span", { className: less > 0 ? "good" : less < 0 ? "bad" : "" }, bytes(less) + share)] : null,
       ["time", graph().measured ? micros(box.us) : "not measured"],
       graph().measured && box.us > 0 ? ["bandwidth", `${bytes((moved(box) / box.us) * 1e6)}/s`] : null,
@@ -115,19 +115,21 @@ function highlighted(text) {
 function overview() {
   const own = graph(), n = own.numbers;
   const now = own.boxes.reduce((sum, b) => sum + moved(b), 0), eager = own.boxes.reduce((sum, b) => sum + b.bytes[2], 0);
-  const best = own.saved.slice(0, 5);
+  const best = own.saved.filter((row) => row.saved > 0).slice(0, 5);
   return [
     el("h2", {}, own.title),
     el("p", { className: "under" }, `${plural(n.nodes, "node")}: ${number(n.fused)} fused, ${number(n.free || 0)} need no call`),
     ...(eager > 0 ? [el("h3", {}, "Bytes moved by one run"), compared("gems", now, eager), compared("eager", eager, eager)] : []),
     el("h3", {}, "Calls"),
     facts([["launches", `${number(n.launches)} of ${plural(n.kernels, "kernel")}`], ["ATen calls", number(n.aten_calls)], ["not fused", plural(n.unfused, "edge")], ["rewritten", plural(n.rewritten, "place")], n.failures ? ["failures", el("span", { className: "bad" }, number(n.failures))] : null]),
-    ...section("Most saved", best.map((row) => el("span", {}, link(row.name.replace(/^fused_/, ""), () => choose(row.steps[0])), el("span", { className: "soft" }, `  ${bytes(row.saved)}${times(row.steps.length)}`)))),
+    ...section("Most saved", best.map((row) => el("span", {}, link(opsTitle(row.ops) || row.name, () => choose(row.steps[0])), el("span", { className: "soft" }, `  ${bytes(row.saved)}${times(row.steps.length)}`)))),
     el("h3", {}, "Compile seconds"),
     facts(Object.entries(own.seconds).map(([stage, s]) => [stage, s.toFixed(4)])),
     ...section("Inputs: " + own.inputs.length, own.inputs.map(([name, type]) => code(`${name}: ${type}`)), 12),
     el("h3", {}, "Legend"),
-    list([swatch("kernel"), swatch("aten"), el("span", { className: "warn" }, "\u2504 a value that could have stayed in a kernel; its reason is in the table")]),
+    list([swatch("kernel"), swatch("aten"), 
+      el("span", { className: "warn" }, "\u2504 two kernels that are not one, see Not fused"),
+      "of the chosen call: blue comes in, green goes out"]),
     el("h3", {}, "Keys"),
     keys([["/", "search"], ["Enter", "next match"], ["j k", "next, previous step"], ["arrows", "move"], ["+ \u2212", "zoom"], ["0", "show all"], ["Esc", "close, clear"]]),
   ];

@@ -54,7 +54,7 @@ function rowOf(row, columns) {
 const small = (text) => (text ? el("small", {}, text) : null);
 const often = (n) => (n > 1 ? `\u00d7${n}` : "");
 const arrow = (row) => `${row.reads.join(", ")} \u2192 ${row.writes.join(", ")}`;
-const some = (names, most = 6) => names.slice(0, most).join(", ") + (names.length > most ? ` and ${names.length - most} more` : "");
+const modulesOf = (row) => el("small", {}, row.modules.slice(0, 6).map((m) => el("span", {}, link(m, () => { showTab("graph"); search(m); }), " ")), row.modules.length > 6 ? `and ${row.modules.length - 6} more` : null);
 const timeColumn = ["time", (r) => micros(r.us), true];
 
 function savedTable(own) {
@@ -88,7 +88,7 @@ function unfusedTable(own) {
   return [
     el("p", {}, "Values that go through memory though both ends are in kernels, by their size, and why the two kernels are not one."),
     tableOf(own.unfused, [
-      ["edge", (r) => el("span", {}, code(`${r.producer} \u2192 ${r.consumer}`), small(r.line), small(some(r.modules))), false],
+      ["edge", (r) => el("span", {}, code(`${r.producer} \u2192 ${r.consumer}`), small(r.line), modulesOf(r)), false],
       ["", (r) => often(r.times), true],
       ["bytes", (r) => bytes(r.bytes), true],
       ["because", (r) => r.reason, false],
@@ -100,7 +100,7 @@ function rewriteTables(own) {
   return [
     el("h3", {}, "Rewritten"),
     tableOf(own.rewritten, [
-      ["rule", (r) => el("span", {}, code(r.rule), small(r.line), small(some(r.modules))), false],
+      ["rule", (r) => el("span", {}, code(r.rule), small(r.line), modulesOf(r)), false],
       ["", (r) => often(r.times), true],
       ["nodes before", (r) => number(r.nodes_before), true],
       ["after", (r) => number(r.nodes_after), true],
@@ -108,7 +108,7 @@ function rewriteTables(own) {
     ]),
     el("h3", {}, "Nearly rewritten"),
     tableOf(own.near_misses, [
-      ["rule", (r) => el("span", {}, code(r.rule), small(r.line), small(some(r.modules))), false],
+      ["rule", (r) => el("span", {}, code(r.rule), small(r.line), modulesOf(r)), false],
       ["", (r) => often(r.times), true],
       ["the condition that failed", (r) => r.reason, false],
     ]),

@@ -2,7 +2,8 @@
 
 const view = { x: 0, y: 0, scale: 1, width: 0, height: 0, hover: -1, asked: false };
 const WIDTH = DATA.size.width, HEAD = DATA.size.head, STEP = DATA.size.line;
-const TITLES = 0.42, OPS = 0.6, TYPES = 1.15; // scales from which a box shows them
+const GUTTER = DATA.size.gutter, LABEL = 12;
+const TITLES = 0.26, OPS = 0.6, TYPES = 1.15; // scales from which a box shows them
 const canvas = $("canvas");
 const pen = canvas.getContext("2d");
 const SANS = 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif';
@@ -57,52 +58,68 @@ function drawLanes() {
   }
 }
 
-/** Labels keep their size, and stay in sight while their lane does. */
+/** A lane's name keeps its size; it stands left of the lane's boxes, or at the window's edge. */
 function drawLabels() {
-  if (view.scale < 0.035) return;
+  const size = Math.min(Math.max(view.scale * 34, 9), 13), room = (GUTTER - 16) * view.scale;
   pen.textBaseline = "top";
-  pen.font = `600 ${view.scale < 0.12 ? 9 : 11}px ${SANS}`;
+  pen.font = `600 ${size}px ${SANS}`;
   for (const [label, x, y, w, h] of graph().lanes) {
-    const sx = Math.max((x - view.x) * view.scale, 4), sy = Math.max((y - view.y) * view.scale, 4);
-    const end = (x + w - view.x) * view.scale, last = (y + h - view.y) * view.scale;
-    if (sx > view.width || sy > view.height || end < 40 || last < 12) continue;
-    if (h * view.scale < 9 || w * view.scale < 24) continue;
-    const text = label === "" ? "the whole" : label, wide = pen.measureText(text).width;
-    if (wide > end - sx) continue;
-    const above = view.scale >= TITLES;
-    pen.globalAlpha = above ? 0.9 : 0.8;
-    pen.fillStyle = CSS.paper;
-    pen.fillRect(sx - 2, sy - 1, wide + 8, 14);
-    pen.globalAlpha = 1;
-    pen.fillStyle = CSS.soft;
-    pen.fillText(text, sx + 2, sy + 1);
+    const left = (x - view.x) * view.scale, right = left + w * view.scale;
+    const top = (y - view.y) * view.scale, bottom = top + h * view.scale;
+    if (left > view.width || right < 30 || top > view.height || bottom < size || bottom - top < size) continue;
+    const at = Math.min(Math.max(top + LABEL * view.scale, 3), bottom - size - 2);
+    if (left + room < 4) written(label || "the whole", 4, at, size, true);
+    else if (room > 8) written(shortened(label || "the whole", room), Math.max(left, 2), at, size, false);
   }
+}
+
+function written(text, x, y, size, over) {
+  if (over) {
+    pen.fillStyle = CSS.paper;
+    pen.fillRect(x - 2, y - 2, pen.measureText(text).width + 8, size + 5);
+  }
+  pen.fillStyle = CSS.soft;
+  pen.fillText(text, x + 2, y);
+}
+
+/** A path, or where that is too long its last part. */
+function shortened(path, room) {
+  if (pen.measureText(path).width <= room) return path;
+  const last = path.slice(path.lastIndexOf(".") + 1);
+  return pen.measureText(last).width <= room ? last : fitted(last, room);
 }
 
 // edges ------------------------------------------------------------------------------------------
 
+/** Those of a value that very many read, or of a call that reads very many, only where chosen. */
 function drawEdges() {
-  const own = graph(), chosen = state.step;
-  const plain = new Path2D(), before = new Path2D(), after = new Path2D(), refused = new Path2D();
-  const [left, top, right, bottom] = sight();
-  const trace = (path, [a, b]) => {
-    const one = own.boxes[a].at, two = own.boxes[b].at;
-    const x0 = one[0] + WIDTH, y0 = one[1] + HEAD / 2, x1 = two[0], y1 = two[1] + HEAD / 2;
-    if (Math.max(x0, x1) < left || Math.min(x0, x1) > right || Math.max(y0, y1) < top || Math.min(y0, y1) > bottom) return;
-    path.moveTo(x0, y0);
-    if (view.scale < 0.15) return path.lineTo(x1, y1);
-    const bend = x1 > x0 ? Math.min(Math.max((x1 - x0) / 2, 20), 120) : 60;
-    path.bezierCurveTo(x0 + bend, y0, x1 - bend, y1, x1, y1);
-  };
-  for (const edge of own.edges) trace(edge[0] === chosen ? after : edge[1] === chosen ? before : plain, edge);
+  const own = graph(), chosen = state.step, { hubs } = prepared();
+  const near = new Path2D(), far = new Path2D(), before = new Path2D(), after = new Path2D(), refused = new Path2D();
+  for (const edge of own.edges) {
+    const [a, b] = edge;
+    if (a === chosen) trace(after, edge);
+    else if (b === chosen) trace(before, edge);
+    else if (!hubs[a] && !hubs[b]) trace(b - a < 16 ? near : far, edge);
+  }
   for (const edge of own.refused) trace(refused, edge);
-  const width = 1 / view.scale;
-  stroke(plain, CSS.edge, Math.min(Math.max(width, 1.2), 6), view.scale < 0.15 ? 0.35 : 0.7);
+  const width = 1 / view.scale, small = view.scale < 0.15;
+  stroke(near, CSS.edge, Math.min(Math.max(width, 1.2), 6), small ? 0.4 : 0.8);
+  stroke(far, CSS.edge, Math.min(Math.max(width, 1.2), 6), small ? 0.15 : 0.35);
   pen.setLineDash([5 * Math.max(1, width / 2), 4 * Math.max(1, width / 2)]);
-  stroke(refused, CSS.warn, Math.min(Math.max(1.4 * width, 1.6), 9), 0.9);
+  stroke(refused, CSS.warn, Math.min(Math.max(width, 1.6), 7), small ? 0.5 : 0.85);
   pen.setLineDash([]);
   stroke(before, CSS.accent, Math.max(2 * width, 2.2), 1);
   stroke(after, CSS.good, Math.max(2 * width, 2.2), 1);
+}
+
+function trace(path, [a, b]) {
+  const one = graph().boxes[a].at, two = graph().boxes[b].at, [left, top, right, bottom] = sight();
+  const x0 = one[0] + WIDTH, y0 = one[1] + HEAD / 2, x1 = two[0], y1 = two[1] + HEAD / 2;
+  if (Math.max(x0, x1) < left || Math.min(x0, x1) > right || Math.max(y0, y1) < top || Math.min(y0, y1) > bottom) return;
+  path.moveTo(x0, y0);
+  if (view.scale < 0.15) return path.lineTo(x1, y1);
+  const bend = x1 > x0 ? Math.min(Math.max((x1 - x0) / 2, 20), 120) : 60;
+  path.bezierCurveTo(x0 + bend, y0, x1 - bend, y1, x1, y1);
 }
 
 function stroke(path, colour, width, alpha) {
@@ -144,13 +161,14 @@ function drawBox(box, colours, x, y, h) {
   pen.setLineDash([]);
   pen.textBaseline = "alphabetic";
   pen.fillStyle = CSS.text;
-  pen.font = `600 12px ${SANS}`;
-  pen.fillText(fitted(boxTitle(box), WIDTH - 16), x + 8, y + 16);
+  const large = Math.max(12, 9 / view.scale);
+  pen.font = `600 ${large}px ${SANS}`;
+  pen.fillText(fitted(boxTitle(box), WIDTH - 12), x + 7, y + 5 + large);
   if (view.scale < OPS) return;
   pen.fillStyle = CSS.soft;
   pen.font = `10.5px ${SANS}`;
   const less = saved(box) > 0 ? `, saves ${bytes(saved(box))}` : "";
-  pen.fillText(fitted((box.kind === "aten" ? "ATen  " : "kernel  ") + costText(box) + less, WIDTH - 16), x + 8, y + 30);
+  pen.fillText(fitted((box.kind === "aten" ? "ATen  " : "kernel  ") + costText(box) + less, WIDTH - 16), x + 8, y + 31);
   drawOps(box, x, y, h);
 }
 
@@ -186,9 +204,11 @@ function fitted(text, room) {
   if (made === undefined) {
     made = text;
     const wide = pen.measureText(text).width;
-    if (wide > room) {
-      const keep = Math.max(Math.floor((text.length * room) / wide) - 1, 2), tail = Math.min(Math.floor(keep / 3), 10);
+    let keep = wide > room ? Math.floor((text.length * room) / wide) : text.length;
+    while (keep > 0 && pen.measureText(made).width > room) {
+      const tail = Math.min(Math.floor(keep / 3), 10);
       made = text.slice(0, keep - tail) + "\u2026" + text.slice(text.length - tail);
+      keep -= 1;
     }
     if (WIDTHS.size > 20000) WIDTHS.clear();
     WIDTHS.set(key, made);
