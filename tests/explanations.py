@@ -1,4 +1,4 @@
-"""Explanations made by hand: a small one, one of 5,000 nodes, and one whose texts would be markup."""
+"""Explanations made by hand: a small one, one of 5,000 nodes, one whose texts would be markup."""
 
 from __future__ import annotations
 

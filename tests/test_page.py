@@ -1,4 +1,4 @@
-"""What the page of an explanation knows, where its boxes stand, and that no text in it is markup."""
+"""What the page of an explanation knows, where its boxes stand, and that no text is markup."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The page of an explanation in a headless Chromium: it opens at once, moves, searches, and answers
-to clicks. Where there is none the tests are skipped; `make page-test` runs them and test_page.py."""
+to clicks. Where there is none the tests are skipped; `make page-test` runs these and test_page."""
 
 from __future__ import annotations
 

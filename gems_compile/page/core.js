@@ -42,10 +42,10 @@ const costText = (box) => (graph().measured ? micros(box.us) : bytes(moved(box))
 
 /** What a box is called: the ops that it fuses, since a kernel's name lists each step of them. */
 function boxTitle(box) {
-  return box.kind === "kernel" ? opsTitle(box.ops.map((k) => TEXTS[k])) || TEXTS[box.name] : TEXTS[box.name];
+  return opsTitle(box.ops.map((k) => TEXTS[k])) || TEXTS[box.name];
 }
 
-const OVERLOAD = /\.(?:[A-Z]\w*|dim|dim_\w+|int|correction)$/; // of "add.Tensor", not "mylib.scale"
+const OVERLOAD = /\.(?:[A-Z]\w*|dim|dim_\w+|int|self|correction|memory_format)$/; // of "add.Tensor", not "mylib.scale"
 const opsTitle = (ops) => [...new Set(ops.map((op) => op.replace(OVERLOAD, "")))].join(" + ");
 
 /** The same for equal kernels, and for equal ATen calls of equal types for the same reason. */

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 WIDTH, GAP_X, GAP_Y = 190, 56, 16  # of a box, and between boxes
 HEAD, LINE = 40, 15  # heights of a box's title and of one of its ops
 MOST_LINES = 8
+MOST_LOOSE = 4  # calls below one another that no edge ties to their row
 LABEL, GUTTER = 12, 200  # above a row, and left of it, for its name
 GAP_LANES, GAP_COLUMNS = 18, 110
 MOST_IN_A_LANE = (
@@ -114,7 +115,7 @@ def _columns(lane: Lane, ins: list[list[int]], outs: list[list[int]]) -> dict[in
     """A call stands right of those that it reads; one that reads none of its row, just left of
     its first reader."""
     column: dict[int, int] = {}
-    starts = []
+    starts, loose = [], 0
     for box in lane.boxes:
         before = [column[a] for a in ins[box] if a in column]
         column[box] = max(before) + 1 if before else 0
@@ -122,7 +123,8 @@ def _columns(lane: Lane, ins: list[list[int]], outs: list[list[int]]) -> dict[in
             starts.append(box)
     for box in reversed(starts):
         after = [column[b] for b in outs[box] if b in column]
-        column[box] = max(min(after) - 1, 0) if after else 0
+        column[box] = max(min(after) - 1, 0) if after else loose // MOST_LOOSE
+        loose += not after
     return column
 
 

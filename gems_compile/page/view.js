@@ -102,11 +102,11 @@ function drawEdges() {
     else if (!hubs[a] && !hubs[b]) trace(b - a < 16 ? near : far, edge);
   }
   for (const edge of own.refused) trace(refused, edge);
-  const width = 1 / view.scale, small = view.scale < 0.15;
-  stroke(near, CSS.edge, Math.min(Math.max(width, 1.2), 6), small ? 0.4 : 0.8);
-  stroke(far, CSS.edge, Math.min(Math.max(width, 1.2), 6), small ? 0.15 : 0.35);
+  const width = 1 / view.scale, dim = (view.scale < 0.15 ? 0.5 : 1) * (state.matches === null ? 1 : 0.35);
+  stroke(near, CSS.edge, Math.min(Math.max(width, 1.2), 6), 0.8 * dim);
+  stroke(far, CSS.edge, Math.min(Math.max(width, 1.2), 6), 0.35 * dim);
   pen.setLineDash([5 * Math.max(1, width / 2), 4 * Math.max(1, width / 2)]);
-  stroke(refused, CSS.warn, Math.min(Math.max(width, 1.6), 7), small ? 0.5 : 0.85);
+  stroke(refused, CSS.warn, Math.min(Math.max(width, 1.6), 7), 0.85 * dim);
   pen.setLineDash([]);
   stroke(before, CSS.accent, Math.max(2 * width, 2.2), 1);
   stroke(after, CSS.good, Math.max(2 * width, 2.2), 1);
@@ -206,7 +206,7 @@ function fitted(text, room) {
     const wide = pen.measureText(text).width;
     let keep = wide > room ? Math.floor((text.length * room) / wide) : text.length;
     while (keep > 0 && pen.measureText(made).width > room) {
-      const tail = Math.min(Math.floor(keep / 3), 10);
+      const tail = keep > 18 ? Math.min(Math.floor(keep / 3), 10) : 0;
       made = text.slice(0, keep - tail) + "\u2026" + text.slice(text.length - tail);
       keep -= 1;
     }
