@@ -17,7 +17,7 @@ from typing import Any
 from .data import page_data
 
 #: in the order in which they use one another
-SCRIPTS = ("core", "view", "strip", "panel", "tables", "main")
+SCRIPTS = ("core", "view", "strip", "pointer", "panel", "tables", "main")
 Times = Mapping[str, Sequence[float]]
 
 

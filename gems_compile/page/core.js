@@ -4,7 +4,14 @@
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const TEXTS = DATA.texts;
-const NAME = 0, OP = 1, RESULT = 2, FATE = 3, DETAIL = 4, LINE = 5, MODULE = 6, INPUTS = 7;
+const NAME = 0,
+  OP = 1,
+  RESULT = 2,
+  FATE = 3,
+  DETAIL = 4,
+  LINE = 5,
+  MODULE = 6,
+  INPUTS = 7;
 
 const state = { graph: 0, step: -1, tab: "graph", matches: null, match: -1, query: "" };
 
@@ -26,7 +33,10 @@ function bytes(n) {
   if (n < 0) return "\u2212" + bytes(-n);
   const units = ["B", "KB", "MB", "GB", "TB"];
   let k = 0;
-  while (n >= 1000 && k < units.length - 1) { n /= 1000; k += 1; }
+  while (n >= 1000 && k < units.length - 1) {
+    n /= 1000;
+    k += 1;
+  }
   return (k === 0 || n >= 100 ? n.toFixed(0) : n.toPrecision(3)) + " " + units[k];
 }
 
@@ -49,7 +59,8 @@ const OVERLOAD = /\.(?:[A-Z]\w*|dim|dim_\w+|int|self|correction|memory_format)$/
 const opsTitle = (ops) => [...new Set(ops.map((op) => op.replace(OVERLOAD, "")))].join(" + ");
 
 /** The same for equal kernels, and for equal ATen calls of equal types for the same reason. */
-const identity = (box) => `${box.name} ${box.detail}` + (box.kind === "kernel" ? "" : ` ${box.reads} ${box.writes}`);
+const identity = (box) =>
+  `${box.name} ${box.detail}` + (box.kind === "kernel" ? "" : ` ${box.reads} ${box.writes}`);
 
 // prepared once a graph ------------------------------------------------------------------------
 
@@ -60,8 +71,13 @@ function prepared() {
   const own = graph();
   if (PREPARED.has(own)) return PREPARED.get(own);
   const made = {
-    before: own.boxes.map(() => []), after: own.boxes.map(() => []), refused: own.boxes.map(() => []),
-    equal: new Map(), hues: new Map(), haystack: null, hubs: null,
+    before: own.boxes.map(() => []),
+    after: own.boxes.map(() => []),
+    refused: own.boxes.map(() => []),
+    equal: new Map(),
+    hues: new Map(),
+    haystack: null,
+    hubs: null,
   };
   for (const edge of own.edges) {
     made.after[edge[0]].push(edge);
@@ -71,12 +87,15 @@ function prepared() {
     made.refused[edge[0]].push(edge);
     made.refused[edge[1]].push(edge);
   }
-  made.hubs = own.boxes.map((_, step) => made.before[step].length > 24 || made.after[step].length > 24);
+  made.hubs = own.boxes.map(
+    (_, step) => made.before[step].length > 24 || made.after[step].length > 24,
+  );
   own.boxes.forEach((box, step) => {
     const key = identity(box);
     if (!made.equal.has(key)) made.equal.set(key, []);
     made.equal.get(key).push(step);
-    if (box.kind === "kernel" && !made.hues.has(box.detail)) made.hues.set(box.detail, made.hues.size);
+    if (box.kind === "kernel" && !made.hues.has(box.detail))
+      made.hues.set(box.detail, made.hues.size);
   });
   PREPARED.set(own, made);
   return made;
@@ -86,12 +105,19 @@ function prepared() {
 function haystack() {
   const made = prepared();
   if (made.haystack === null) {
-    const nodes = graph().nodes.map((n) => [n[NAME], n[OP], n[LINE], n[MODULE]].map((k) => TEXTS[k]).join("\n"));
-    made.haystack = graph().boxes.map((box) => [
-      TEXTS[box.name], TEXTS[box.detail],
-      ...[...box.lines, ...box.modules].map((k) => TEXTS[k]),
-      ...[...box.nodes, ...box.views].map((k) => nodes[k]),
-    ].join("\n").toLowerCase());
+    const nodes = graph().nodes.map((n) =>
+      [n[NAME], n[OP], n[LINE], n[MODULE]].map((k) => TEXTS[k]).join("\n"),
+    );
+    made.haystack = graph().boxes.map((box) =>
+      [
+        TEXTS[box.name],
+        TEXTS[box.detail],
+        ...[...box.lines, ...box.modules].map((k) => TEXTS[k]),
+        ...[...box.nodes, ...box.views].map((k) => nodes[k]),
+      ]
+        .join("\n")
+        .toLowerCase(),
+    );
   }
   return made.haystack;
 }
@@ -104,7 +130,25 @@ let CSS = {};
 /** The colours of the scheme that is on, read again when it changes. */
 function readColours() {
   const style = getComputedStyle(document.documentElement);
-  const names = ["back", "paper", "text", "soft", "rule", "accent", "band", "aten", "aten-rule", "aten-solid", "edge", "found", "warn", "good", "fill", "line", "solid"];
+  const names = [
+    "back",
+    "paper",
+    "text",
+    "soft",
+    "rule",
+    "accent",
+    "band",
+    "aten",
+    "aten-rule",
+    "aten-solid",
+    "edge",
+    "found",
+    "warn",
+    "good",
+    "fill",
+    "line",
+    "solid",
+  ];
   CSS = Object.fromEntries(names.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
 }
 
@@ -112,25 +156,35 @@ function readColours() {
 function coloursOf(box) {
   const by = $("colour").value;
   if (by === "kernel") {
-    if (box.kind === "aten") return { fill: CSS.aten, line: CSS["aten-rule"], solid: CSS["aten-solid"] };
+    if (box.kind === "aten")
+      return { fill: CSS.aten, line: CSS["aten-rule"], solid: CSS["aten-solid"] };
     return ofHue(HUES[prepared().hues.get(box.detail) % HUES.length]);
   }
   const most = largest(by);
   const share = most > 0 ? Math.max(by === "saved" ? saved(box) : cost(box), 0) / most : 0;
   if (share === 0) return { fill: CSS.paper, line: CSS["aten-rule"], solid: CSS["aten-solid"] };
   const [hue, strong] = [by === "saved" ? 150 : 40, Math.sqrt(share)];
-  return { fill: oklch("fill", hue, 0.4 + 2.4 * strong), line: oklch("line", hue, 1), solid: oklch("solid", hue, 0.15 + 1.4 * strong) };
+  return {
+    fill: oklch("fill", hue, 0.4 + 2.4 * strong),
+    line: oklch("line", hue, 1),
+    solid: oklch("solid", hue, 0.15 + 1.4 * strong),
+  };
 }
 
 function largest(by) {
   const made = prepared();
   const key = `most ${by}`;
-  if (!(key in made)) made[key] = graph().boxes.reduce((m, b) => Math.max(m, by === "saved" ? saved(b) : cost(b)), 0);
+  if (!(key in made))
+    made[key] = graph().boxes.reduce((m, b) => Math.max(m, by === "saved" ? saved(b) : cost(b)), 0);
   return made[key];
 }
 
 function ofHue(hue) {
-  return { fill: oklch("fill", hue, 1), line: oklch("line", hue, 1), solid: oklch("solid", hue, 1) };
+  return {
+    fill: oklch("fill", hue, 1),
+    line: oklch("line", hue, 1),
+    solid: oklch("solid", hue, 1),
+  };
 }
 
 function oklch(name, hue, strength) {

@@ -1,20 +1,32 @@
 // The header, the search, the keys, and the address: #graph=1&step=5&search=layers.3&tab=aten.
 
 function header() {
-  const all = DATA.graphs, sum = (f) => all.reduce((n, g) => n + f(g), 0);
-  const now = sum((g) => g.boxes.reduce((n, b) => n + moved(b), 0)), eager = sum((g) => g.boxes.reduce((n, b) => n + b.bytes[2], 0));
-  const ours = sum((g) => g.numbers.seconds), torchs = Object.values(DATA.seconds).reduce((a, b) => a + b, 0);
-  const less = eager > 0 ? ` ${now > eager ? "+" : "\u2212"}${Math.abs(Math.round(100 - (100 * now) / eager))}%` : "";
+  const all = DATA.graphs,
+    sum = (f) => all.reduce((n, g) => n + f(g), 0);
+  const now = sum((g) => g.boxes.reduce((n, b) => n + moved(b), 0)),
+    eager = sum((g) => g.boxes.reduce((n, b) => n + b.bytes[2], 0));
+  const ours = sum((g) => g.numbers.seconds),
+    torchs = Object.values(DATA.seconds).reduce((a, b) => a + b, 0);
+  const less =
+    eager > 0
+      ? ` ${now > eager ? "+" : "\u2212"}${Math.abs(Math.round(100 - (100 * now) / eager))}%`
+      : "";
   $("name").textContent = DATA.name;
   $("target").textContent = `target: ${DATA.target}`;
-  $("totals").replaceChildren(...[
-    [number(sum((g) => g.numbers.nodes)), "nodes"],
-    [number(sum((g) => g.numbers.launches)), "launches"],
-    [number(sum((g) => g.numbers.aten_calls)), "ATen calls"],
-    [eager > 0 ? bytes(now) + less : "not known", `moved (eager ${bytes(eager)})`],
-    [`${ours.toFixed(2)} s`, "compile" + (torchs > 0 ? ` (torch ${torchs.toFixed(2)} s)` : "")],
-  ].map(([value, name]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
-  $("graph").replaceChildren(...all.map((g, k) => el("option", { value: String(k) }, `${g.title} (${plural(g.boxes.length, "call")})`)));
+  $("totals").replaceChildren(
+    ...[
+      [number(sum((g) => g.numbers.nodes)), "nodes"],
+      [number(sum((g) => g.numbers.launches)), "launches"],
+      [number(sum((g) => g.numbers.aten_calls)), "ATen calls"],
+      [eager > 0 ? bytes(now) + less : "not known", `moved (eager ${bytes(eager)})`],
+      [`${ours.toFixed(2)} s`, "compile" + (torchs > 0 ? ` (torch ${torchs.toFixed(2)} s)` : "")],
+    ].map(([value, name]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))),
+  );
+  $("graph").replaceChildren(
+    ...all.map((g, k) =>
+      el("option", { value: String(k) }, `${g.title} (${plural(g.boxes.length, "call")})`),
+    ),
+  );
   $("graph").hidden = all.length < 2;
 }
 
@@ -23,7 +35,8 @@ function showGraph(k) {
   state.step = -1;
   $("graph").value = String(state.graph);
   $("nothing").hidden = graph().boxes.length > 0;
-  $("nothing").textContent = "The calls of this graph are not known: it runs as ATen, or came from the cache of whole graphs.";
+  $("nothing").textContent =
+    "The calls of this graph are not known: it runs as ATen, or came from the cache of whole graphs.";
   [span.from, span.to] = [0, 1];
   stripHead();
   showTab(state.tab);
@@ -42,7 +55,8 @@ function choose(step) {
 }
 
 function inSight(step) {
-  const [left, top, right, bottom] = sight(), [x, y, h] = graph().boxes[step].at;
+  const [left, top, right, bottom] = sight(),
+    [x, y, h] = graph().boxes[step].at;
   return x >= left && x + WIDTH <= right && y >= top && y + Math.min(h, 60) <= bottom;
 }
 
@@ -53,21 +67,32 @@ function find(query) {
   state.query = query;
   state.match = -1;
   const wanted = query.trim().toLowerCase();
-  state.matches = wanted === "" ? null : new Set(haystack().flatMap((text, step) => (text.includes(wanted) ? [step] : [])));
+  state.matches =
+    wanted === ""
+      ? null
+      : new Set(haystack().flatMap((text, step) => (text.includes(wanted) ? [step] : [])));
   told();
   redraw();
 }
 
 function told() {
   const n = state.matches?.size;
-  $("found").textContent = n === undefined ? "" : n === 0 ? "none" : state.match < 0 ? number(n) : `${state.match + 1} of ${number(n)}`;
+  $("found").textContent =
+    n === undefined
+      ? ""
+      : n === 0
+        ? "none"
+        : state.match < 0
+          ? number(n)
+          : `${state.match + 1} of ${number(n)}`;
 }
 
 /** Go to the next match, or the one before. */
 function next(by) {
   const all = [...(state.matches || [])];
   if (all.length === 0) return;
-  state.match = state.match < 0 && by < 0 ? all.length - 1 : (state.match + by + all.length) % all.length;
+  state.match =
+    state.match < 0 && by < 0 ? all.length - 1 : (state.match + by + all.length) % all.length;
   told();
   choose(all[state.match]);
   centre(all[state.match]);
@@ -97,14 +122,17 @@ function remember() {
 }
 
 function fromAddress() {
-  const parts = new URLSearchParams(location.hash.slice(1)), step = Number(parts.get("step") ?? -1);
+  const parts = new URLSearchParams(location.hash.slice(1)),
+    step = Number(parts.get("step") ?? -1);
   if (parts.has("theme")) setTheme(parts.get("theme"));
   state.tab = parts.get("tab") ?? "graph";
   state.query = parts.get("search") ?? "";
   $("search").value = state.query;
   showGraph(Number(parts.get("graph") ?? 0) || 0);
-  if (parts.has("step") && step >= 0 && step < graph().boxes.length) { choose(step); centre(step); }
-  else if (state.query !== "") next(1);
+  if (parts.has("step") && step >= 0 && step < graph().boxes.length) {
+    choose(step);
+    centre(step);
+  } else if (state.query !== "") next(1);
 }
 
 // light and dark ---------------------------------------------------------------------------------
@@ -125,29 +153,57 @@ function setTheme(theme) {
 // events -----------------------------------------------------------------------------------------
 
 const KEYS = {
-  "+": () => zoom(1.25), "=": () => zoom(1.25), "-": () => zoom(0.8), 0: fit,
+  "+": () => zoom(1.25),
+  "=": () => zoom(1.25),
+  "-": () => zoom(0.8),
+  0: fit,
   j: () => graph().boxes.length && choose(Math.min(state.step + 1, graph().boxes.length - 1)),
   k: () => graph().boxes.length && choose(Math.max(state.step - 1, 0)),
-  n: () => next(1), N: () => next(-1),
+  n: () => next(1),
+  N: () => next(-1),
   "/": () => $("search").select(),
   Escape: () => choose(-1),
 };
 const ARROWS = { ArrowLeft: [80, 0], ArrowRight: [-80, 0], ArrowUp: [0, 80], ArrowDown: [0, -80] };
 
+function listenSearch() {
+  $("search").oninput = () => {
+    find($("search").value);
+    remember();
+  };
+  $("search").onkeydown = (e) => {
+    if (e.key === "Enter") next(e.shiftKey ? -1 : 1);
+    if (e.key === "Escape") {
+      $("search").value = "";
+      find("");
+      remember();
+      canvas.focus();
+    }
+    e.stopPropagation();
+  };
+}
+
 function listen() {
-  $("graph").onchange = () => { showGraph(Number($("graph").value)); remember(); };
+  $("graph").onchange = () => {
+    showGraph(Number($("graph").value));
+    remember();
+  };
   $("colour").onchange = redraw;
-  $("theme").onclick = () => { setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"); showPanel(); remember(); redraw(); };
-  dark.addEventListener("change", () => { applyTheme(); showPanel(); redraw(); });
+  $("theme").onclick = () => {
+    setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
+    showPanel();
+    remember();
+    redraw();
+  };
+  dark.addEventListener("change", () => {
+    applyTheme();
+    showPanel();
+    redraw();
+  });
   $("in").onclick = () => zoom(1.4);
   $("out").onclick = () => zoom(1 / 1.4);
   $("fit").onclick = fit;
-  $("search").oninput = () => { find($("search").value); remember(); };
-  $("search").onkeydown = (e) => {
-    if (e.key === "Enter") next(e.shiftKey ? -1 : 1);
-    if (e.key === "Escape") { $("search").value = ""; find(""); remember(); canvas.focus(); }
-    e.stopPropagation();
-  };
+  listenSearch();
   document.addEventListener("keydown", (e) => {
     if (e.ctrlKey || e.metaKey || e.altKey || /^(INPUT|SELECT)$/.test(e.target.tagName)) return;
     if (e.key in ARROWS && e.target === canvas) pan(...ARROWS[e.key]);
@@ -155,29 +211,21 @@ function listen() {
     else return;
     e.preventDefault();
   });
-  canvas.addEventListener("wheel", (e) => {
-    e.preventDefault();
-    hovered(-1);
-    if (e.shiftKey) pan(-e.deltaY - e.deltaX, 0);
-    else zoom(Math.exp(-Math.max(-200, Math.min(e.deltaY, 200)) * (e.ctrlKey ? 0.01 : 0.0016)), e.offsetX, e.offsetY);
-  }, { passive: false });
-  strip.addEventListener("wheel", (e) => { e.preventDefault(); zoomStrip(Math.exp(-e.deltaY * 0.002), e.offsetX); }, { passive: false });
-  const over = (at) => (x, y, e) => { const step = at(x, y); canvas.classList.toggle("over", step >= 0); hovered(step, e); };
-  follow(canvas, { drag: pan, click: (x, y) => choose(boxAt(x, y)), over: over(boxAt), leave: () => hovered(-1) });
-  follow(strip, {
-    drag: (dx) => { const wide = span.to - span.from; moveStrip(span.from - (dx / strip.clientWidth) * wide, wide); },
-    click: (x, y) => { const step = stripAt(x, y); if (step >= 0) { choose(step); centre(step); } },
-    over: over(stripAt), leave: () => hovered(-1),
-  });
+  listenGraph();
+  listenStrip();
   window.addEventListener("resize", redraw);
-  window.addEventListener("hashchange", () => { if (location.hash !== shown) fromAddress(); });
+  window.addEventListener("hashchange", () => {
+    if (location.hash !== shown) fromAddress();
+  });
 }
 
 let ready = false;
 applyTheme();
 header();
 if (DATA.graphs.length === 0) {
-  document.querySelector("main").replaceChildren(el("p", { id: "nothing" }, "Nothing was compiled."));
+  document
+    .querySelector("main")
+    .replaceChildren(el("p", { id: "nothing" }, "Nothing was compiled."));
 } else {
   listen();
   fromAddress();

@@ -17,13 +17,17 @@ function ends() {
 
 function stripHead() {
   const { total } = ends();
-  $("strip-title").textContent = graph().measured ? `One run: ${micros(total)}` : `One run: ${bytes(total)} moved`;
-  $("strip-note").textContent = (graph().measured ? "calls to scale of time" : "not measured: calls to scale of their bytes") +
+  $("strip-title").textContent = graph().measured
+    ? `One run: ${micros(total)}`
+    : `One run: ${bytes(total)} moved`;
+  $("strip-note").textContent =
+    (graph().measured ? "calls to scale of time" : "not measured: calls to scale of their bytes") +
     "; kernels above, ATen below; wheel zooms";
 }
 
 function drawStrip() {
-  const [width, height] = sized(strip, ink), { ends: until, total } = ends();
+  const [width, height] = sized(strip, ink),
+    { ends: until, total } = ends();
   ink.fillStyle = CSS.paper;
   ink.fillRect(0, 0, width, height);
   if (total === 0) return;
@@ -32,9 +36,11 @@ function drawStrip() {
   ink.font = `11px ${SANS}`;
   ink.textBaseline = "middle";
   graph().boxes.forEach((box, step) => {
-    const x = at(until[step] - cost(box)), end = at(until[step]);
+    const x = at(until[step] - cost(box)),
+      end = at(until[step]);
     if (end < 0 || x > width) return;
-    const y = top + (box.kind === "kernel" ? 0 : ROW + 4), wide = Math.max(end - x - (end - x > 3 ? 1 : 0), 0.6);
+    const y = top + (box.kind === "kernel" ? 0 : ROW + 4),
+      wide = Math.max(end - x - (end - x > 3 ? 1 : 0), 0.6);
     const colours = coloursOf(box);
     ink.globalAlpha = state.matches === null || state.matches.has(step) ? 1 : 0.25;
     ink.fillStyle = colours.solid;
@@ -58,9 +64,11 @@ function drawStrip() {
 }
 
 function stripAt(sx, sy) {
-  const { ends: until, total } = ends(), width = strip.getBoundingClientRect().width;
+  const { ends: until, total } = ends(),
+    width = strip.getBoundingClientRect().width;
   const value = (((sx - 12) / (width - 24)) * (span.to - span.from) + span.from) * total;
-  let low = 0, high = until.length; // the first call that ends after it
+  let low = 0,
+    high = until.length; // the first call that ends after it
   while (low < high) {
     const middle = (low + high) >> 1;
     if (until[middle] < value) low = middle + 1;
@@ -70,8 +78,10 @@ function stripAt(sx, sy) {
 }
 
 function zoomStrip(by, sx) {
-  const width = strip.getBoundingClientRect().width, share = Math.min(Math.max((sx - 12) / (width - 24), 0), 1);
-  const middle = span.from + share * (span.to - span.from), wide = Math.min(Math.max((span.to - span.from) / by, 1e-4), 1);
+  const width = strip.getBoundingClientRect().width,
+    share = Math.min(Math.max((sx - 12) / (width - 24), 0), 1);
+  const middle = span.from + share * (span.to - span.from),
+    wide = Math.min(Math.max((span.to - span.from) / by, 1e-4), 1);
   moveStrip(middle - share * wide, wide);
 }
 

@@ -1,9 +1,14 @@
 // The graph on a canvas: what is out of sight is not drawn, and what is too small has no text.
 
 const view = { x: 0, y: 0, scale: 1, width: 0, height: 0, hover: -1, asked: false };
-const WIDTH = DATA.size.width, HEAD = DATA.size.head, STEP = DATA.size.line;
-const GUTTER = DATA.size.gutter, LABEL = 12;
-const TITLES = 0.26, OPS = 0.6, TYPES = 1.15; // scales from which a box shows them
+const WIDTH = DATA.size.width,
+  HEAD = DATA.size.head,
+  STEP = DATA.size.line;
+const GUTTER = DATA.size.gutter,
+  LABEL = 12;
+const TITLES = 0.26,
+  OPS = 0.6,
+  TYPES = 1.15; // scales from which a box shows them
 const canvas = $("canvas");
 const pen = canvas.getContext("2d");
 const SANS = 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif';
@@ -12,14 +17,22 @@ const MONO = 'ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace';
 function redraw() {
   if (view.asked) return;
   view.asked = true;
-  requestAnimationFrame(() => { view.asked = false; draw(); drawStrip(); });
+  requestAnimationFrame(() => {
+    view.asked = false;
+    draw();
+    drawStrip();
+  });
 }
 
 /** Give a canvas as many pixels as it covers; its pen then counts in CSS pixels. */
 function sized(of, ink) {
-  const box = of.getBoundingClientRect(), dense = window.devicePixelRatio || 1;
+  const box = of.getBoundingClientRect(),
+    dense = window.devicePixelRatio || 1;
   const [w, h] = [Math.round(box.width * dense), Math.round(box.height * dense)];
-  if (of.width !== w || of.height !== h) { of.width = w; of.height = h; }
+  if (of.width !== w || of.height !== h) {
+    of.width = w;
+    of.height = h;
+  }
   ink.setTransform(dense, 0, 0, dense, 0, 0);
   return [box.width, box.height];
 }
@@ -60,16 +73,27 @@ function drawLanes() {
 
 /** A lane's name keeps its size; it stands left of the lane's boxes, or at the window's edge. */
 function drawLabels() {
-  const size = Math.min(Math.max(view.scale * 34, 9), 13), room = (GUTTER - 16) * view.scale;
+  const size = Math.min(Math.max(view.scale * 34, 9), 13),
+    room = (GUTTER - 16) * view.scale;
   pen.textBaseline = "top";
   pen.font = `600 ${size}px ${SANS}`;
   for (const [label, x, y, w, h] of graph().lanes) {
-    const left = (x - view.x) * view.scale, right = left + w * view.scale;
-    const top = (y - view.y) * view.scale, bottom = top + h * view.scale;
-    if (left > view.width || right < 30 || top > view.height || bottom < size || bottom - top < size) continue;
+    const left = (x - view.x) * view.scale,
+      right = left + w * view.scale;
+    const top = (y - view.y) * view.scale,
+      bottom = top + h * view.scale;
+    if (
+      left > view.width ||
+      right < 30 ||
+      top > view.height ||
+      bottom < size ||
+      bottom - top < size
+    )
+      continue;
     const at = Math.min(Math.max(top + LABEL * view.scale, 3), bottom - size - 2);
     if (left + room < 4) written(label || "the whole", 4, at, size, true);
-    else if (room > 8) written(shortened(label || "the whole", room), Math.max(left, 2), at, size, false);
+    else if (room > 8)
+      written(shortened(label || "the whole", room), Math.max(left, 0), at, size, false);
   }
 }
 
@@ -93,8 +117,14 @@ function shortened(path, room) {
 
 /** Those of a value that very many read, or of a call that reads very many, only where chosen. */
 function drawEdges() {
-  const own = graph(), chosen = state.step, { hubs } = prepared();
-  const near = new Path2D(), far = new Path2D(), before = new Path2D(), after = new Path2D(), refused = new Path2D();
+  const own = graph(),
+    chosen = state.step,
+    { hubs } = prepared();
+  const near = new Path2D(),
+    far = new Path2D(),
+    before = new Path2D(),
+    after = new Path2D(),
+    refused = new Path2D();
   for (const edge of own.edges) {
     const [a, b] = edge;
     if (a === chosen) trace(after, edge);
@@ -102,7 +132,8 @@ function drawEdges() {
     else if (!hubs[a] && !hubs[b]) trace(b - a < 16 ? near : far, edge);
   }
   for (const edge of own.refused) trace(refused, edge);
-  const width = 1 / view.scale, dim = (view.scale < 0.15 ? 0.5 : 1) * (state.matches === null ? 1 : 0.35);
+  const width = 1 / view.scale,
+    dim = (view.scale < 0.15 ? 0.5 : 1) * (state.matches === null ? 1 : 0.35);
   stroke(near, CSS.edge, Math.min(Math.max(width, 1.2), 6), 0.8 * dim);
   stroke(far, CSS.edge, Math.min(Math.max(width, 1.2), 6), 0.35 * dim);
   pen.setLineDash([5 * Math.max(1, width / 2), 4 * Math.max(1, width / 2)]);
@@ -113,9 +144,20 @@ function drawEdges() {
 }
 
 function trace(path, [a, b]) {
-  const one = graph().boxes[a].at, two = graph().boxes[b].at, [left, top, right, bottom] = sight();
-  const x0 = one[0] + WIDTH, y0 = one[1] + HEAD / 2, x1 = two[0], y1 = two[1] + HEAD / 2;
-  if (Math.max(x0, x1) < left || Math.min(x0, x1) > right || Math.max(y0, y1) < top || Math.min(y0, y1) > bottom) return;
+  const one = graph().boxes[a].at,
+    two = graph().boxes[b].at,
+    [left, top, right, bottom] = sight();
+  const x0 = one[0] + WIDTH,
+    y0 = one[1] + HEAD / 2,
+    x1 = two[0],
+    y1 = two[1] + HEAD / 2;
+  if (
+    Math.max(x0, x1) < left ||
+    Math.min(x0, x1) > right ||
+    Math.max(y0, y1) < top ||
+    Math.min(y0, y1) > bottom
+  )
+    return;
   path.moveTo(x0, y0);
   if (view.scale < 0.15) return path.lineTo(x1, y1);
   const bend = x1 > x0 ? Math.min(Math.max((x1 - x0) / 2, 20), 120) : 60;
@@ -168,12 +210,17 @@ function drawBox(box, colours, x, y, h) {
   pen.fillStyle = CSS.soft;
   pen.font = `10.5px ${SANS}`;
   const less = saved(box) > 0 ? `, saves ${bytes(saved(box))}` : "";
-  pen.fillText(fitted((box.kind === "aten" ? "ATen  " : "kernel  ") + costText(box) + less, WIDTH - 16), x + 8, y + 31);
+  pen.fillText(
+    fitted((box.kind === "aten" ? "ATen  " : "kernel  ") + costText(box) + less, WIDTH - 16),
+    x + 8,
+    y + 31,
+  );
   drawOps(box, x, y, h);
 }
 
 function drawOps(box, x, y, h) {
-  const room = Math.round((h - HEAD) / STEP), lines = box.nodes.length + (box.views.length > 0);
+  const room = Math.round((h - HEAD) / STEP),
+    lines = box.nodes.length + (box.views.length > 0);
   let line = y + HEAD + 8;
   box.nodes.slice(0, lines > room ? room - 1 : room).forEach((k) => {
     const node = graph().nodes[k];
@@ -182,7 +229,8 @@ function drawOps(box, x, y, h) {
     const op = fitted(TEXTS[node[OP]], WIDTH - 16);
     pen.fillText(op, x + 8, line);
     if (view.scale >= TYPES) {
-      const from = x + 14 + pen.measureText(op).width, left = x + WIDTH - 8 - from;
+      const from = x + 14 + pen.measureText(op).width,
+        left = x + WIDTH - 8 - from;
       pen.font = `9.5px ${MONO}`;
       pen.fillStyle = CSS.soft;
       if (left > 30) pen.fillText(fitted(TEXTS[node[RESULT]], left), from, line);
@@ -192,7 +240,8 @@ function drawOps(box, x, y, h) {
   pen.font = `10.5px ${SANS}`;
   pen.fillStyle = CSS.soft;
   if (lines > room) pen.fillText(`and ${lines - room + 1} more`, x + 8, line);
-  else if (box.views.length > 0) pen.fillText(`${box.views.length} view${box.views.length > 1 ? "s" : ""}`, x + 8, line);
+  else if (box.views.length > 0)
+    pen.fillText(`${box.views.length} view${box.views.length > 1 ? "s" : ""}`, x + 8, line);
 }
 
 const WIDTHS = new Map();
@@ -219,11 +268,14 @@ function fitted(text, room) {
 /** Around the chosen box, its equals, what a search found, and what the pointer is on. */
 function rim(box, step, x, y, h, matched) {
   const least = 1 / view.scale;
-  let colour = null, width = 0;
+  let colour = null,
+    width = 0;
   if (step === state.step) [colour, width] = [CSS.accent, Math.max(3, 3 * least)];
-  else if (state.matches !== null && matched) [colour, width] = [CSS.found, Math.max(3, 2.5 * least)];
+  else if (state.matches !== null && matched)
+    [colour, width] = [CSS.found, Math.max(3, 2.5 * least)];
   else if (step === view.hover) [colour, width] = [CSS.text, Math.max(1.5, 1.5 * least)];
-  else if (state.step >= 0 && identity(box) === identity(graph().boxes[state.step])) [colour, width] = [CSS.accent, Math.max(1.5, least)];
+  else if (state.step >= 0 && identity(box) === identity(graph().boxes[state.step]))
+    [colour, width] = [CSS.accent, Math.max(1.5, least)];
   if (colour === null) return;
   pen.strokeStyle = colour;
   pen.lineWidth = width;
@@ -233,12 +285,16 @@ function rim(box, step, x, y, h, matched) {
 // the camera -------------------------------------------------------------------------------------
 
 function extent() {
-  return graph().lanes.reduce(([w, h], n) => [Math.max(w, n[1] + n[3]), Math.max(h, n[2] + n[4])], [1, 1]);
+  return graph().lanes.reduce(
+    ([w, h], n) => [Math.max(w, n[1] + n[3]), Math.max(h, n[2] + n[4])],
+    [1, 1],
+  );
 }
 
 function fit() {
   [view.width, view.height] = sized(canvas, pen);
-  const [w, h] = extent(), rim = 28;
+  const [w, h] = extent(),
+    rim = 28;
   view.scale = Math.min(view.width / (w + 2 * rim), view.height / (h + 2 * rim), 1.25);
   view.x = w / 2 - view.width / view.scale / 2;
   view.y = h / 2 - view.height / view.scale / 2;
@@ -270,37 +326,9 @@ function centre(step) {
 }
 
 function boxAt(sx, sy) {
-  const x = view.x + sx / view.scale, y = view.y + sy / view.scale;
-  return graph().boxes.findIndex((b) => x >= b.at[0] && x <= b.at[0] + WIDTH && y >= b.at[1] && y <= b.at[1] + b.at[2]);
-}
-
-/** Follow a pointer on a canvas: ``drag(dx, dy)``, ``click(x, y)``, ``over(x, y)``, ``leave()``. */
-function follow(of, { drag, click, over, leave }) {
-  let last = null, far = 0;
-  of.addEventListener("pointerdown", (e) => { last = [e.offsetX, e.offsetY]; far = 0; of.setPointerCapture(e.pointerId); });
-  of.addEventListener("pointermove", (e) => {
-    if (last === null) return over(e.offsetX, e.offsetY, e);
-    const dx = e.offsetX - last[0], dy = e.offsetY - last[1];
-    far += Math.abs(dx) + Math.abs(dy);
-    last = [e.offsetX, e.offsetY];
-    if (far > 4) { of.classList.add("drag"); leave(); drag(dx, dy); }
-  });
-  of.addEventListener("pointerup", (e) => { if (last !== null && far <= 4) click(e.offsetX, e.offsetY); last = null; of.classList.remove("drag"); });
-  of.addEventListener("pointercancel", () => { last = null; of.classList.remove("drag"); });
-  of.addEventListener("pointerleave", leave);
-}
-
-function hovered(step, e) {
-  const tip = $("tip");
-  if (view.hover !== step) { view.hover = step; redraw(); }
-  tip.hidden = step < 0;
-  if (step < 0) return;
-  const box = graph().boxes[step], types = (ks) => ks.map((k) => TEXTS[k]).join(", ");
-  tip.replaceChildren(
-    el("div", {}, `${step}  ${TEXTS[box.name]}`),
-    el("div", { className: "mono" }, `${types(box.reads)} \u2192 ${types(box.writes)}`),
-    el("div", {}, box.modules.map((k) => TEXTS[k]).slice(0, 3).join(", ")),
+  const x = view.x + sx / view.scale,
+    y = view.y + sy / view.scale;
+  return graph().boxes.findIndex(
+    (b) => x >= b.at[0] && x <= b.at[0] + WIDTH && y >= b.at[1] && y <= b.at[1] + b.at[2],
   );
-  tip.style.left = Math.max(Math.min(e.clientX + 14, window.innerWidth - tip.offsetWidth - 8), 4) + "px";
-  tip.style.top = (e.clientY + 18 + tip.offsetHeight > window.innerHeight ? e.clientY - 10 - tip.offsetHeight : e.clientY + 18) + "px";
 }
