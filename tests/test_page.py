@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BACKEND, gems_only, rand
+from helpers import BACKEND, DEVICE, gems_only, rand
 from torch import nn
 
 if BACKEND == "gems":
@@ -188,7 +188,7 @@ class Mlp(nn.Module):
 
 
 def test_a_model_s_page_has_every_node_that_a_call_computes(tmp_path) -> None:
-    found = gems_compile.explain(Mlp(), rand(4, 8))
+    found = gems_compile.explain(Mlp().to(DEVICE), rand(4, 8))
     drawn = written(found, tmp_path / "page.html").data["graphs"]
     assert [g["title"] for g in drawn] == ["graph 0 forward", "graph 0 backward"]
     for told, graph in zip(drawn, found.graphs, strict=True):

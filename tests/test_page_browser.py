@@ -74,6 +74,25 @@ def test_a_click_on_a_box_shows_it_and_escape_closes_it(chromium, tmp_path) -> N
     assert quiet(chromium)
 
 
+def test_the_pointer_over_a_box_or_the_strip_tells_what_is_there(chromium, tmp_path) -> None:
+    small().to_html(tmp_path / "page.html")
+    chromium.open(tmp_path / "page.html")
+    chromium.mouse("Moved", *chromium.eval(f"{PLACE}(1)"))
+    told = "$('tip').hidden ? '' : $('tip').innerText"
+    assert chromium.eval(told).split("\n") == ["1 mm", "f32[4, 8] \u2192 f32[4, 8]", "layers.0.up"]
+    chromium.mouse("Moved", 5, 5)
+    assert chromium.eval(told) == ""
+    left, top = chromium.eval("(r => [r.left + 20, r.top + 20])(strip.getBoundingClientRect())")
+    chromium.mouse("Moved", left, top)
+    assert chromium.eval(told).startswith("0 fused_add_gelu")
+    chromium.mouse("Wheel", left, top, deltaX=0, deltaY=-300)
+    chromium.wait(lambda: chromium.eval("span.to") < 1)
+    for colour in ("saved", "cost", "kernel"):
+        chromium.eval(f"$('colour').value = '{colour}', $('colour').onchange()")
+        chromium.frame()
+    assert quiet(chromium)
+
+
 def test_wheel_drag_and_keys_move_the_view(chromium, tmp_path) -> None:
     small().to_html(tmp_path / "page.html")
     chromium.open(tmp_path / "page.html")

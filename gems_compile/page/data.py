@@ -9,7 +9,6 @@ from typing import Any
 
 from . import layout
 
-FREE = "free"  # of summary.py, which would import torch
 Data = Mapping[str, Any]
 NODE = ("name", "op", "result", "fate", "detail", "line", "module")
 
@@ -51,6 +50,7 @@ def page_data(explanation: Data, times: Mapping[str, Sequence[float]] | None = N
             "width": layout.WIDTH,
             "head": layout.HEAD,
             "line": layout.LINE,
+            "label": layout.LABEL,
             "gutter": layout.GUTTER,
         },
     }

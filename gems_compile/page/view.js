@@ -1,11 +1,7 @@
 // The graph on a canvas: what is out of sight is not drawn, and what is too small has no text.
 
 const view = { x: 0, y: 0, scale: 1, width: 0, height: 0, hover: -1, asked: false };
-const WIDTH = DATA.size.width,
-  HEAD = DATA.size.head,
-  STEP = DATA.size.line;
-const GUTTER = DATA.size.gutter,
-  LABEL = 12;
+const { width: WIDTH, head: HEAD, line: STEP, gutter: GUTTER, label: LABEL } = DATA.size;
 const TITLES = 0.26,
   OPS = 0.6,
   TYPES = 1.15; // scales from which a box shows them
