@@ -15,6 +15,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from . import traffic
+from .flow import read_by
 from .lowering.graph import module_path, source_line
 from .lowering.group import Group, Plan
 from .lowering.horizontal import Combined
@@ -23,21 +24,8 @@ from .lowering.pipeline import Report
 from .lowering.render import kernel_name
 from .lowering.source import Source
 from .lowering.tune import hints_of
+from .typed import describe, typed
 
-SHORT = {
-    "float16": "f16",
-    "bfloat16": "bf16",
-    "float32": "f32",
-    "float64": "f64",
-    "bool": "bool",
-    "uint8": "u8",
-    "int8": "i8",
-    "int16": "i16",
-    "int32": "i32",
-    "int64": "i64",
-    "complex64": "c64",
-    "complex128": "c128",
-}
 FUSED, ATEN, FREE = "fused", "aten", "free"
 UNDECLARED = "no kernel is declared for it"
 # What is left to ATen on purpose, in words; the compiler itself only knows that it has no kernel.
@@ -100,6 +88,7 @@ class Call:
     read: int = 0  # bytes
     written: int = 0
     eager: int = 0
+    inputs: tuple[int, ...] = ()  # places of the earlier calls whose results it reads
 
     @property
     def saved(self) -> int:
@@ -381,19 +370,6 @@ def _why_free(node: Node, plan: Plan) -> str:
     return "a size: computed in Python"
 
 
-def describe(val: Any) -> str:
-    """``f32[4, 33]`` for a tensor, its parts for a tuple."""
-    if isinstance(val, (tuple, list)):
-        return "(" + ", ".join(map(describe, val)) + ")"
-    if hasattr(val, "shape") and hasattr(val, "dtype"):
-        return _typed(str(val.dtype).removeprefix("torch."), val.shape)
-    return "none" if val is None else type(val).__name__
-
-
-def _typed(dtype: str, shape: Iterable[Any]) -> str:
-    return f"{SHORT.get(dtype, dtype)}[{', '.join(map(str, shape))}]"
-
-
 # calls -------------------------------------------------------------------------------------------
 
 
@@ -401,12 +377,13 @@ def _calls(
     plan: Plan, source_of: dict[Group, Source], origins: Origins, sizes: Mapping[Any, int]
 ) -> Iterable[Call]:
     again, known = _recomputed(plan, origins), set()
-    for step in _steps(plan):
+    steps = _steps(plan)
+    for step, inputs in zip(steps, read_by(steps, source_of), strict=True):
         if isinstance(step, Group):
             # what several kernels compute eager computes once: the first of them saves it
             others = [node for node in again.get(step, ()) if node not in known]
             known.update(others)
-            yield _launch(step, source_of[step], origins, others, sizes)
+            yield _launch(step, source_of[step], origins, others, sizes, inputs)
         else:
             reads = tuple(describe(n.meta.get("val")) for n in step.all_input_nodes)
             read, written = traffic.of_node(step)
@@ -422,6 +399,7 @@ def _calls(
                 read=read,
                 written=written,
                 eager=read + written,
+                inputs=inputs,
             )
 
 
@@ -431,12 +409,13 @@ def _launch(
     origins: Origins,
     others: Sequence[Node],
     sizes: Mapping[Any, int],
+    places: tuple[int, ...],
 ) -> Call:
     """``others``: nodes whose eager bytes count here, though other kernels compute them, too."""
     inputs = [v for _, role, v in source.params if role == "in"]
     outputs = [v for _, role, v in source.params if role == "out"]
     outputs += group.stores.values()
-    reads, writes = (tuple(_typed(v.dtype, v.shape) for v in vs) for vs in (inputs, outputs))
+    reads, writes = (tuple(typed(v.dtype, v.shape) for v in vs) for vs in (inputs, outputs))
     parts = group.groups if isinstance(group, Combined) else ()
     nodes = _nodes_of(group, origins)
     return Call(
@@ -452,6 +431,7 @@ def _launch(
         traffic.of_values(inputs, sizes),
         traffic.of_values(outputs, sizes),
         sum(sum(traffic.of_node(n)) for n in dict.fromkeys([*map(_op, nodes), *others])),
+        places,
     )
 
 

@@ -43,9 +43,9 @@ def small() -> Any:
     )
     calls = (
         launch("fused_add_gelu", "aaaa1111", ("add.Tensor", "gelu"), "layers.0"),
-        aten("mm", "matrix products are left to the vendor's library", "layers.0.up"),
-        launch("fused_mul", "bbbb2222", ("mul.Tensor",), "layers.0"),
-        launch("fused_mul", "bbbb2222", ("mul.Tensor",), "layers.1"),
+        aten("mm", "matrix products are left to the vendor's library", "layers.0.up", inputs=(0,)),
+        launch("fused_mul", "bbbb2222", ("mul.Tensor",), "layers.0", inputs=(1,)),
+        launch("fused_mul", "bbbb2222", ("mul.Tensor",), "layers.1", inputs=(0, 2)),
     )
     where = ("model.py:9  z", "layers.1")
     graph = GraphSummary(
@@ -84,10 +84,13 @@ def large(layers: int = 50, calls: int = 20) -> Any:
                 nodes.append(node(name, f"op_{j}", inputs, step if j else None, **where))
                 last = name
             ops = ("op_1", "op_2", "op_3", "op_4")
+            before = {"inputs": tuple(k for k in (step - 7, step - 1) if k >= 0)}
             if k % 3 == 0:
-                steps.append(aten("mm", "matrix products are left to the vendor's library", module))
+                steps.append(
+                    aten("mm", "matrix products are left to the vendor's library", module, **before)
+                )
             else:
-                steps.append(launch("fused_" + "_".join(ops), f"key{k:05}", ops, module))
+                steps.append(launch("fused_" + "_".join(ops), f"key{k:05}", ops, module, **before))
     sources = {f"{c.name}_{c.detail}": SOURCE * 20 for c in steps if c.kind == "kernel"}
     graph = GraphSummary(0, "forward", tuple(nodes), tuple(steps), kernels=14, sources=sources)
     return Explanation("large", "nvidia sm90", (graph,))

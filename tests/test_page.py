@@ -58,21 +58,9 @@ def test_a_box_is_a_call_and_shows_its_nodes_and_the_views_that_it_reads_through
     assert found.data["sources"] == {"fused_add_gelu_aaaa1111": SOURCE}
 
 
-def test_an_edge_goes_through_views_and_names_the_value(tmp_path) -> None:
+def test_edges_are_what_calls_read(tmp_path) -> None:
     graph = written(small(), tmp_path / "page.html").data["graphs"][0]
-    assert sorted(graph["edges"]) == [[0, 1, 1], [0, 3, 1], [1, 2, 3], [2, 3, 4]]
-
-
-def test_what_each_kernel_recomputes_is_read_by_none_of_another() -> None:
-    """A node of two steps is an edge of neither; what it reads is."""
-    nodes = [
-        {"name": "a", "inputs": ["x"], "steps": [0]},
-        {"name": "b", "inputs": ["a"], "steps": [1, 2]},
-        {"name": "c", "inputs": ["b"], "steps": [1]},
-        {"name": "d", "inputs": ["b"], "steps": [2]},
-    ]
-    edges = data._edges(nodes, {n["name"]: k for k, n in enumerate(nodes)})
-    assert sorted(edges) == [(0, 1, 0), (0, 2, 0)]
+    assert graph["edges"] == [[0, 1], [1, 2], [0, 3], [2, 3]]
 
 
 def test_a_view_of_an_output_stands_with_what_it_looks_at() -> None:
@@ -195,8 +183,36 @@ def test_a_model_s_page_has_every_node_that_a_call_computes(tmp_path) -> None:
         assert len(told["boxes"]) == len(graph.calls)
         inside = {k for box in told["boxes"] for k in box["nodes"]}
         assert inside == {k for k, n in enumerate(graph.nodes) if n.steps}
-        assert all(a < b for a, b, _ in told["edges"])
+        assert all(a < b for a, b in told["edges"])
     assert drawn[0]["edges"]
+
+
+def reads(fn, *args) -> list[list[tuple[str, tuple[int, ...]]]]:
+    """Of each graph, each call's first op and the places of the calls that it reads."""
+    graphs = gems_compile.explain(fn, *args).graphs
+    return [[(c.ops[0], c.inputs) for c in g.calls] for g in graphs]
+
+
+def test_a_call_reads_through_views_and_parts_of_tuples() -> None:
+    def product(x, w):
+        values, places = (x @ w).sort(-1)
+        return values.t() @ values, places + 1
+
+    (calls,) = reads(product, rand(6, 5), rand(5, 4))
+    assert calls[:2] == [("mm", ()), ("sort", (0,))]
+    assert sorted(calls[2:]) == [("add.Tensor", (1,)), ("mm", (1,))]
+
+
+def test_a_call_reads_the_kernel_that_stores_its_part_of_an_op(tmp_path) -> None:
+    """Of a norm's gradient dx comes from one kernel, and those of its weights from another."""
+    x = rand(40, 64).requires_grad_()
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.LayerNorm(64)).to(DEVICE)
+    found = gems_compile.explain(model, x).graphs[-1]
+    products = [k for k, c in enumerate(found.calls) if c.name in ("mm", "addmm")]
+    norm = [k for k, c in enumerate(found.calls) if "native_layer_norm_backward" in c.ops]
+    assert found.kind == "backward" and len(products) == 2
+    assert all(norm[0] in found.calls[k].inputs for k in products)
+    assert any(products[k] in found.calls[j].inputs for k in (0, 1) for j in norm[1:])
 
 
 def test_an_edge_s_bytes_are_those_of_its_value() -> None:
@@ -238,5 +254,5 @@ def test_no_two_boxes_overlap_and_a_reader_stands_right_of_what_it_reads_in_its_
         inside = [
             k for k, p in enumerate(places) if x <= p[0] < x + width and y <= p[1] < y + height
         ]
-        edges = [(a, b) for a, b, _ in graph["edges"] if a in inside and b in inside]
+        edges = [(a, b) for a, b in graph["edges"] if a in inside and b in inside]
         assert all(places[a][2] < places[b][0] for a, b in edges)

@@ -72,10 +72,10 @@ def _graph(graph: Data, texts: Texts, times: Sequence[float] | None) -> Data:
         home = homes[k]
         if not node["steps"] and home is not None:
             views[home].append(k)
-    edges = _edges(nodes, number)
+    edges = [(k, step) for step, call in enumerate(calls) for k in call["inputs"]]
     lanes = layout.lanes_of([c["modules"][0] if c["modules"] else "" for c in calls])
     lines = [len(m) + bool(v) for m, v in zip(members, views, strict=True)]
-    places = layout.place(lanes, lines, ((a, b) for a, b, _ in edges))
+    places = layout.place(lanes, lines, edges)
     boxes = [
         _box(call, texts, members[k], views[k], places[k], None if times is None else times[k])
         for k, call in enumerate(calls)
@@ -95,7 +95,7 @@ def _graph(graph: Data, texts: Texts, times: Sequence[float] | None) -> Data:
         ],
         "refused": _refused(graph, {n["name"]: n["steps"] for n in nodes}, texts),
         "measured": times is not None,
-        **_tables(graph, number, times),
+        **_tables(graph, times),
     }
 
 
@@ -136,25 +136,6 @@ def _homes(nodes: Sequence[Data], number: Mapping[str, int]) -> list[int | None]
     return home
 
 
-def _edges(nodes: Sequence[Data], number: Mapping[str, int]) -> list[tuple[int, int, int]]:
-    """(Call, later call that reads of it, node whose value that is), through views."""
-    makers: list[dict[int, int]] = []  # of each node: call that computes it -> node
-    found: dict[tuple[int, int], int] = {}
-    for k, node in enumerate(nodes):
-        sources: dict[int, int] = {}
-        for name in node["inputs"]:
-            if name in number:
-                sources.update(makers[number[name]])
-        for step in node["steps"]:
-            for source, value in sources.items():
-                if source < step:
-                    found.setdefault((source, step), value)
-        # a value that several kernels recompute is stored by none: its own sources are read
-        own = node["steps"]
-        makers.append({own[-1]: k} if own else sources)
-    return [(a, b, value) for (a, b), value in found.items()]
-
-
 def _refused(graph: Data, steps: Mapping[str, Sequence[int]], texts: Texts) -> list[list[int]]:
     """(Call, other call, why they are not one) of each edge that was not fused."""
     found: dict[tuple[int, int], int] = {}
@@ -174,7 +155,7 @@ def _notes(graph: Data) -> list[list[str]]:
 # tables ------------------------------------------------------------------------------------------
 
 
-def _tables(graph: Data, number: Mapping[str, int], times: Sequence[float] | None) -> Data:
+def _tables(graph: Data, times: Sequence[float] | None) -> Data:
     calls = list(enumerate(graph["calls"]))
     kernels = [(k, c) for k, c in calls if c["kind"] == "kernel"]
     aten = [(k, c) for k, c in calls if c["kind"] == "aten"]

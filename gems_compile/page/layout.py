@@ -104,7 +104,7 @@ def place(
         ins[b].append(a)
         outs[a].append(b)
     places = [Place(0, 0, height_of(n)) for n in lines]
-    most = max(12, math.isqrt(2 * len(lines)))  # columns; a longer row goes on below itself
+    most = max(16, math.isqrt(2 * len(lines)))  # columns; a longer row goes on below itself
     for lane in lanes:
         _place_lane(lane, _columns(lane, ins, outs), places, most)
     _flow(lanes, places)

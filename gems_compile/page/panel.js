@@ -70,11 +70,11 @@ function callPanel(step) {
     ),
     ...section(
       "Reads from",
-      made.before[step].map((e) => stepLink(e[0], `  ${nameOf(e[2])}`)),
+      made.before[step].map((e) => stepLink(e[0], moduleOf(e[0]))),
     ),
     ...section(
       "Is read by",
-      made.after[step].map((e) => stepLink(e[1], `  ${nameOf(e[2])}`)),
+      made.after[step].map((e) => stepLink(e[1], moduleOf(e[1]))),
     ),
     ...section(
       "Not fused with",
@@ -136,7 +136,7 @@ function section(title, items, most = 40) {
 const button = (text, act, off = false) =>
   el("button", { type: "button", onclick: act, disabled: off }, text);
 const link = (text, act) => el("button", { type: "button", className: "link", onclick: act }, text);
-const nameOf = (k) => TEXTS[graph().nodes[k][NAME]];
+const moduleOf = (step) => `  ${texts(graph().boxes[step].modules.slice(0, 1))}`;
 
 function stepLink(step, more) {
   return el(
