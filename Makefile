@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 TYPES := $(abspath $(VENV))/types
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test page-test lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
@@ -21,6 +21,10 @@ demo: $(VENV)/.demo
 # One thread a process: torch would start a thread a core in every one of them.
 test: $(VENV)/.test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --timeout 300 $(PYTEST_ARGS)
+
+# Of explain's page: needs a Chromium (apt-get install chromium), without which half are skipped.
+page-test: $(VENV)/.test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs --timeout 300 tests/test_page.py tests/test_page_browser.py
 
 lint: $(VENV)/.lint
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .

@@ -7,14 +7,16 @@ import itertools
 import json
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from . import page
 from .backend import Gems
 from .config import vendor
 from .kernels.target import current_target
@@ -180,6 +182,13 @@ class Explanation:
 
     def to_json(self, indent: int | None = 1) -> str:
         return json.dumps(self.to_dict(), indent=indent)
+
+    def to_html(self, path: str | Path, times: Mapping[str, Sequence[float]] | None = None) -> None:
+        """Write one HTML file that shows it: the graphs, each kernel, what was saved and what not.
+
+        ``times``: graph's title ("graph 0 forward") -> microseconds of each of its calls, in order.
+        """
+        page.write(self.to_dict(), path, times)
 
     def why(self, text: str) -> list[str]:
         """Every fact about a node, edge, rewrite or break that holds ``text``: a module's path, an

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
 
 from .lowering.graph import module_path, source_line
-from .summary import describe
+from .typed import describe
 
 RESERVED = {"torch", "math", "operator", "tensor", "make_inputs", "forward", "describe"}
 OWN_LIBRARIES = {"aten", "prims", "prim", "higher_order", "_c10d_functional", "c10d"}

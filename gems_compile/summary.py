@@ -15,6 +15,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from . import traffic
+from .flow import read_by
 from .lowering.graph import module_path, source_line
 from .lowering.group import Group, Plan
 from .lowering.horizontal import Combined
@@ -23,21 +24,8 @@ from .lowering.pipeline import Report
 from .lowering.render import kernel_name
 from .lowering.source import Source
 from .lowering.tune import hints_of
+from .typed import describe, typed
 
-SHORT = {
-    "float16": "f16",
-    "bfloat16": "bf16",
-    "float32": "f32",
-    "float64": "f64",
-    "bool": "bool",
-    "uint8": "u8",
-    "int8": "i8",
-    "int16": "i16",
-    "int32": "i32",
-    "int64": "i64",
-    "complex64": "c64",
-    "complex128": "c128",
-}
 FUSED, ATEN, FREE = "fused", "aten", "free"
 UNDECLARED = "no kernel is declared for it"
 # What is left to ATen on purpose, in words; the compiler itself only knows that it has no kernel.
@@ -100,6 +88,7 @@ class Call:
     read: int = 0  # bytes
     written: int = 0
     eager: int = 0
+    inputs: tuple[int, ...] = ()  # places of the earlier calls whose results it reads
 
     @property
     def saved(self) -> int:
@@ -116,6 +105,8 @@ class Edge:
     reason: str
     line: str
     module: str
+    bytes: int = field(default=0, compare=False)  # of the value
+    nodes: tuple[str, ...] = field(default=(), compare=False)  # that both ends are of
 
 
 @dataclass(frozen=True)
@@ -218,7 +209,7 @@ def summarize(report: Report) -> GraphSummary:
         **head,
         nodes=tuple(_node_facts(plan, graph, origins)),
         calls=tuple(_calls(plan, report.source_of, origins, sizes)),
-        unfused=tuple(_unfused(plan, origins)),
+        unfused=tuple(_unfused(plan, origins, sizes)),
         kernels=len(report.sources),
         sources={f"{s.name}_{s.key[:8]}": s.commented for s in report.sources},
         **(_ends(graph) if graph is not None else {}),
@@ -379,19 +370,6 @@ def _why_free(node: Node, plan: Plan) -> str:
     return "a size: computed in Python"
 
 
-def describe(val: Any) -> str:
-    """``f32[4, 33]`` for a tensor, its parts for a tuple."""
-    if isinstance(val, (tuple, list)):
-        return "(" + ", ".join(map(describe, val)) + ")"
-    if hasattr(val, "shape") and hasattr(val, "dtype"):
-        return _typed(str(val.dtype).removeprefix("torch."), val.shape)
-    return "none" if val is None else type(val).__name__
-
-
-def _typed(dtype: str, shape: Iterable[Any]) -> str:
-    return f"{SHORT.get(dtype, dtype)}[{', '.join(map(str, shape))}]"
-
-
 # calls -------------------------------------------------------------------------------------------
 
 
@@ -399,12 +377,13 @@ def _calls(
     plan: Plan, source_of: dict[Group, Source], origins: Origins, sizes: Mapping[Any, int]
 ) -> Iterable[Call]:
     again, known = _recomputed(plan, origins), set()
-    for step in _steps(plan):
+    steps = _steps(plan)
+    for step, inputs in zip(steps, read_by(steps, source_of), strict=True):
         if isinstance(step, Group):
             # what several kernels compute eager computes once: the first of them saves it
             others = [node for node in again.get(step, ()) if node not in known]
             known.update(others)
-            yield _launch(step, source_of[step], origins, others, sizes)
+            yield _launch(step, source_of[step], origins, others, sizes, inputs)
         else:
             reads = tuple(describe(n.meta.get("val")) for n in step.all_input_nodes)
             read, written = traffic.of_node(step)
@@ -420,6 +399,7 @@ def _calls(
                 read=read,
                 written=written,
                 eager=read + written,
+                inputs=inputs,
             )
 
 
@@ -429,12 +409,13 @@ def _launch(
     origins: Origins,
     others: Sequence[Node],
     sizes: Mapping[Any, int],
+    places: tuple[int, ...],
 ) -> Call:
     """``others``: nodes whose eager bytes count here, though other kernels compute them, too."""
     inputs = [v for _, role, v in source.params if role == "in"]
     outputs = [v for _, role, v in source.params if role == "out"]
     outputs += group.stores.values()
-    reads, writes = (tuple(_typed(v.dtype, v.shape) for v in vs) for vs in (inputs, outputs))
+    reads, writes = (tuple(typed(v.dtype, v.shape) for v in vs) for vs in (inputs, outputs))
     parts = group.groups if isinstance(group, Combined) else ()
     nodes = _nodes_of(group, origins)
     return Call(
@@ -450,6 +431,7 @@ def _launch(
         traffic.of_values(inputs, sizes),
         traffic.of_values(outputs, sizes),
         sum(sum(traffic.of_node(n)) for n in dict.fromkeys([*map(_op, nodes), *others])),
+        places,
     )
 
 
@@ -460,7 +442,7 @@ def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
 # edges -------------------------------------------------------------------------------------------
 
 
-def _unfused(plan: Plan, origins: Origins) -> Iterable[Edge]:
+def _unfused(plan: Plan, origins: Origins, sizes: Mapping[Any, int]) -> Iterable[Edge]:
     """The refusals that still hold at the end: both ends in kernels, not in the same one."""
     home = {m: g for g in plan.groups for m in g.members}
     seen: set[tuple[Value, Value]] = set()
@@ -471,7 +453,14 @@ def _unfused(plan: Plan, origins: Origins) -> Iterable[Edge]:
         seen.add((producer, consumer))
         node = origins.get(consumer) or origins.get(producer)
         where = (source_line(node), module_path(node)) if node is not None else ("", "")
-        yield Edge(_value_name(producer, origins), _value_name(consumer, origins), why, *where)
+        yield Edge(
+            _value_name(producer, origins),
+            _value_name(consumer, origins),
+            why,
+            *where,
+            traffic.of_values([producer], sizes),
+            tuple(_op(origins[v]).name for v in (producer, consumer) if v in origins),
+        )
 
 
 def _value_name(value: Value, origins: Origins) -> str:

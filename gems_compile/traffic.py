@@ -19,6 +19,7 @@ from .lowering.convolutions import hint
 from .lowering.graph import is_view
 from .lowering.indexing import is_static
 from .lowering.ir import BITS, Value
+from .lowering.packed import is_unpacked
 
 Sizes = Mapping[Any, int]
 
@@ -44,7 +45,7 @@ def _is_zero(stride: Any) -> bool:
 
 def of_node(node: Node) -> tuple[int, int]:
     """(Bytes that its op reads, bytes that it writes) as a call of ATen; none of a view."""
-    if is_view(node):
+    if is_view(node) or is_unpacked(node):
         return 0, 0
     read = sum(_of_tensors(n.meta.get("val")) for n in node.all_input_nodes)
     return read, _of_tensors(node.meta.get("val"))

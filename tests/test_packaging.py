@@ -102,6 +102,8 @@ def test_the_wheel_holds_every_source_and_no_other_top_level_name(wheel: Path) -
     assert {name for name in names if name.endswith(".py")} == sources
     assert {"gems_compile/py.typed", "gems_compile/lowering/native.c"} <= names
     assert "gems_compile/defaults/nvidia-sm90.json" in names
+    assert {f"gems_compile/page/page.{kind}" for kind in ("html", "css")} <= names
+    assert "gems_compile/page/main.js" in names
     assert wheel.name == "gems_compile-0.1.0-py3-none-any.whl"
 
 
