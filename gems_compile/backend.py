@@ -63,7 +63,7 @@ class Gems:
         self.fresh = fresh
         self.reports: list[Report] = []
         self.recompiles: list[Recompile] = []
-        self.watchers: list[Callable[[], None]] = []  # called when Dynamo gives us a graph
+        self.watchers: list[Callable[[], None]] = []  # called when a graph comes, and at a reset
         self.late: weakref.WeakSet[Late] = weakref.WeakSet()  # compiled, as long as they are used
         self.graphs = count()
 
@@ -96,6 +96,8 @@ class Gems:
 
     def reset(self) -> None:
         """``torch._dynamo.reset()`` calls this."""
+        for watcher in self.watchers:
+            watcher()
         self.reports.clear()
         self.recompiles.clear()
         self.late.clear()

@@ -55,15 +55,26 @@ def recompile(graph: int) -> Recompile | None:
     compile_id, code, (guard, *older) = found
     guard, line = _with_line(guard, code)
     change, hint = in_words(guard)
-    name = _function(code.co_name)
+    name, line = _function(code), "" if _is_torchs(code) else line
     again = Recompile(graph, compile_id, name, line, change, hint, guard, tuple(older))
     log.info("graph %d: %s  %s", graph, again, line)
     return again
 
 
-def _function(name: str) -> str:
-    resumed = RESUME.match(name)
-    return f"{resumed[1]}, behind line {resumed[2]}," if resumed else name
+def _function(code: Any) -> str:
+    """``Model.forward``; of what Dynamo made of a function behind a break, that function."""
+    resumed = RESUME.match(code.co_name)
+    if resumed is not None:
+        return f"{resumed[1]}, behind line {resumed[2]},"
+    if _is_torchs(code):
+        return "a module of torch's"
+    name: str = getattr(code, "co_qualname", code.co_name)  # since Python 3.11
+    return name.rpartition("<locals>.")[2]
+
+
+def _is_torchs(code: Any) -> bool:
+    """Whether it is what Dynamo puts around a module whose code is torch's."""
+    return code.co_filename.replace("\\", "/").endswith("torch/_dynamo/external_utils.py")
 
 
 def _with_line(guard: str, code: Any) -> tuple[str, str]:
@@ -89,9 +100,10 @@ NUMBERS = r"\. expected (?P<old>.+?),? actual (?P<new>.+)"
 
 def _size(m: re.Match[str]) -> tuple[str, str]:
     name, dim = m["name"], m["dim"]
+    tensor = "tensor" if name.startswith("argument ") else name
     return (
         f"size of {name}, dim {dim}, changed {m['old']} -> {m['new']}",
-        f"torch.compile(..., dynamic=True) or torch._dynamo.mark_dynamic({name}, {dim}) "
+        f"torch.compile(..., dynamic=True) or torch._dynamo.mark_dynamic({tensor}, {dim}) "
         "compiles once for all sizes",
     )
 
@@ -214,6 +226,7 @@ def in_words(guard: str) -> tuple[str, str]:
     """(What had changed, what to do about it) of a guard that failed; of one that is not known,
     Dynamo's own words."""
     plain = re.sub(r"\b[LG]\[['\"](\w+)['\"]\]", r"\1", guard)
+    plain = re.sub(r"\bargs\[(\d+)\]", r"argument \1", plain)
     for pattern, words in RULES:
         found = pattern.match(plain)
         if found is not None:

@@ -9,7 +9,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from .lowering.copies import once
 from .lowering.whole_graphs import NOT_KEPT
 from .summary import ATEN, FREE, GraphSummary, summarize
 from .tables import Table, as_text
+
+if TYPE_CHECKING:
+    from .script import Kept
 
 MOST_ROWS = 25  # of one table; the data has all of them
 
@@ -131,7 +134,7 @@ class Explanation:
     gave_up: int = 0  # functions that Dynamo compiles no more: they were compiled too often
 
     @classmethod
-    def of(cls, backend: Gems, name: str, watch: Watch | None = None) -> Explanation:
+    def of(cls, backend: Gems | Kept, name: str, watch: Watch | None = None) -> Explanation:
         """What the compiles through ``backend`` did."""
         target = current_target(vendor())
         graphs = tuple(map(summarize, backend.reports))

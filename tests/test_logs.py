@@ -221,6 +221,25 @@ def test_a_python_number_has_the_line_that_reads_it() -> None:
     assert found.line == here("return y * factor  # a number")
 
 
+def test_a_module_of_torchs_has_arguments_without_names() -> None:
+    model = torch.nn.Sequential(torch.nn.GELU(), torch.nn.Softmax(-1))
+    (found,) = again(model, [rand(4, 8)], [rand(5, 8)])
+    assert found.function == "a module of torch's"
+    assert found.line == ""
+    assert found.change == "size of argument 0, dim 0, changed 4 -> 5"
+    assert "mark_dynamic(tensor, 0)" in found.hint
+
+
+def test_a_method_has_its_class() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x):  # a method
+            return x.sin() * 2
+
+    (found,) = again(Model(), [rand(4, 8)], [rand(5, 8)])
+    assert found.function in ("Model.forward", "forward")  # Python 3.10 knows no class
+    assert found.line == here("def forward(self, x):  # a method")
+
+
 def test_grad_mode_is_a_setting() -> None:
     backend = Gems()
     compiled = torch.compile(lambda x: x.sin() * 2, backend=backend)
@@ -354,5 +373,7 @@ def test_a_function_that_dynamo_gave_up_is_counted() -> None:
 
 
 def test_resumed_functions_have_the_users_name() -> None:
-    assert dynamo._function("torch_dynamo_resume_in_step_at_12") == "step, behind line 12,"
-    assert dynamo._function("forward") == "forward"
+    code = test_dynamic_sizes_compile_once.__code__
+    resumed = code.replace(co_name="torch_dynamo_resume_in_step_at_12")
+    assert dynamo._function(resumed) == "step, behind line 12,"
+    assert dynamo._function(code) == "test_dynamic_sizes_compile_once"
