@@ -20,6 +20,7 @@ if BACKEND == "gems":
     from gems_compile.dynamo import Breaks, Watch, in_words
     from gems_compile.explain import Explanation
     from gems_compile.lowering import private
+    from gems_compile.lowering.pipeline import Report
 
 pytestmark = gems_only
 
@@ -148,6 +149,17 @@ def test_torch_logs_and_torch_trace(tmp_path: Path) -> None:
     assert "graph 0 inference: 3 nodes -> 1 launches" in found["gems_0_inference_plan"]
     assert json.loads(found["gems_0_inference_report"])["kind"] == "inference"
     assert "@triton.jit" in found[kernel]
+
+
+def test_a_graph_from_the_cache_is_told_of_by_its_counts() -> None:
+    report = Report("3_inference", nodes=7, launches=2, aten_calls=1, cache="from the cache")
+    report.graph, report.kind = 3, "inference"
+    line = "graph 3_inference: 7 nodes -> 2 launches, 1 ATen calls, 0.00 s, cache: from the cache"
+    assert telling.in_a_line(report) == line
+    texts = {name: text for name, _, text in telling.artifacts(report)}
+    assert "graph 3 inference: 7 nodes -> 2 launches" in texts["gems_3_inference_plan"]
+    assert json.loads(texts["gems_3_inference_report"])["numbers"]["launches"] == 2
+    assert list(telling.in_detail(report)) == ["seconds: "]
 
 
 def artifacts_of(log: str) -> dict[str, str]:
