@@ -18,6 +18,7 @@ from .lowering import private
 log = logging.getLogger(__name__)
 
 LIMIT = "Dynamo recompile limit exceeded"
+TORCH = os.path.dirname(torch.__file__) + os.sep
 RESUME = re.compile(r"torch_dynamo_resume_in_(.+)_at_(\d+)$")
 
 
@@ -56,7 +57,8 @@ def recompile(graph: int) -> Recompile | None:
     guard, line = _with_line(guard, code)
     change, hint = in_words(guard)
     name, line = _function(code), "" if _is_torchs(code) else line
-    again = Recompile(graph, compile_id, name, line, change, hint, guard, tuple(older))
+    others = tuple(_with_line(text, code)[0] for text in older)
+    again = Recompile(graph, compile_id, name, line, change, hint, guard, others)
     log.info("graph %d: %s  %s", graph, again, line)
     return again
 
@@ -78,8 +80,14 @@ def _is_torchs(code: Any) -> bool:
 
 
 def _with_line(guard: str, code: Any) -> tuple[str, str]:
-    """A guard as it stands, and the line it came from: ``n == 3   # y * n  # a.py:14 in f``."""
-    text, *remarks = [part.strip() for part in guard.split("\n")[0].split(" # ")]
+    """A guard as it stands, and the line it came from: ``n == 3   # y * n  # a.py:14 in f``, and
+    since torch 2.13 the calls that led there below it."""
+    first, *below = guard.split("\n")
+    text, *remarks = [part.strip() for part in first.split(" # ")]
+    frames = re.findall(r'File "(.+?)", line (\d+)', "\n".join(below))
+    for path, number in reversed(frames):
+        if not path.startswith(TORCH):
+            return text, line_of(path, int(number))
     for remark in reversed(remarks):
         place = re.match(r"(\S+):(\d+) in ", remark)
         if place is not None and os.path.basename(place[1]) == os.path.basename(code.co_filename):
@@ -151,11 +159,17 @@ def _state(m: re.Match[str]) -> tuple[str, str]:
     )
 
 
-def _small(m: re.Match[str]) -> tuple[str, str]:
+def _sizes(m: re.Match[str]) -> tuple[str, str]:
     return (
-        f"{m['size']} was at least {m['least']} and is not now",
-        "sizes 0 and 1 have graphs of their own: pad, or torch._dynamo.decorators.mark_unbacked",
+        f"{m[0].strip()} no longer holds",
+        "the program, or an op in it, decides by this size (0 and 1 have graphs of their own): "
+        "keep it in one range, or pad",
     )
+
+
+def _training(m: re.Match[str]) -> tuple[str, str]:
+    now = "evaluates" if m["old"] == "True" else "trains"
+    return f"{m['what']} {now} now", "training and evaluation have a graph each, once"
 
 
 def _length(m: re.Match[str]) -> tuple[str, str]:
@@ -211,11 +225,12 @@ RULES: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], tuple[str, str]]],
         (TENSOR + r"requires_grad mismatch\. expected requires_grad=(?P<old>\d)", _gradient),
         (TENSOR + "(?:dispatch key set|device index|device) mismatch" + NUMBERS, _keys),
         (r"GLOBAL_STATE changed:(?P<what>.*)", _state),
-        (r"(?P<least>\d+) <= (?P<size>\S+\.size\(\)\[\d+\])", _small),
+        (r".*\.(?:size|stride)\(\).*", _sizes),
+        (r"(?P<what>.+?)\.training == (?P<old>True|False)", _training),
         (r"len\((?P<what>.+?)\) == (?P<old>\d+)", _length),
         (r"BACKEND_MATCH", _backend),
         (r"Cache line invalidated because (?P<what>.*)", _gone),
-        (r"Duplicate tensor|.* is .*duplicate|Tensors aliasing", _aliases),
+        (r"Duplicate tensor|.+ is (?!None\b|True\b|False\b|\d)", _aliases),
         (r"___check_(?:type_id|obj_id)\((?P<what>[^,]+),.*", _object),
         (r"(?P<what>[^=<>!]+?) (?:==|is) (?P<old>.+)", _equal),
     )
@@ -226,6 +241,7 @@ def in_words(guard: str) -> tuple[str, str]:
     """(What had changed, what to do about it) of a guard that failed; of one that is not known,
     Dynamo's own words."""
     plain = re.sub(r"\b[LG]\[['\"](\w+)['\"]\]", r"\1", guard)
+    plain = re.sub(r"\._(?:modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]", r".\1", plain)
     plain = re.sub(r"\bargs\[(\d+)\]", r"argument \1", plain)
     for pattern, words in RULES:
         found = pattern.match(plain)

@@ -273,6 +273,8 @@ def test_all_versions_are_told_and_a_reset_forgets() -> None:
         compiled(arg)
     assert [len(r.older) for r in backend.recompiles] == [0, 1]
     assert [r.compile_id for r in backend.recompiles] == ["0/1", "0/2"]
+    (older,) = backend.recompiles[1].older
+    assert older.startswith("tensor 'x' dtype mismatch") and "\n" not in older
     torch._dynamo.reset()
     assert backend.recompiles == []
     for arg in (x, x.double()):
@@ -284,7 +286,11 @@ def test_all_versions_are_told_and_a_reset_forgets() -> None:
 GUARDS = {
     "tensor 'L['x']' size mismatch at index 0. expected 4, actual 6": "size of x, dim 0, changed 4",
     "tensor 'self._buffers['c']' stride mismatch at index 1. expected 1, actual 8": "stride of",
-    "2 <= x.size()[0]": "x.size()[0] was at least 2 and is not now",
+    "2 <= x.size()[0] <= 5": "2 <= x.size()[0] <= 5 no longer holds",
+    "y.size()[0] == x.size()[0]": "y.size()[0] == x.size()[0] no longer holds",
+    "L['self']._modules['drop'].training == True": "self.drop evaluates now",
+    "L['x'] is L['xs'][0]": "two arguments are one tensor now, or no longer are",
+    "L['k'] is None": "k is no longer None",
     "len(xs) == 3": "the length of xs is no longer 3",
     "L['n'] == 3": "n is no longer 3",
     "___check_obj_id(L['fn'], 1405)": "fn is another object, or of another type",
