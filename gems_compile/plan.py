@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from .layers import Stretch, stretches
 from .summary import Call, Edge, GraphSummary, counted
+
+#: steps that equal layers must save for being shown once
+FEW = 3
 
 
 def plan_text(summary: GraphSummary) -> str:
@@ -25,8 +28,8 @@ def plan_text(summary: GraphSummary) -> str:
         lines += _stretch_lines(stretch, calls)
     if summary.unfused:
         lines += ["", "Not fused, though both ends are in kernels:"]
-    for edge, times in counted(summary.unfused):
-        lines += _edge_lines(edge, times)
+    for edge, count in counted(summary.unfused):
+        lines += _edge_lines(edge, count)
     return re.sub("\n{3,}", "\n\n", "\n".join(lines).rstrip()) + "\n"
 
 
@@ -38,20 +41,22 @@ def _key(call: Call) -> tuple[object, ...]:
 
 def _stretch_lines(stretch: Stretch, calls: tuple[Call, ...]) -> list[str]:
     start, length, times = stretch.start, stretch.length, stretch.times
-    block = range(start, start + length)
-    if times == 1:
-        return [line for k in block for line in call_lines(k, calls[k], calls[k].modules)]
-    last = start + length * times - 1
+    block, last = range(start, start + length), start + length * times - 1
+    if length * (times - 1) < FEW:
+        return [line for k in range(start, last + 1) for line in call_lines(k, [calls[k]])]
     whole = calls[start : last + 1]
     what = f"step {start}" if length == 1 else f"steps {start} to {start + length - 1}"
     lines = ["", f"x{times}  {what}, and so on to step {last}: {_moved(whole)}"]
     for k in block:
-        modules = [m for call in calls[k : last + 1 : length] for m in call.modules]
-        lines += call_lines(k, calls[k], modules)
+        lines += call_lines(k, calls[k : last + 1 : length])
     return [*lines, f"x{times}  end", ""]
 
 
-def call_lines(place: int, call: Call, modules: Iterable[str]) -> list[str]:
+def call_lines(place: int, alike: Sequence[Call]) -> list[str]:
+    """A step, and the lines and modules of all that are ``alike``."""
+    call = alike[0]
+    modules = [module for other in alike for module in other.modules]
+    lines = dict.fromkeys(line for other in alike for line in other.lines)
     types = f"({', '.join(call.reads)}) -> {', '.join(call.writes)}"
     if call.kind == "kernel":
         head = f"{place:4} kernel {call.name}_{call.detail} {types}"
@@ -64,7 +69,7 @@ def call_lines(place: int, call: Call, modules: Iterable[str]) -> list[str]:
         more = [f"because {call.detail}"]
     return [
         f"{head}  [{_moved([call])}]",
-        *indented(*more, *call.lines, in_modules(modules), by=12),
+        *indented(*more, *lines, in_modules(modules), by=12),
     ]
 
 

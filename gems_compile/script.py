@@ -53,7 +53,8 @@ def main(
     sys.stdout.flush()
     _print(explanation, as_json, why)
     if html is not None:
-        explanation.to_html(html)  # type: ignore[attr-defined]  # _why_no_page looked
+        page: Any = explanation  # _why_no_page has looked whether there is one
+        page.to_html(html)
         print(f"The page is {os.path.abspath(html)}", file=sys.stderr)
     return GOOD if passed else FAILED
 

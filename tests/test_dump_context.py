@@ -208,6 +208,30 @@ def test_equal_layers_are_printed_once(tmp_path: Path) -> None:
     assert f"saves {in_bytes(saved)}" in plan.splitlines()[2]
 
 
+def test_few_equal_steps_are_printed_each(tmp_path: Path) -> None:
+    with gems_compile.dump(tmp_path):
+        w = rand(8, 8)
+        compiled(lambda x, v, w: (x @ v, x @ w))(rand(4, 8), rand(8, 8), w)
+    plan = (tmp_path / "graph_00_inference/plan.txt").read_text()
+    assert plan.count(" aten   mm") == 2
+    assert "\nx2" not in plan
+
+
+def test_equal_steps_have_all_of_their_lines(tmp_path: Path) -> None:
+    def fn(x, w):
+        a = x @ w
+        b = x @ (w * 2)
+        c = x @ (w * 3)
+        d = x @ (w * 4)
+        return a, b, c, d
+
+    with gems_compile.dump(tmp_path):
+        compiled(fn)(rand(4, 8), rand(8, 8))
+    plan = (tmp_path / "graph_00_inference/plan.txt").read_text()
+    for line in ("a = x @ w", "b = x @ (w * 2)", "c = x @ (w * 3)", "d = x @ (w * 4)"):
+        assert f"  {line}\n" in plan
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [
