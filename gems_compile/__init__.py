@@ -5,6 +5,7 @@ name below is loaded when it is first used.
 
     gems          the backend itself, as ``torch.compile(backend=gems_compile.gems)`` takes it
     explain       which nodes of a function fuse, which run as ATen, and why
+    dump          every stage of the compiles in a ``with`` block, as files
     reports       what the compiles of this process did
     enable        put the same kernels behind eager PyTorch; ``disable`` and ``use_gems`` with it
     enabled_ops   the ops that ``enable`` has replaced
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .authoring import pointwise
     from .backend import gems, reports
     from .config import Config
+    from .dumping import dump
     from .eager import disable, enable, enabled_ops, ops, use_gems
     from .explain import explain
 
@@ -38,6 +40,7 @@ __all__ = [
     "Config",
     "__version__",
     "disable",
+    "dump",
     "enable",
     "enabled_ops",
     "explain",
@@ -54,6 +57,7 @@ __all__ = [
 _HOME = {
     "Config": "config",
     "disable": "eager",
+    "dump": "dumping",
     "enable": "eager",
     "enabled_ops": "eager",
     "explain": "explain",
@@ -104,7 +108,8 @@ def _version() -> str:
 
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
-        # Importing the submodule gems_compile.explain sets it here, over the function of that name.
+        # Importing the submodule gems_compile.explain sets it here, over the function of that name;
+        # gems_compile.dump is a function of another module.
         if not (name in _HOME and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 

@@ -13,8 +13,10 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 
+from . import telling
 from .collection import WhileDynamoTraces, no_collection
-from .config import Config, cache_bytes, cache_dir, vendor
+from .config import Config, cache_bytes, cache_dir, told, vendor
+from .dynamo import Breaks, Recompile, recompile, tell
 from .kernels.target import current_target
 from .late import Boxed, Late
 from .lowering.channels_last import Decision
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _told: set[str] = set()
+_breaks = Breaks()
 _traces = WhileDynamoTraces()
 _traces.listen()  # who imports the backend is about to compile
 
@@ -48,7 +51,8 @@ def reports() -> list[Report]:
 class Gems:
     """The backend object: ``torch.compile(model, backend=gems)``, or ``backend="gems"``.
 
-    ``reports`` tells what became of each graph compiled through this object, oldest first. Where
+    ``reports`` tells what became of each graph compiled through this object, oldest first, and
+    ``recompiles`` which of them came of a function that had been compiled before, and why. Where
     it is ``fresh`` none comes from the cache of whole graphs, whose reports tell less.
     """
 
@@ -58,6 +62,8 @@ class Gems:
     def __init__(self, fresh: bool = False) -> None:
         self.fresh = fresh
         self.reports: list[Report] = []
+        self.recompiles: list[Recompile] = []
+        self.watchers: list[Callable[[], None]] = []  # called when a graph comes, and at a reset
         self.late: weakref.WeakSet[Late] = weakref.WeakSet()  # compiled, as long as they are used
         self.graphs = count()
 
@@ -77,8 +83,11 @@ class Gems:
             return aot_autograd(fw_compiler=run_as_aten, keep_inference_input_mutations=True)(
                 gm, inputs
             )
+        for watcher in self.watchers:
+            watcher()
         with no_collection():
-            return _Front(gm, inputs, config, target, self).compiled(gm, inputs)
+            session = _dump_session(config, mode, options)
+            return _Front(gm, inputs, config, target, self, session).compiled(gm, inputs)
 
     def wait(self) -> None:
         """Wait for the kernels of all that was compiled so far, before anything runs."""
@@ -87,7 +96,10 @@ class Gems:
 
     def reset(self) -> None:
         """``torch._dynamo.reset()`` calls this."""
+        for watcher in self.watchers:
+            watcher()
         self.reports.clear()
+        self.recompiles.clear()
         self.late.clear()
         self.graphs = count()
 
@@ -102,7 +114,13 @@ class _Front:
     """One of Dynamo's graphs on its way: a forward and its backward, or an inference graph."""
 
     def __init__(
-        self, gm: GraphModule, inputs: Sequence[Any], config: Config, target: Any, owner: Gems
+        self,
+        gm: GraphModule,
+        inputs: Sequence[Any],
+        config: Config,
+        target: Any,
+        owner: Gems,
+        session: Session | None,
     ) -> None:
         self.config, self.owner = config, owner
         self.options = lowering_options(config, target)
@@ -113,22 +131,30 @@ class _Front:
             pool(self.options.threads)  # workers start while AOTAutograd traces
             if target.backend == "cuda":
                 native.start(self.options.cache_dir)
-        self.session = _dump_session(config)
+        self.session = session
         self.program = Program(gm) if _may_train(inputs) else None
         self.rewrites = _rewrite(gm, self.session, config.rewrites) if config.rewrites else None
+        if session is not None:
+            session.clock.rewritten()
         self.number = next(owner.graphs)
+        again = recompile(self.number)
+        owner.recompiles += [] if again is None else [again]
+        tell(_breaks.look())
+        self.off = why_off(config)  # of the cache of whole graphs
+        self.told = False
         self.layouts: list[Decision] = []
         self.reports: list[Report] = []
         self.revived: list[Saved] = []  # from the cache
 
     def compiled(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """What runs in place of Dynamo's graph."""
-        off = why_off(self.config)
-        if off is None:
+        if self.off is None:
             compiled = self._through_cache(gm, inputs)
         else:
             compiled = self._through_aot(gm, inputs, _plain)
-            self._say(f"off: {off}")
+        self.told = True
+        for report in self.reports:
+            telling.tell(report)
         return compiled if self.program is None else with_second_order(compiled, self.program)
 
     def _through_cache(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -181,6 +207,7 @@ class _Front:
     def _report(self, kind: str) -> Report:
         report = Report(f"{self.number}_{kind}")
         report.graph, report.kind, report.rewrites = self.number, kind, self.rewrites
+        report.cache = f"off: {self.off}" if self.off is not None else ""
         return report
 
     def _compile(
@@ -205,6 +232,8 @@ class _Front:
                 gm, inputs, self.options, report, self.session, self.owner.late, holder
             )
         self._add(report)
+        if self.told:  # a backward, when it first ran
+            telling.tell(report)
         random = self.program is not None and self.program.random
         return run, partial(write, kind=kind, random=random)
 
@@ -239,12 +268,14 @@ def _may_train(inputs: Sequence[Any]) -> bool:
     )
 
 
-def _dump_session(config: Config) -> Session | None:
+def _dump_session(
+    config: Config, mode: str | None, options: dict[str, Any] | None
+) -> Session | None:
     if config.dump is None:
         return None
     from .dump import Session
 
-    return Session(config.dump)
+    return Session(config.dump, told(config, mode, options))
 
 
 def _rewrite(gm: GraphModule, session: Session | None, which: bool | str) -> Any:
@@ -314,7 +345,7 @@ def _compile_one(
     try:
         begun = Compilation(gm, options, report, **observe)
         if dump is None:
-            waiting = Late(begun.load, otherwise)
+            waiting = Late(partial(telling.loaded, begun.load, report), otherwise)
             late.add(waiting)
             return waiting.boxed(holder), partial(as_text, begun)
         run = begun.load()

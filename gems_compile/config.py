@@ -1,6 +1,7 @@
 """The settings: one frozen ``Config`` a compile, and the one place that reads ``GEMS_*`` variables.
 
-A value comes from ``options=``, else from the environment, else from the default. A wrong option is
+A value comes from ``options=``, else (a dump's folder) from ``gems_compile.dump``, else from the
+environment, else from the default. A wrong option is
 an error, for it is in the program; a wrong variable is a warning, for it may be meant for another
 program on the same machine.
 """
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from . import dumping
 from .errors import OptionError, nearest, unknown
 from .lowering.options import Options
 
@@ -140,22 +142,40 @@ class Config:
     @classmethod
     def from_call(cls, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Config:
         """The config of ``torch.compile(..., mode=mode, options=options)``."""
-        if mode is not None and options is not None:
-            raise OptionError(f"mode {mode!r} and options are both given; give one of them")
-        if mode is not None:
-            options = _of_mode(mode)
-        if options is not None and not isinstance(options, Mapping):
-            raise OptionError(f"options is a {type(options).__name__}; valid: a dict, None")
-        given = {SAME_AS.get(name, name): value for name, value in (options or {}).items()}
-        for name in given:
-            if name not in PARSERS:
-                raise OptionError(unknown("option", name, PARSERS))
+        given = _given(mode, options)
         show_logs()
-        return cls(**{**_from_environment(), **given})
+        return cls(**{**_from_environment(), **dumping.asked_for(), **given})
 
     def options(self) -> dict[str, Any]:
         """The settings as ``options=`` takes them: plain values, which the lower layers take."""
         return asdict(self)
+
+
+def _given(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a call of ``torch.compile`` says, by our names."""
+    if mode is not None and options is not None:
+        raise OptionError(f"mode {mode!r} and options are both given; give one of them")
+    if mode is not None:
+        options = _of_mode(mode)
+    if options is not None and not isinstance(options, Mapping):
+        raise OptionError(f"options is a {type(options).__name__}; valid: a dict, None")
+    given = {SAME_AS.get(name, name): value for name, value in (options or {}).items()}
+    for name in given:
+        if name not in PARSERS:
+            raise OptionError(unknown("option", name, PARSERS))
+    return given
+
+
+def told(
+    config: Config, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Each option of the ``config`` of such a call: its value, and where that came from."""
+    sources = {v.field: name for name, v in VARIABLES.items() if v.field in _from_environment()}
+    sources.update(dict.fromkeys(dumping.asked_for(), dumping.NAME))
+    by = "options" if mode is None else f"mode {mode}"
+    sources.update(dict.fromkeys(_given(mode, options), by))
+    values = config.options().items()
+    return {name: {"value": v, "from": sources.get(name, "default")} for name, v in values}
 
 
 def _of_mode(mode: object) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .backend import Gems
-from .explain import Explanation, Watch
+from .dynamo import Watch
+from .explain import Explanation
 from .tables import Table, show
 
 # The model: plain PyTorch, as one writes it; the rewrites find the norm and the attention in it.

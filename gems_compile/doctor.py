@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 import traceback
-from importlib.metadata import PackageNotFoundError, version
+from collections import Counter
 from typing import Any
 
+from .machine import device, driver, versions
+from .plan import in_bytes
 from .tables import Table, show
 
 
-def main(as_json: bool) -> int:
-    """Print the findings; the exit code is 0 if the self-test passed."""
-    found = examine()
+def main(as_json: bool, found: dict[str, Any] | None = None) -> int:
+    """Print the findings of ``examine``; the exit code is 0 if the self-test passed."""
+    found = examine() if found is None else found
     if as_json:
         print(json.dumps(found, indent=1))
     else:
@@ -34,14 +35,13 @@ def examine() -> dict[str, Any]:
 
     target = current_target(vendor())
     found: dict[str, Any] = {
-        "gems-compile": _version("gems-compile"),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU",
+        **versions(),
+        "device": device(),
+        "driver": driver(),
         "target": "none: graphs run as ATen" if target is None else target.label,
         "cache": cache_dir() or "none that is safe to use: kernels are compiled afresh",
+        "cached": _cached(),
+        "whole graphs": _whole_graphs(),
         "launcher": native.in_use(target, cache_dir()),
     }
     start = time.perf_counter()
@@ -80,8 +80,23 @@ def _self_test(torch: Any, target: Any) -> str:
     return f"passed: {launches} kernels ran, largest difference from eager {error:.0e}"
 
 
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed as a package"
+def _cached() -> str:
+    """``212 kernels (12.1 MB), 3 whole graphs (0.5 MB)``"""
+    from .cache import held
+
+    count, size = Counter[str](), Counter[str]()
+    for found in held():
+        kind = found["what"].split(",")[0]  # of any target
+        count[kind] += found["count"]
+        size[kind] += found["bytes"]
+    return ", ".join(f"{count[k]} {k} ({in_bytes(size[k])})" for k in count) or "nothing"
+
+
+def _whole_graphs() -> str:
+    """Where torch keeps them, or why it does not."""
+    from .config import Config
+    from .lowering.whole_graphs import folder
+    from .warm import why_off
+
+    off = why_off(Config.from_call())
+    return f"off: {off}" if off is not None else folder() or "torch tells no folder"

@@ -8,6 +8,7 @@
         kernels/       each kernel, with the user's lines
         wrapper.py     the function that calls them
         report.json    all of it as data
+        options.json   the options, where each came from, and the versions of everything
 
 Graphs are counted in the order Dynamo compiles them, so the same program gives the same names. A
 dump must not stop a compile: a disk that is full costs one warning.
@@ -21,17 +22,21 @@ import logging
 import os
 import re
 import shutil
+import time
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch.fx import GraphModule
 
+from .lowering import private
 from .lowering.pipeline import Report
+from .machine import facts
+from .plan import indented, module, plan_text, times
 from .runnable import to_python
-from .summary import Call, Edge, GraphSummary, counted, summarize
+from .summary import GraphSummary, counted, summarize
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +56,11 @@ _warned: set[str] = set()
 class Session:
     """The dumps of one Dynamo graph: what it becomes is one forward graph, or also a backward."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, options: Mapping[str, Any] | None = None) -> None:
+        """``options``: as ``config.told`` has them, for ``options.json``."""
         self.root = _of_this_rank(folder)
+        self.options = options or {}
+        self.clock = Clock()
         self.number = next(_numbers.setdefault(self.root, itertools.count()))
         self.texts: dict[str, str] = {}  # files that wait for the folder of the forward graph
 
@@ -62,7 +70,9 @@ class Session:
             self.texts[name] = gm.print_readable(print_output=False)
 
     def start(self, kind: str) -> Dump:
-        dump = Dump(self.root, self._fresh(kind))
+        dump = Dump(self.root, self._fresh(kind), self.clock)
+        with _guarded(dump.path):
+            dump.write("options.json", _json({"options": self.options, **facts()}))
         if kind != "backward":
             for name, text in self.texts.items():
                 dump.write(name, text)
@@ -86,8 +96,10 @@ class Session:
 class Dump:
     """One graph's folder. ``observe`` is for ``compile_graph``, ``finish`` for its report."""
 
-    def __init__(self, root: str, name: str) -> None:
+    def __init__(self, root: str, name: str, clock: Clock | None = None) -> None:
         self.name, self.path = name, os.path.join(root, name)
+        self.clock = clock
+        self.earlier = clock.until_now() if clock is not None else {}  # stage -> seconds
         self.passes = 0
         self.before = ""  # the last graph's file, without its title
 
@@ -115,7 +127,10 @@ class Dump:
                 self.write(f"kernels/{name}", _kernel_text(source, summary))
             if report.wrapper:
                 self.write("wrapper.py", _wrapper_text(report))
-            self.write("report.json", json.dumps(summary.to_dict(), indent=1) + "\n")
+            more = {"timings": timings(self.earlier, report), "caches": caches(report)}
+            self.write("report.json", _json({**summary.to_dict(), **more}))
+        if self.clock is not None:
+            self.clock.resume()
 
     def failed(self, error: BaseException) -> None:
         """The compiler failed on this graph, which runs as ATen: keep the traceback."""
@@ -136,6 +151,10 @@ class Dump:
                 if os.path.exists(partial):
                     os.unlink(partial)
                 raise
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=1) + "\n"
 
 
 @contextmanager
@@ -164,6 +183,43 @@ def _file_name(name: str) -> str:
     return re.sub(r"\W", "_", name)[:80]
 
 
+# what report.json adds ---------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds of one of Dynamo's graphs on its way to an ATen graph; what we do with that, reports
+    count by themselves."""
+
+    def __init__(self) -> None:
+        dynamo = private.seconds_of_dynamo()
+        self.seconds = {} if dynamo is None else {"Dynamo": dynamo}
+        self.at = time.perf_counter()
+
+    def rewritten(self) -> None:
+        """The rewrites are done, and AOTAutograd begins."""
+        self.seconds["rewrites"] = time.perf_counter() - self.at
+        self.at = time.perf_counter()
+
+    def resume(self) -> None:
+        """AOTAutograd goes on: a backward follows."""
+        self.at = time.perf_counter()
+
+    def until_now(self) -> dict[str, float]:
+        """AOTAutograd's are of the forward graph, or of the backward that came behind it."""
+        return {**self.seconds, "AOTAutograd": time.perf_counter() - self.at}
+
+
+def timings(before: Mapping[str, float], report: Report) -> dict[str, float]:
+    """Stage -> seconds, in order."""
+    return {name: round(s, 6) for name, s in {**before, **report.seconds}.items()}
+
+
+def caches(report: Report) -> dict[str, Any]:
+    """The whole graph: hit, miss or off, and why; and of each kernel whether it was there."""
+    kernels = {f"{s.name}_{s.key[:8]}": report.found.get(s.key, "") for s in report.sources}
+    return {"graph": report.cache, "kernels": kernels}
+
+
 # the texts ---------------------------------------------------------------------------------------
 
 
@@ -173,69 +229,18 @@ def rewrites_text(summary: GraphSummary) -> str:
         return f"{lines[0]}\n\nA backward follows from its forward: see that one's rewrites.\n"
     if not summary.rewritten:
         lines.append("Nothing was rewritten.")
-    for found, times in counted(summary.rewritten):
+    for found, count in counted(summary.rewritten):
         lines.append(
-            f"{found.rule}{_times(times)}: {found.nodes_before} nodes became {found.nodes_after}"
+            f"{found.rule}{times(count)}: {found.nodes_before} nodes became {found.nodes_after}"
         )
-        lines += _indented(f"because {found.because}", found.line, _module(found.module))
+        lines += indented(f"because {found.because}", found.line, module(found.module))
         lines.append("")
     if summary.near_misses:
         lines += ["", "Nearly rewritten, and left as they were:", ""]
-    for missed, times in counted(summary.near_misses):
-        lines.append(f"{missed.rule}{_times(times)} at {missed.node}: {missed.reason}")
-        lines += [*_indented(missed.line, _module(missed.module)), ""]
+    for missed, count in counted(summary.near_misses):
+        lines.append(f"{missed.rule}{times(count)} at {missed.node}: {missed.reason}")
+        lines += [*indented(missed.line, module(missed.module)), ""]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def plan_text(summary: GraphSummary) -> str:
-    """What one call runs, in order; then what could have fused and did not."""
-    n = summary.numbers()
-    lines = [
-        f"{summary.title}: {n['nodes']} nodes -> {n['launches']} launches of {n['kernels']} "
-        f"kernels and {n['aten_calls']} ATen calls",
-        f"{n['fused']} nodes are fused, {n['free']} need no call (views, sizes)",
-        "",
-    ]
-    lines += [f"failed     {text}" for text in summary.failures]
-    for k, call in enumerate(summary.calls):
-        lines += _call_lines(k, call)
-    if summary.unfused:
-        lines += ["", "Not fused, though both ends are in kernels:"]
-    for edge, times in counted(summary.unfused):
-        lines += _edge_lines(edge, times)
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _call_lines(place: int, call: Call) -> list[str]:
-    types = f"({', '.join(call.reads)}) -> {', '.join(call.writes)}"
-    if call.kind == "kernel":
-        head = f"{place:4} kernel {call.name}_{call.detail} {types}"
-        more = [f"fuses {' '.join(call.ops)}"]
-        if call.parts:
-            numbers = ", ".join(map(str, call.parts))
-            more.append(f"{len(call.parts)} parts of {numbers} elements, in one launch")
-    else:
-        head = f"{place:4} aten   {call.name} {types}"
-        more = [f"because {call.detail}"]
-    modules = ", ".join(call.modules[:4]) + (" ..." if len(call.modules) > 4 else "")
-    return [head, *_indented(*more, *call.lines, _module(modules), by=12)]
-
-
-def _edge_lines(edge: Edge, times: int) -> list[str]:
-    head = f"{edge.producer} -> {edge.consumer}{_times(times)}: {edge.reason}"
-    return [f"     {head}", *_indented(edge.line, _module(edge.module), by=12)]
-
-
-def _times(count: int) -> str:
-    return f" x{count}" if count > 1 else ""
-
-
-def _module(path: str) -> str:
-    return f"in {path}" if path else ""
-
-
-def _indented(*texts: str, by: int = 4) -> list[str]:
-    return [" " * by + text for text in texts if text]
 
 
 def _kernel_text(source: Any, summary: GraphSummary) -> str:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 from . import page
 from .backend import Gems
 from .config import vendor
+from .dynamo import Recompile, Watch
 from .kernels.target import current_target
 from .lowering.copies import once
 from .lowering.whole_graphs import NOT_KEPT
 from .summary import ATEN, FREE, GraphSummary, summarize
 from .tables import Table, as_text
+
+if TYPE_CHECKING:
+    from .script import Kept
 
 MOST_ROWS = 25  # of one table; the data has all of them
 
@@ -115,35 +119,6 @@ def _leaves(start: Iterable[Any]) -> list[Tensor]:
     return found
 
 
-class Watch:
-    """torch's own seconds and graph breaks of a stretch of time."""
-
-    DYNAMO, COMPILER = "_compile.compile_inner", "OutputGraph.call_user_compiler"
-
-    def __enter__(self) -> Watch:
-        self._before, self._breaks_before = self._times(), self._breaks()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        after = self._times()
-        self.spent = {k: after[k] - self._before.get(k, 0.0) for k in after}
-        self.breaks = dict(self._breaks() - self._breaks_before)
-
-    def seconds(self, ours: float) -> dict[str, float]:
-        """By stage, as far as torch counts them; ``ours`` is spent inside AOTAutograd's."""
-        whole, inner = self.spent.get(self.DYNAMO), self.spent.get(self.COMPILER)
-        if whole is None or inner is None:
-            return {}
-        return {"Dynamo": whole - inner, "AOTAutograd": max(inner - ours, 0.0)}
-
-    def _times(self) -> dict[str, float]:
-        known = getattr(torch._dynamo.utils, "compilation_time_metrics", {})
-        return {k: sum(known[k]) for k in (self.DYNAMO, self.COMPILER) if k in known}
-
-    def _breaks(self) -> Counter[str]:
-        return Counter(torch._dynamo.utils.counters["graph_break"])
-
-
 # the answer --------------------------------------------------------------------------------------
 
 
@@ -155,10 +130,13 @@ class Explanation:
     target: str
     graphs: tuple[GraphSummary, ...]
     seconds: dict[str, float] = field(default_factory=dict)
-    breaks: dict[str, int] = field(default_factory=dict)
+    breaks: dict[str, int] = field(default_factory=dict)  # why -> how often
+    break_lines: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    recompiles: tuple[Recompile, ...] = ()
+    gave_up: int = 0  # functions that Dynamo compiles no more: they were compiled too often
 
     @classmethod
-    def of(cls, backend: Gems, name: str, watch: Watch | None = None) -> Explanation:
+    def of(cls, backend: Gems | Kept, name: str, watch: Watch | None = None) -> Explanation:
         """What the compiles through ``backend`` did."""
         target = current_target(vendor())
         graphs = tuple(map(summarize, backend.reports))
@@ -169,6 +147,9 @@ class Explanation:
             graphs,
             watch.seconds(ours) if watch else {},
             watch.breaks if watch else {},
+            watch.lines if watch else {},
+            tuple(backend.recompiles),
+            watch.gave_up if watch else 0,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -177,6 +158,9 @@ class Explanation:
             "target": self.target,
             "seconds": self.seconds,
             "graph_breaks": self.breaks,
+            "graph_break_lines": {why: list(lines) for why, lines in self.break_lines.items()},
+            "recompiles": [r.to_dict() for r in self.recompiles],
+            "gave_up": self.gave_up,
             "graphs": [g.to_dict() for g in self.graphs],
         }
 
@@ -211,7 +195,9 @@ class Explanation:
             *_tuned(self.graphs),
             *_failures(self.graphs),
             *_not_kept(self.graphs),
-            *_breaks(self.breaks),
+            *_breaks(self.breaks, self.break_lines),
+            *_recompiles(self.recompiles),
+            _gave_up(self.gave_up),
             self._time(),
         ]
         return [p for p in parts if p]
@@ -328,12 +314,32 @@ def _not_kept(graphs: Sequence[GraphSummary]) -> Iterator[Table]:
         yield Table("Compiled anew by every process", ("graph", "because"), rows)
 
 
-def _breaks(breaks: dict[str, int]) -> Iterator[Table]:
+def _breaks(breaks: dict[str, int], lines: dict[str, tuple[str, ...]]) -> Iterator[Table]:
     if breaks:
         rows: list[Sequence[Any]] = [
-            (times, textwrap.shorten(why, 300)) for why, times in breaks.items()
+            (times, f"{textwrap.shorten(why, 300)}\n{_where(lines.get(why, ()))}".rstrip())
+            for why, times in breaks.items()
         ]
         yield Table("Graph breaks: Dynamo cut the program here", ("times", "because"), rows)
+
+
+def _recompiles(recompiles: Iterable[Recompile]) -> Iterator[Table]:
+    rows: list[Sequence[Any]] = [(r.graph, f"{r}\n{r.line}".rstrip()) for r in recompiles]
+    if rows:
+        yield Table("Compiled again: the program had changed", ("graph", ""), rows)
+
+
+def _gave_up(functions: int) -> str:
+    if not functions:
+        return ""
+    return (
+        f"{counted_as(functions, 'function')} had been compiled too often, and Dynamo left further "
+        "calls uncompiled: see torch._dynamo.config.recompile_limit."
+    )
+
+
+def counted_as(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _grouped(title: str, found: Iterable[tuple[str, Any, str]]) -> Iterator[Table]:
@@ -384,7 +390,10 @@ def _facts(explanation: Explanation) -> Iterator[str]:
         if graph.cache:
             yield f"{head}: cache: {graph.cache}"
     for why, times in explanation.breaks.items():
-        yield f"graph break, {times} times: {' '.join(why.split())}"
+        where = "".join(f"    {line}" for line in explanation.break_lines.get(why, ()))
+        yield f"graph break, {times} times: {' '.join(why.split())}{where}"
+    for again in explanation.recompiles:
+        yield f"graph {again.graph}: {again}    {again.line}"
 
 
 def _fact(head: str, what: str, fate: str, at: Any) -> str:

@@ -210,6 +210,10 @@ def binaries(keys: Iterable[str], options: Options, carried: Binaries | None) ->
     return gathered(keys, shelf(options.target), folders).with_those_of(carried)
 
 
+HIT, IN_PROCESS = "hit", "hit: loaded in this process"
+INTERPRETED, CARRIED = "interpreted", "hit: came with the graph"
+
+
 class Loading:
     """One kernel on its way: ``result()`` waits and returns its launcher.
 
@@ -229,6 +233,7 @@ class Loading:
         self.compiled, self.asker = False, 0
         self.pool: Pool | None = None  # whose workers compile it
         self.error: str | None = None
+        self.found = IN_PROCESS  # where the kernel came from
         self.folder = kernel_folder(options)
         self.path = os.path.join(self.folder, f"{self.key}.py")
         if (self.key, device) not in _launchers:
@@ -239,16 +244,19 @@ class Loading:
             self.folder = private_directory()
             self.path = os.path.join(self.folder, f"{self.key}.py")
         if self.options.target.name == "interpreter":
+            self.found = INTERPRETED
             if not os.path.exists(self.path):
                 write_atomically(self.path, self.source.text.encode())
             return
         if self._record() is not None:
+            self.found = HIT
             return
         if self.options.cache_dir is not None:
             sweep_now_and_then(self.options.cache_dir, self.options.cache_bytes)
         if self._came_along():
+            self.found = CARRIED
             return
-        self.compiled = True
+        self.compiled, self.found = True, self._why_missed()
         _asked[self.path] = self
         self.pool = pool(self.options.threads)
         if self.pool is not None:
@@ -293,6 +301,12 @@ class Loading:
             return {**record, "path": binary} if facts.st_size else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    def _why_missed(self) -> str:
+        if self.options.cache_dir is None or self.folder == private_directory():
+            return "miss: no cache directory is used"
+        file = self.path.removesuffix(".py") + ".json"
+        return "miss: damaged, or its binary is gone" if os.path.exists(file) else "miss: new here"
 
     def _came_along(self) -> bool:
         """Whether the graph brought the kernel, which then is in the kernel cache."""

@@ -102,6 +102,7 @@ class Report:
     captures: Captures | None = None  # in CUDA graphs; None where that was not asked for
     outside: Sequence[str] = ()  # of what its forward saved, what lies in no CUDA graph's memory
     tuned: list[Tuned] = field(default_factory=list)  # kernels whose tiles were measured
+    found: dict[str, str] = field(default_factory=dict)  # kernel's key -> in the cache, or why not
 
 
 def compile_graph(
@@ -307,8 +308,7 @@ class Compilation:
         self.clock.lap(report, "emit")
         views = self.options.alone or self.report.kind != "inference"
         cut = self._cut(program, plan, sources)
-        writer = Writer(self.gm, program, plan, self.device, sources, views, cut)
-        self.writer = writer
+        writer = self.writer = Writer(self.gm, program, plan, self.device, sources, views, cut)
         report.wrapper, report.peak_bytes = writer.write(), writer.peak_bytes
         self.clock.lap(self.report, "wrapper")
         pool = next((p for loading in self.loads.values() if (p := loading.pool)), None)
@@ -318,12 +318,12 @@ class Compilation:
             log.info("graph %s: %s", report.label, line)
         report.plan, report.source_of, report.runs = plan, sources, writer.runs.made
         report.sources = list({s.key: s for s in sources.values()}.values())
+        report.found = {key: loading.found for key, loading in self.loads.items()}
         report.fused = sum(len(g.nodes) for g in plan.groups)
         report.kernels, report.launches = len(report.sources), writer.launches
         report.aten_calls = writer.calls
         report.constants = {name: _spelled(c) for name, c in writer.constants.items()}
-        reasons = (f"{node.target}: {why}" for node, why in plan.aten.items())
-        report.aten = dict(Counter(reasons))
+        report.aten = dict(Counter(f"{node.target}: {why}" for node, why in plan.aten.items()))
         self.clock.lap(report, "wrapper")
 
     def _cut(self, program: Program, plan: Plan, sources: dict[Group, Source]) -> Cut | None:

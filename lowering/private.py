@@ -10,7 +10,9 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Set
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from types import SimpleNamespace
 from typing import Any
 
@@ -335,6 +337,82 @@ def profiler() -> Any:
     """What tells by ``_is_profiler_enabled`` whether a profiler is on."""
     module = torch.autograd.profiler
     return module if hasattr(module, "_is_profiler_enabled") else NO_PROFILER
+
+
+def recompiled() -> tuple[str, Any, tuple[str, ...]] | None:
+    """(Compile id, code, why no earlier version of it fits) of the function that Dynamo compiles
+    again now; the version that was used last comes first. None where this is its first time."""
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    frame = getattr(compile_id, "frame_id", None)
+    if frame is None or not getattr(compile_id, "frame_compile_id", 0):
+        return None
+    for code, texts in reversed(list(guard_failures().items())):
+        if texts and texts[-1].startswith(f"{frame}/"):
+            known, read = _read.get(code, (texts, 0))
+            fresh = texts[read if known is texts else 0 :]  # another list: Dynamo was reset
+            _read[code] = (texts, len(texts))
+            return (str(compile_id), code, _latest(fresh)) if fresh else None
+    return None
+
+
+_read: weakref.WeakKeyDictionary[Any, tuple[list[str], int]] = weakref.WeakKeyDictionary()
+
+
+def guard_failures() -> dict[Any, list[str]]:
+    """Code -> why its compiled versions did not fit: all of the versions, each time."""
+    return dict(getattr(torch._dynamo.utils, "guard_failures", {}))
+
+
+def _latest(texts: Sequence[str]) -> tuple[str, ...]:
+    """Those of the last time: none tells of a version twice."""
+    found: dict[str, str] = {}
+    for text in reversed(texts):
+        version, _, why = text.partition(": ")
+        if version in found:
+            break
+        found[version] = why
+    return tuple(reversed(found.values()))
+
+
+def graph_breaks(after: Any = None) -> list[Any]:
+    """Those that a graph ended at, behind ``after``, which Dynamo forgets when it is reset: each
+    with its ``reason`` and ``user_stack``."""
+    found = list(getattr(torch._dynamo.utils, "graph_break_reasons", ()))
+    place = next((k for k, b in enumerate(found) if b is after), -1)
+    return found[place + 1 :]
+
+
+def seconds_of_dynamo() -> float | None:
+    """Since Dynamo began with the function that it compiles now."""
+    known = getattr(torch._dynamo.utils, "get_metrics_context", None)
+    began = getattr(known(), "_start_time_ns", 0) if known is not None else 0
+    return (time.time_ns() - began) / 1e9 if began else None
+
+
+def traces() -> bool:
+    """Whether TORCH_TRACE asks for artifacts."""
+    internal = getattr(torch._logging, "_internal", None)
+    handlers = getattr(getattr(internal, "trace_log", None), "handlers", ())
+    kind = getattr(internal, "LazyTraceHandler", None)  # which goes where nothing is asked for
+    return kind is not None and any(isinstance(handler, kind) for handler in handlers)
+
+
+def trace(name: str, encoding: str, text: str) -> None:
+    """One artifact of the compile that goes on, as tlparse shows it."""
+    try:
+        torch._logging.trace_structured(
+            "artifact",
+            metadata_fn=lambda: {"name": name, "encoding": encoding},
+            payload_fn=lambda: text,
+        )
+    except (AttributeError, TypeError) as e:
+        log.info("no artifact is traced: %s", e)
+
+
+def driver_version() -> int | None:
+    """Of CUDA, as the driver has it: 12080."""
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return ask() if ask is not None and torch.cuda.is_available() else None
 
 
 def compiled_function(node: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from typing import Any
 
@@ -45,3 +46,34 @@ class Progress:
             self.bar = Bar(console=Console(stderr=True), transient=True)
             self.task = self.bar.add_task(self.title, total=self.count)
             self.bar.start()
+
+
+class Waiting:
+    """``with Waiting(title): ...``: a sign of life for one thing that takes long, as above."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.lock, self.over = threading.Lock(), False
+        self.status: Any = None
+        self.timer = threading.Timer(PATIENCE, self._show)
+        self.timer.daemon = True
+
+    def __enter__(self) -> Waiting:
+        if sys.stderr.isatty():
+            self.timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.timer.cancel()
+        with self.lock:
+            self.over = True
+            if self.status is not None:
+                self.status.stop()
+
+    def _show(self) -> None:
+        with self.lock, contextlib.suppress(ImportError):
+            from rich.console import Console
+
+            if not self.over:
+                self.status = Console(stderr=True).status(f"{self.title} ...")
+                self.status.start()
