@@ -114,6 +114,7 @@ class _Front:
             if target.backend == "cuda":
                 native.start(self.options.cache_dir)
         self.session = _dump_session(config)
+        self.verify = _verifier(config)
         self.program = Program(gm) if _may_train(inputs) else None
         self.rewrites = _rewrite(gm, self.session, config.rewrites) if config.rewrites else None
         self.number = next(owner.graphs)
@@ -202,7 +203,7 @@ class _Front:
             report.layout = self.layouts[-1]
         with no_collection():  # a backward may be compiled when it first runs
             run, write = _compile_one(
-                gm, inputs, self.options, report, self.session, self.owner.late, holder
+                gm, inputs, self.options, report, self.session, self.owner.late, holder, self.verify
             )
         self._add(report)
         random = self.program is not None and self.program.random
@@ -247,6 +248,17 @@ def _dump_session(config: Config) -> Session | None:
     return Session(config.dump)
 
 
+def _verifier(config: Config) -> Callable[..., Any] | None:
+    """What compares the kernels of a graph with eager; None where nobody asked for it."""
+    if not config.verify:
+        return None
+    from .verify import Verifier
+
+    if config.cudagraphs:
+        _tell_once("verify sees every launch: nothing is captured in CUDA graphs")
+    return Verifier
+
+
 def _rewrite(gm: GraphModule, session: Session | None, which: bool | str) -> Any:
     """Rewrite Dynamo's graph in place; the RewriteLog."""
     from .lowering.grouped import share_keys
@@ -278,7 +290,7 @@ def lowering_options(config: Config, target: Any) -> Options:
         own_rng=config.rng == "gems",
         layout=config.layout,
         keep_weights=config.keep_weights,
-        cudagraphs=config.cudagraphs,
+        cudagraphs=config.cudagraphs and not config.verify,
         cache_dir=cache_dir(),
         cache_bytes=cache_bytes(),
         threads=config.threads,
@@ -295,6 +307,7 @@ def _compile_one(
     session: Session | None,
     late: weakref.WeakSet[Late],
     holder: Any,
+    verify: Callable[..., Any] | None = None,
 ) -> tuple[Boxed, Callable[..., str]]:
     """One ATen graph -> (boxed callable, what writes it for another process).
 
@@ -313,6 +326,8 @@ def _compile_one(
 
     try:
         begun = Compilation(gm, options, report, **observe)
+        if verify is not None:
+            begun.watch = partial(verify, folder=None if dump is None else dump.path)
         if dump is None:
             waiting = Late(begun.load, otherwise)
             late.add(waiting)

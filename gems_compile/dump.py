@@ -7,6 +7,7 @@
         plan.txt       each launch and each ATen call in order, and why edges were not fused
         kernels/       each kernel, with the user's lines
         wrapper.py     the function that calls them
+        references.py  what eager would compute for each launch; replay.py compares and times them
         report.json    all of it as data
 
 Graphs are counted in the order Dynamo compiles them, so the same program gives the same names. A
@@ -30,6 +31,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from .lowering.pipeline import Report
+from .replay_files import replay_of
 from .runnable import to_python
 from .summary import Call, Edge, GraphSummary, counted, summarize
 
@@ -110,12 +112,16 @@ class Dump:
             summary = summarize(report)
             self.write("rewrites.txt", rewrites_text(summary))
             self.write("plan.txt", plan_text(summary))
+            data, told = replay_of(report, self.write)
             for source in report.sources:
                 name = f"{_file_name(source.name)}_{source.key[:8]}.py"
-                self.write(f"kernels/{name}", _kernel_text(source, summary))
+                text = _kernel_text(source, summary)
+                self.write(f"kernels/{name}", f"{text}\n\n{told.get(source.key, '')}".rstrip() + "\n")
             if report.wrapper:
                 self.write("wrapper.py", _wrapper_text(report))
-            self.write("report.json", json.dumps(summary.to_dict(), indent=1) + "\n")
+            self.write(
+                "report.json", json.dumps({**summary.to_dict(), "replay": data}, indent=1) + "\n"
+            )
 
     def failed(self, error: BaseException) -> None:
         """The compiler failed on this graph, which runs as ATen: keep the traceback."""

@@ -19,7 +19,7 @@ from ..kernels.op import Authored
 from . import passes
 from .alike import Alike
 from .beside import find_beside, may_stand_beside
-from .binding import bind
+from .binding import Watch, bind
 from .channels_last import Decision, decide
 from .code import Code
 from .conv_bias import take_biases_apart
@@ -102,6 +102,8 @@ class Report:
     captures: Captures | None = None  # in CUDA graphs; None where that was not asked for
     outside: Sequence[str] = ()  # of what its forward saved, what lies in no CUDA graph's memory
     tuned: list[Tuned] = field(default_factory=list)  # kernels whose tiles were measured
+    program: Program | None = None  # what each node became
+    verified: Any = None  # what ``verify`` compared, and what it could not
 
 
 def compile_graph(
@@ -135,6 +137,7 @@ class Compilation:
         register_torch_ops()
         self.gm, self.options, self.report, self.observe = gm, options, report, observe
         report.given = len(gm.graph.nodes)
+        self.watch: Callable[[Compilation], Watch] | None = None  # who sees every launch
         self.clock = _Clock()
         self.deny: dict[Node, str] = {}  # left to ATen, and why
         self.apart: set[Node] = set()  # of kernels that share no launch
@@ -186,6 +189,7 @@ class Compilation:
             writer.runs.made,
             kernels,
             self.report.captures,
+            None if self.watch is None else self.watch(self),
         )
         self.clock.lap(self.report, "bind")
         self.observe("done", self.report)
@@ -317,6 +321,7 @@ class Compilation:
         for line in report.captures.told() if report.captures is not None else ():
             log.info("graph %s: %s", report.label, line)
         report.plan, report.source_of, report.runs = plan, sources, writer.runs.made
+        report.program = program
         report.sources = list({s.key: s for s in sources.values()}.values())
         report.fused = sum(len(g.nodes) for g in plan.groups)
         report.kernels, report.launches = len(report.sources), writer.launches
