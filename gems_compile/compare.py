@@ -1,7 +1,8 @@
 """Whether a kernel's results are right: against eager's and against float64.
 
 An element is right if it is eager's to the bit, or as near to float64 as ``ULPS`` units in its last
-place, or as twice eager's own error. Sums may add up in another order and roundings fall to the
+place, as twice eager's own error, or as n roundings of an accumulator bring a sum of n terms of one
+sign, which are as likely up as down: sqrt(n) of them. Sums may add up in another order and roundings fall to the
 other side of a tie, which eager may be lucky with, so where that is not enough the reference tells
 how much its result moves (in float64) when its operands move by a unit in the last place of the
 narrowest intermediate: an error of ``SPREAD`` times that is what any order of a sum may make, and
@@ -11,6 +12,7 @@ it grows with the number of terms and with how they cancel.
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -55,12 +57,17 @@ class Difference:
 
 class Judge:
     """Compares results with a reference: ``plain`` in its own dtypes, ``wide`` in float64, of the
-    same ``operands``. ``eps``: of the narrowest intermediate."""
+    same ``operands``. ``eps``: of the narrowest intermediate; ``length``: of its reductions."""
 
     def __init__(
-        self, plain: Function, wide: Function, operands: Sequence[Tensor], eps: float
+        self,
+        plain: Function,
+        wide: Function,
+        operands: Sequence[Tensor],
+        eps: float = torch.finfo(torch.float32).eps,
+        length: int = 1,
     ) -> None:
-        self.wide, self.operands, self.eps = wide, operands, eps
+        self.wide, self.operands, self.eps, self.length = wide, operands, eps, length
         with as_eager():
             self.eager = plain(*copies(operands))
         self._exact: Sequence[Tensor] | None = None
@@ -90,6 +97,10 @@ class Judge:
         if exact is None:
             unit = torch.full_like(unit, float(_largest(unit))) * (WITHOUT_WIDE / ULPS)
         allowed = torch.maximum(ULPS * unit, 2 * its)
+        if self.length > 1:
+            kept = torch.float64 if got.dtype == torch.float64 else torch.float32
+            rounding = math.sqrt(self.length) * torch.finfo(kept).eps
+            allowed = torch.maximum(allowed, rounding * truth.abs())
         error = (got.double() - truth).abs()
         right |= error <= allowed
         if not bool(right.all()) and exact is not None:

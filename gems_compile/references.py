@@ -6,13 +6,13 @@ some of them for itself does not matter). ``reference_text`` writes it as Python
 
 A kernel may store what is no node's result: a step inside a composite op, such as the sums of a
 mean in two launches. Nothing is said of it alone; it is checked where a node is made from it, in a
-launch that has its maker among ``after``. A launch that stores nothing else has a ``why_not``.
+launch that has its maker ``along``. A launch that stores nothing else has a ``why_not``.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ from torch.fx import Graph, Node
 
 from .lowering.graph import is_tensor, is_view, module_path, source_line, value_of
 from .lowering.group import Group, Plan
+from .lowering.horizontal import Combined
+from .lowering.indexing import Size, product
 from .lowering.ir import SizeArg, Value, base_of
 from .lowering.source import Source
 from .lowering.translate import Program
@@ -45,7 +47,7 @@ class Reference:
     results:  what it returns
     unnamed:  what the kernel stores beside, and why nothing is said of it alone
     elsewhere: those of ``reads`` that the kernel does not read: memory as earlier launches saw it
-    after:    places of earlier launches that make what the kernel reads and no node names
+    along:    earlier launches that make what the kernel reads and no node names
     why_not:  why nothing can be checked; empty where something can
     """
 
@@ -57,8 +59,13 @@ class Reference:
     results: list[Result] = field(default_factory=list)
     unnamed: dict[Value, str] = field(default_factory=dict)
     elsewhere: set[Value] = field(default_factory=set)
-    after: tuple[int, ...] = ()
+    along: list[Reference] = field(default_factory=list)
     why_not: str = ""
+
+    @property
+    def after(self) -> tuple[int, ...]:
+        """The places of ``along``."""
+        return tuple(r.place for r in self.along)
 
     @property
     def name(self) -> str:
@@ -81,6 +88,12 @@ class Reference:
         new = [w for _, role, w in self.source.params if role == "out"]
         old = [*self.group.stores.values(), *map(written_by, _scatters(self.group))]
         return list(dict.fromkeys([*new, *old]))
+
+    @property
+    def lengths(self) -> list[Size]:
+        """How many elements its kernel reduces to one: of each kernel that shares the launch."""
+        groups = self.group.groups if isinstance(self.group, Combined) else (self.group,)
+        return [product(g.sizes[a] for a in g.reduced) for g in groups]
 
     def lines(self) -> list[str]:
         """The user's lines and modules of what is checked, each once."""
@@ -201,8 +214,8 @@ class _Finder:
         own = set(made.reads.values())
         makers = {self.maker[v] for v in made.loaded if v not in own and v in self.maker}
         makers.discard(made)
-        after = {place for m in makers for place in (*m.after, m.place)}
-        made.after = tuple(sorted(after))
+        found = {r.place: r for m in makers for r in (*m.along, m)}
+        made.along = [found[place] for place in sorted(found)]
 
 
 class _Walk:
@@ -299,10 +312,3 @@ def names_of(references: Collection[Reference]) -> dict[Value, str]:
                 names[value] = name if name not in taken else f"{name}_{len(names)}"
                 taken.add(names[value])
     return names
-
-
-def what_runs(references: Sequence[Reference], place: int) -> list[Reference]:
-    """A launch behind those that make what it reads and no node names."""
-    by_place = {r.place: r for r in references}
-    last = by_place[place]
-    return [*(by_place[k] for k in last.after), last]

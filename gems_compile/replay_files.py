@@ -4,6 +4,7 @@ found to be wrong."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -143,6 +144,7 @@ def _launch(r: Reference, names: dict[Value, str], sizes: Sizes) -> dict[str, An
         "function": r.function,
         "why_not": r.why_not,
         "eps": narrowest(r),
+        "length": length_of(r, sizes),
         "lines": r.lines(),
     }
 
@@ -161,6 +163,11 @@ def narrowest(r: Reference) -> float:
     floats = {d for d in ends if d.startswith(("float", "bfloat"))}
     least = torch.float64 if floats == {"float64"} else torch.float32
     return max(torch.finfo(d).eps for d in (least, *dtypes))
+
+
+def length_of(r: Reference, sizes: Sizes) -> int:
+    """Of how many terms its reductions are, all steps taken together."""
+    return math.prod(max(map(sizes, step.lengths), default=1) for step in (*r.along, r))
 
 
 # the whole graph ----------------------------------------------------------------------------------
@@ -186,7 +193,8 @@ def _whole_graph(
     writer.libraries |= whole.libraries
     writer.devices.update(whole.devices)
     cannot = "; ".join(dict.fromkeys([*whole.cannot, *whole.notes]))
-    return {"calls": calls, "cannot": cannot}, texts
+    inputs = [spelled(n) for n in graph.find_nodes(op="placeholder")]
+    return {"calls": calls, "cannot": cannot, "inputs": inputs}, texts
 
 
 class _Kept(References):
@@ -251,4 +259,4 @@ def kernels_of(references: Iterable[Reference]) -> dict[str, str]:
     return {file_of(r): r.source.commented for r in references}
 
 
-__all__ = ["file_of", "kernels_of", "narrowest", "replay_of", "write_replay"]
+__all__ = ["file_of", "kernels_of", "length_of", "narrowest", "replay_of", "write_replay"]

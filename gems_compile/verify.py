@@ -32,7 +32,7 @@ from .lowering.source import NUMBER
 from .memory import tensor_at
 from .reference_text import References, Sizes, functions
 from .references import Reference, find_references, names_of
-from .replay_files import kernels_of, narrowest, write_replay
+from .replay_files import kernels_of, length_of, narrowest, write_replay
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ class Verifier:
         ]
         operands = _alias(operands, list(reference.reads.values()))
         plain, wide = self._program(reference)
-        return Judge(plain, wide, operands, narrowest(reference))
+        return Judge(plain, wide, operands, narrowest(reference), length_of(reference, sizes))
 
     def _program(self, reference: Reference) -> tuple[Any, Any]:
         """The reference as functions, in its own dtypes and in float64, of this call's sizes."""
@@ -202,7 +202,7 @@ class Verifier:
         self, reference: Reference, differences: list[Difference], known: Mapping[Value, Tensor]
     ) -> str:
         names = [r.node.name for r in reference.results]
-        others = [r.name for r in self.references.values() if r.place in reference.after]
+        others = [r.name for r in reference.along]
         lines = [f"graph {self.label}: {reference.name} (call {reference.place}) is not as eager:"]
         lines += [f"  output {names[d.output]}: {d}" for d in differences]
         lines += [f"  {line}" for line in reference.lines()[:4]]
@@ -222,7 +222,7 @@ class Verifier:
             raise OSError("there is no cache directory")
         name = f"verify_{self.label}_call_{reference.place}"
         dump = Dump(root if self.folder else os.path.join(root, "verify"), name)
-        alone = Reference(**{**vars(reference), "after": ()})
+        alone = Reference(**{**vars(reference), "along": []})
         sizes = self.now.sizes
         data = write_replay(dump.write, self.gm, self.program, [alone], sizes, self.device)
         for file, text in kernels_of([alone]).items():
