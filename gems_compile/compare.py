@@ -12,10 +12,12 @@ it grows with the number of terms and with how they cancel.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from .kernels import served
 
 ULPS = 4
 SPREAD = 4
-DRAWS = 4
+DRAWS = 2
 #: units in the last place of the largest element, where the reference does not run in float64
 WITHOUT_WIDE = 16
 
@@ -138,24 +140,24 @@ class Judge:
             exact = self.exact
             assert exact is not None
             found = [torch.zeros_like(e, dtype=torch.float64) for e in exact]
-            generators: dict[torch.device, torch.Generator] = {}
-            for _ in range(DRAWS):
-                moved = self.wide(*copies(self.operands, lambda t: self._moved(t, generators)))
+            for draw, sign in itertools.product(range(DRAWS), (1, -1)):
+                step = partial(self._moved, seed=draw, eps=sign * self.eps)
+                moved = self.wide(*copies(self.operands, step))
                 for total, a, b in zip(found, moved, exact, strict=True):
-                    step = (a.double() - b.double()).abs()
-                    torch.maximum(total, step.nan_to_num(nan=0.0, posinf=0.0), out=total)
+                    way = (a.double() - b.double()).abs()
+                    torch.maximum(total, way.nan_to_num(nan=0.0, posinf=0.0), out=total)
             self._spread = found
         return self._spread
 
-    def _moved(self, t: Tensor, generators: dict[torch.device, torch.Generator]) -> Tensor:
-        if not t.is_floating_point():
-            return t.clone()
-        if t.device not in generators:  # the program's own generator stays as it is
-            generators[t.device] = torch.Generator(t.device).manual_seed(0)
-        generator = generators[t.device]
-        signs = torch.randint(0, 2, t.shape, generator=generator, device=t.device) * 2 - 1
+    @staticmethod
+    def _moved(t: Tensor, seed: int, eps: float) -> Tensor:
+        """In float64, each element up or down by ``eps`` of it; a draw's opposite has -``eps``."""
         wide = _widened(t)
-        return wide.mul_(1 + signs * self.eps) if t.numel() else wide
+        if t.is_floating_point():  # the program's own generator stays as it is
+            own = torch.Generator(t.device).manual_seed(seed)
+            signs = torch.randint(0, 2, t.shape, generator=own, device=t.device) * 2 - 1
+            wide *= 1 + signs * eps
+        return wide
 
 
 @contextlib.contextmanager

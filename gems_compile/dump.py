@@ -116,7 +116,9 @@ class Dump:
             for source in report.sources:
                 name = f"{_file_name(source.name)}_{source.key[:8]}.py"
                 text = _kernel_text(source, summary)
-                self.write(f"kernels/{name}", f"{text}\n\n{told.get(source.key, '')}".rstrip() + "\n")
+                self.write(
+                    f"kernels/{name}", f"{text}\n\n{told.get(source.key, '')}".rstrip() + "\n"
+                )
             if report.wrapper:
                 self.write("wrapper.py", _wrapper_text(report))
             self.write(

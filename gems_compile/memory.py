@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-#: makes a storage of an address, which it does not own; private, seen in torch 2.11 and 2.13
-_storage_at: Any = getattr(torch._C, "_construct_storage_from_data_pointer", None)
+
+class _OnDevice:
+    """Bytes at an address of a GPU, in the words that libraries hand memory to each other."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "data": (address, False),
+            "shape": (size,),
+            "typestr": "|u1",
+            "version": 3,
+        }
 
 
 def tensor_at(
@@ -18,10 +27,13 @@ def tensor_at(
     dtype: torch.dtype,
     device: torch.device,
 ) -> torch.Tensor:
-    """The tensor whose first element lies at ``address``."""
-    out = torch.empty(0, dtype=dtype, device=device)
+    """The tensor whose first element lies at ``address``, which is not kept alive by it."""
     if 0 in shape:
-        return out.as_strided(shape, stride)
-    span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    storage = _storage_at(address, out.device, span * dtype.itemsize)
-    return out.set_(storage, 0, tuple(shape), tuple(stride))
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+    size = dtype.itemsize * (1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)))
+    if device.type == "cpu":
+        buffer = (ctypes.c_char * size).from_address(address)
+        flat = torch.frombuffer(buffer, dtype=torch.uint8)
+    else:
+        flat = torch.as_tensor(_OnDevice(address, size), device=device)
+    return flat.view(dtype).as_strided(shape, stride)

@@ -98,7 +98,7 @@ def shown(reference: Reference, text: str) -> str:
     lines = ["# What eager PyTorch computes in its place:"]
     lines += [f"#   {line}".rstrip() for line in text.splitlines()]
     if reference.why_not:
-        lines = [f"# Not checkable by itself: {reference.why_not}."]
+        lines = [f"# Not checkable by itself: {reference.why_unchecked}."]
     for value, why in reference.unnamed.items() if not reference.why_not else ():
         lines.append(f"# Beside that it stores {describe_value(value)}: {why}.")
     return "\n".join(lines) + "\n"

@@ -12,7 +12,7 @@ launch that has its maker ``along``. A launch that stores nothing else has a ``w
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 from .lowering.graph import is_tensor, is_view, module_path, source_line, value_of
 from .lowering.group import Group, Plan
 from .lowering.horizontal import Combined
-from .lowering.indexing import Size, product
+from .lowering.indexing import Size, is_static, product, size_of
 from .lowering.ir import SizeArg, Value, base_of
 from .lowering.source import Source
 from .lowering.translate import Program
@@ -49,6 +49,7 @@ class Reference:
     elsewhere: those of ``reads`` that the kernel does not read: memory as earlier launches saw it
     along:    earlier launches that make what the kernel reads and no node names
     why_not:  why nothing can be checked; empty where something can
+    through:  which launch is checked along with this one
     """
 
     place: int  # among the calls of a run, as summaries count them
@@ -61,11 +62,19 @@ class Reference:
     elsewhere: set[Value] = field(default_factory=set)
     along: list[Reference] = field(default_factory=list)
     why_not: str = ""
+    through: str = ""
 
     @property
     def after(self) -> tuple[int, ...]:
         """The places of ``along``."""
         return tuple(r.place for r in self.along)
+
+    @property
+    def why_unchecked(self) -> str:
+        """``why_not``, and which launch tells of this one nevertheless."""
+        if self.why_not and self.through:
+            return f"{self.why_not}; checked through {self.through}"
+        return self.why_not
 
     @property
     def name(self) -> str:
@@ -164,7 +173,9 @@ class _Finder:
                 _Walk(self, made).run()
                 self._chain(made)
             else:
-                made.why_not = "; ".join(dict.fromkeys(made.unnamed.values())) or "it stores nothing"
+                made.why_not = (
+                    "; ".join(dict.fromkeys(made.unnamed.values())) or "it stores nothing"
+                )
         except _Missing as missing:
             made.why_not = f"its reference needs {missing}"
         self.touched.update(made.loaded, made.stored)
@@ -216,6 +227,8 @@ class _Finder:
         makers.discard(made)
         found = {r.place: r for m in makers for r in (*m.along, m)}
         made.along = [found[place] for place in sorted(found)]
+        for reference in made.along:
+            reference.through = reference.through or made.name
 
 
 class _Walk:
@@ -241,6 +254,8 @@ class _Walk:
                 continue
             if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
                 raise _Missing(f"{node.name}, which draws random numbers")
+            if node.target is torch.ops.aten.as_strided.default and reaches_out(node):
+                raise _Missing(f"memory around the operand of {node.name}")
             found.add(node)
             if not self.is_constant(node):
                 todo.extend(node.all_input_nodes)
@@ -261,6 +276,8 @@ class _Walk:
             return True
         if node.op == "call_function" and (is_view(node) or not is_call(node, self.plan)):
             return False
+        if node.op == "call_function" and not node.all_input_nodes:
+            return False  # made of numbers
         if node.op == "get_attr" and value_of(node).numel() <= SMALL:
             return False  # written out
         raise _Missing(f"{node.name}, which no kernel before it touches")
@@ -281,6 +298,20 @@ class _Walk:
     def is_constant(self, node: Node) -> bool:
         """Whether a node is a number, or a tensor of one number, whatever its operands are."""
         return is_number(self.of.get(node), node) or filled_with(self.of.get(node)) is not None
+
+
+def reaches_out(node: Node) -> bool:
+    """Whether ``as_strided`` may look at other memory than its operand's elements span."""
+    operand, result = value_of(node.all_input_nodes[0]), value_of(node)
+    facts = [(t.storage_offset(), *t.shape, *t.stride()) for t in (operand, result)]
+    if not is_static(*(size_of(n) for n in (*facts[0], *facts[1]))) or facts[0][0]:
+        return True
+    last = [t.storage_offset() + sum((n - 1) * s for n, s in _axes(t)) for t in (operand, result)]
+    return last[1] > last[0]
+
+
+def _axes(t: torch.Tensor) -> Iterator[tuple[int, int]]:
+    return zip(t.shape, t.stride(), strict=True)
 
 
 def is_number(entry: Any, node: Node) -> bool:

@@ -142,7 +142,7 @@ def _launch(r: Reference, names: dict[Value, str], sizes: Sizes) -> dict[str, An
         "unnamed": {names.get(v, f"v{v.id}"): why for v, why in r.unnamed.items()},
         "after": list(r.after),
         "function": r.function,
-        "why_not": r.why_not,
+        "why_not": r.why_unchecked,
         "eps": narrowest(r),
         "length": length_of(r, sizes),
         "lines": r.lines(),

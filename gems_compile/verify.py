@@ -83,7 +83,7 @@ class Verifier:
     def _note(self, reference: Reference) -> None:
         """Say at once what cannot be checked."""
         if reference.why_not:
-            self.verified.unchecked[reference.name] = reference.why_not
+            self.verified.unchecked[reference.name] = reference.why_unchecked
         elif reference.unnamed:
             whys = dict.fromkeys(reference.unnamed.values())
             self.verified.partly[reference.name] = "; ".join(whys)
@@ -242,9 +242,7 @@ class Verifier:
 def _alias(operands: list[Tensor], values: list[Value]) -> list[Tensor]:
     """Operands that are the same memory in the same shape are the same tensor."""
     first: dict[Any, Tensor] = {}
-    return [
-        first.setdefault((v, t.shape), t) for t, v in zip(operands, values, strict=True)
-    ]
+    return [first.setdefault((v, t.shape), t) for t, v in zip(operands, values, strict=True)]
 
 
 __all__ = ["Verified", "Verifier"]
