@@ -1,12 +1,13 @@
 """Whether a kernel's results are right: against eager's and against float64.
 
-An element is right if it is eager's to the bit, or as near to float64 as ``ULPS`` units in its last
-place, as twice eager's own error, or as n roundings of an accumulator bring a sum of n terms of one
-sign, which are as likely up as down: sqrt(n) of them. Sums may add up in another order and roundings fall to the
-other side of a tie, which eager may be lucky with, so where that is not enough the reference tells
-how much its result moves (in float64) when its operands move by a unit in the last place of the
-narrowest intermediate: an error of ``SPREAD`` times that is what any order of a sum may make, and
-it grows with the number of terms and with how they cancel.
+An element is right if it is eager's to the bit, or as near to float64 as one of these: ``ULPS``
+units in its last place; twice eager's own error; sqrt(n) roundings of an accumulator, which a sum
+of n terms of one sign may gather, for they go up as often as down.
+
+Terms may cancel, sums add up in another order, and roundings fall to the other side of a tie, which
+eager may be lucky with. Where the above is not enough the reference therefore tells how much its
+result moves (in float64) when its operands move by a unit in the last place of the narrowest
+intermediate: ``SPREAD`` times that is what any order of a sum may be off by.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class Dump:
             summary = summarize(report)
             self.write("rewrites.txt", rewrites_text(summary))
             self.write("plan.txt", plan_text(summary))
-            data, told = replay_of(report, self.write)
+            data, told = self._replay(report)
             for source in report.sources:
                 name = f"{_file_name(source.name)}_{source.key[:8]}.py"
                 text = _kernel_text(source, summary)
@@ -124,6 +124,12 @@ class Dump:
             self.write(
                 "report.json", json.dumps({**summary.to_dict(), "replay": data}, indent=1) + "\n"
             )
+
+    def _replay(self, report: Report) -> tuple[dict[str, Any], dict[str, str]]:
+        """What ``replay.py`` needs; a graph without it still has all other files."""
+        with _guarded(self.path):
+            return replay_of(report, self.write)
+        return {}, {}
 
     def failed(self, error: BaseException) -> None:
         """The compiler failed on this graph, which runs as ATen: keep the traceback."""

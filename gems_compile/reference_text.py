@@ -15,7 +15,7 @@ from .lowering.ir import SizeArg
 from .lowering.translate import Program
 from .references import Reference, filled_with, is_number
 from .runnable import Writer, imports, spelled
-from .summary import describe
+from .summary import SHORT
 
 
 class Sizes:
@@ -43,9 +43,9 @@ class Sizes:
             else:
                 symbolic, found = (val,), (arg,)
             for size, number in zip(symbolic, found, strict=False):
-                if isinstance(size, torch.SymInt) and not isinstance(expr := size_of(size), int):
-                    if expr.is_Symbol:
-                        known.setdefault(expr, int(number))
+                expr = size_of(size) if isinstance(size, torch.SymInt) else 0
+                if not isinstance(expr, int) and expr.is_Symbol:
+                    known.setdefault(expr, int(number))
         return cls(known)
 
 
@@ -105,8 +105,7 @@ def shown(reference: Reference, text: str) -> str:
 
 
 def describe_value(value: Any) -> str:
-    from .summary import SHORT
-
+    """A Value as ``describe`` shows tensors."""
     return f"{SHORT.get(value.dtype, value.dtype)}[{', '.join(map(str, value.shape))}]"
 
 
@@ -160,4 +159,4 @@ def functions(text: str, wide: bool = False) -> dict[str, Callable[..., Any]]:
     return scope
 
 
-__all__ = ["References", "Sizes", "describe", "functions", "shown"]
+__all__ = ["References", "Sizes", "functions", "shown"]

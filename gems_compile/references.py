@@ -329,8 +329,8 @@ def names_of(references: Collection[Reference]) -> dict[Value, str]:
     """A name for all memory that launches touch: its node's, if it has one."""
     nodes: dict[Value, Node] = {}
     for reference in references:
-        for node, value in reference.reads.items():
-            nodes.setdefault(value, node)
+        for read, value in reference.reads.items():
+            nodes.setdefault(value, read)
         for result in reference.results:
             nodes.setdefault(result.value, result.node)
     names: dict[Value, str] = {}
@@ -338,7 +338,7 @@ def names_of(references: Collection[Reference]) -> dict[Value, str]:
     for reference in references:
         for value in (*reference.loaded, *reference.stored, *reference.reads.values()):
             if value not in names:
-                node = value.node if value.node is not None else nodes.get(value)
+                node: Node | None = value.node if value.node is not None else nodes.get(value)
                 name = node.name if node is not None else f"step_{len(names)}"
                 names[value] = name if name not in taken else f"{name}_{len(names)}"
                 taken.add(names[value])

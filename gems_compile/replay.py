@@ -1,7 +1,7 @@
 """Runs the kernels that a dump wrote, beside what eager PyTorch computes in their place.
 
-``python graph_00_forward/replay.py --check | --bench | --bisect``; see ``docs/dumps.md``. Kernels are
-loaded from their files, so that they can be edited; ``references.py`` has the references, and
+``python graph_00_forward/replay.py --check | --bench | --bisect``; see ``docs/dumps.md``. Kernels
+are loaded from their files, so that they can be edited; ``references.py`` has the references, and
 ``report.json`` how everything is called. Without a GPU kernels run in Triton's interpreter.
 """
 
@@ -90,8 +90,9 @@ def _show(title: str, outcomes: list[Outcome], said: str, as_json: bool) -> None
         return
     from .tables import Table, show
 
-    rows = [(o.place, o.name, o.what, o.detail) for o in outcomes]
-    show([Table(title, ("call", "kernel", "result", "detail"), rows)])
+    table = Table(title, ("call", "kernel", "result", "detail"))
+    table.rows.extend((o.place, o.name, o.what, o.detail) for o in outcomes)
+    show([table])
     print(f"\n{said}")
 
 
@@ -100,7 +101,7 @@ def _show(title: str, outcomes: list[Outcome], said: str, as_json: bool) -> None
 
 def _bench(replayed: Replayed, calls: list[Any], inputs: Any, as_json: bool) -> int:
     timed = replayed.bench(calls, dict(inputs or {}))
-    if len(timed) == len(replayed.calls):
+    if replayed.is_whole and len(timed) == len(replayed.calls):
         replayed.write_times([t.us for t in timed])
     note = ""
     if replayed.device.type == "cpu":
@@ -113,10 +114,11 @@ def _bench(replayed: Replayed, calls: list[Any], inputs: Any, as_json: bool) -> 
     def cell(number: float | None) -> Any:
         return "" if number is None else number
 
-    rows = [
+    columns = ("call", "kernel", "us", "GB/s", "% of peak", "eager us", "")
+    table = Table(f"{replayed.name}: microseconds a call", columns)
+    table.rows.extend(
         (t.place, t.name, cell(t.us), cell(t.gbps), cell(t.peak), cell(t.eager_us), t.detail)
         for t in timed
-    ]
-    columns = ("call", "kernel", "us", "GB/s", "% of peak", "eager us", "")
-    show([Table(f"{replayed.name}: microseconds a call", columns, rows), note])
+    )
+    show([table, note])
     return 0

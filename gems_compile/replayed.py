@@ -89,6 +89,11 @@ class Replayed:
                 scope[name] = self.device
         return scope
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the folder has a whole graph, not one launch that ``verify`` kept."""
+        return "cannot" in self.data
+
     def saved(self, path: str) -> Pool:
         """The tensors of a file."""
         try:
@@ -224,7 +229,7 @@ class Replayed:
 
     def bisect(self, inputs: Pool | None) -> list[Outcome]:
         """The launches in order, fed with what eager computes, up to the first that differs."""
-        if "cannot" not in self.data:
+        if not self.is_whole:
             raise CannotReplay("this folder has one launch, not a graph")
         if self.data["cannot"]:
             raise CannotReplay(f"the graph does not run by itself: {self.data['cannot']}")

@@ -1,4 +1,4 @@
-"""``options={"verify": True}``: every launch beside what eager PyTorch computes, on the same values.
+"""``options={"verify": True}``: each launch beside what eager PyTorch computes, on the same values.
 
 Launches come one by one from Python. Ahead of each the memory that its kernel reads is copied;
 behind it the launch's reference (``references.py``) runs on the copies, in the graph's own dtypes
@@ -126,7 +126,7 @@ class Verifier:
         held = self.held_at.get(-1, ())
         for node, arg in zip(self.gm.graph.find_nodes(op="placeholder"), args, strict=True):
             value = self.program.of.get(node)
-            if value in held and isinstance(arg, Tensor):
+            if isinstance(value, Value) and value in held and isinstance(arg, Tensor):
                 self.now.held[value] = copied(arg)
 
     def _watched(self, name: str, launch: Launcher) -> Launcher:
