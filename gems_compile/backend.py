@@ -25,8 +25,9 @@ from .lowering.decompose import Decompositions
 from .lowering.options import Options
 from .lowering.partition import partition
 from .lowering.passes import draws_random_numbers
-from .lowering.pipeline import Compilation, Report
+from .lowering.pipeline import Compilation
 from .lowering.private import backward_at_once, donate_nothing
+from .lowering.report import Report
 from .lowering.saved import Saved, as_text
 from .lowering.whole_graphs import NOT_KEPT, Kept, Lookup
 from .second_order import Program, with_second_order
@@ -132,6 +133,7 @@ class _Front:
             if target.backend == "cuda":
                 native.start(self.options.cache_dir)
         self.session = session
+        self.verify = _verifier(config)
         self.program = Program(gm) if _may_train(inputs) else None
         self.rewrites = _rewrite(gm, self.session, config.rewrites) if config.rewrites else None
         if session is not None:
@@ -229,7 +231,7 @@ class _Front:
             report.layout = self.layouts[-1]
         with no_collection():  # a backward may be compiled when it first runs
             run, write = _compile_one(
-                gm, inputs, self.options, report, self.session, self.owner.late, holder
+                gm, inputs, self.options, report, self.session, self.owner.late, holder, self.verify
             )
         self._add(report)
         if self.told:  # a backward, when it first ran
@@ -278,6 +280,17 @@ def _dump_session(
     return Session(config.dump, told(config, mode, options))
 
 
+def _verifier(config: Config) -> Callable[..., Any] | None:
+    """What compares the kernels of a graph with eager; None where nobody asked for it."""
+    if not config.verify:
+        return None
+    from .verify import Verifier
+
+    if config.cudagraphs:
+        _tell_once("verify sees every launch: nothing is captured in CUDA graphs")
+    return Verifier
+
+
 def _rewrite(gm: GraphModule, session: Session | None, which: bool | str) -> Any:
     """Rewrite Dynamo's graph in place; the RewriteLog."""
     from .lowering.grouped import share_keys
@@ -309,7 +322,7 @@ def lowering_options(config: Config, target: Any) -> Options:
         own_rng=config.rng == "gems",
         layout=config.layout,
         keep_weights=config.keep_weights,
-        cudagraphs=config.cudagraphs,
+        cudagraphs=config.cudagraphs and not config.verify,
         cache_dir=cache_dir(),
         cache_bytes=cache_bytes(),
         threads=config.threads,
@@ -326,6 +339,7 @@ def _compile_one(
     session: Session | None,
     late: weakref.WeakSet[Late],
     holder: Any,
+    verify: Callable[..., Any] | None = None,
 ) -> tuple[Boxed, Callable[..., str]]:
     """One ATen graph -> (boxed callable, what writes it for another process).
 
@@ -344,6 +358,8 @@ def _compile_one(
 
     try:
         begun = Compilation(gm, options, report, **observe)
+        if verify is not None:
+            begun.watch = partial(verify, folder=None if dump is None else dump.path)
         if dump is None:
             waiting = Late(partial(telling.loaded, begun.load, report), otherwise)
             late.add(waiting)

@@ -90,6 +90,7 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "dump": _folder,
     "threads": _workers,
     "cache": _switch,
+    "verify": _switch,
     "tune": _switch,
     "tune_seconds": _seconds,
 }
@@ -114,6 +115,7 @@ class Config:
     dump:     the folder that gets every stage of every compile as files, or None.
     threads:  worker processes that compile kernels; 0 compiles in this one, None chooses.
     cache:    whether whole graphs are kept for later processes, through torch's cache.
+    verify:   whether each kernel's results are compared with eager's, whenever it runs.
     tune:     whether the tiles of kernels are measured, and the fastest ones taken.
     tune_seconds: that this may take for one graph.
     """
@@ -128,6 +130,7 @@ class Config:
     dump: str | None = None
     threads: int | None = None
     cache: bool = True
+    verify: bool = False
     tune: bool = False
     tune_seconds: float = 10.0
 
@@ -251,6 +254,9 @@ VARIABLES: dict[str, Variable] = {
         "threads", _text_workers, f"0 to {MAX_THREADS}", "Kernel compile workers."
     ),
     "GEMS_CACHE": Variable("cache", _text_switch, "0, 1", "Whether whole graphs are kept."),
+    "GEMS_VERIFY": Variable(
+        "verify", _text_switch, "0, 1", "Whether kernels are compared with eager."
+    ),
     "GEMS_TUNE": Variable("tune", _text_switch, "0, 1", "Whether tiles are measured."),
     "GEMS_TUNE_SECONDS": Variable(
         "tune_seconds",

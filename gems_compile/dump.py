@@ -7,6 +7,7 @@
         plan.txt       each launch and each ATen call in order, and why edges were not fused
         kernels/       each kernel, with the user's lines
         wrapper.py     the function that calls them
+        references.py  what eager would compute for each launch; replay.py compares and times them
         report.json    all of it as data
         options.json   the options, where each came from, and the versions of everything
 
@@ -32,9 +33,10 @@ from typing import Any
 from torch.fx import GraphModule
 
 from .lowering import private
-from .lowering.pipeline import Report
+from .lowering.report import Report
 from .machine import facts
 from .plan import indented, module, plan_text, times
+from .replay_files import replay_of
 from .runnable import to_python
 from .summary import GraphSummary, counted, summarize
 
@@ -122,15 +124,25 @@ class Dump:
             summary = summarize(report)
             self.write("rewrites.txt", rewrites_text(summary))
             self.write("plan.txt", plan_text(summary))
+            data, told = self._replay(report)
             for source in report.sources:
                 name = f"{_file_name(source.name)}_{source.key[:8]}.py"
-                self.write(f"kernels/{name}", _kernel_text(source, summary))
+                text = _kernel_text(source, summary)
+                self.write(
+                    f"kernels/{name}", f"{text}\n\n{told.get(source.key, '')}".rstrip() + "\n"
+                )
             if report.wrapper:
                 self.write("wrapper.py", _wrapper_text(report))
             more = {"timings": timings(self.earlier, report), "caches": caches(report)}
-            self.write("report.json", _json({**summary.to_dict(), **more}))
+            self.write("report.json", _json({**summary.to_dict(), "replay": data, **more}))
         if self.clock is not None:
             self.clock.resume()
+
+    def _replay(self, report: Report) -> tuple[dict[str, Any], dict[str, str]]:
+        """What ``replay.py`` needs; a graph without it still has all other files."""
+        with _guarded(self.path):
+            return replay_of(report, self.write)
+        return {}, {}
 
     def failed(self, error: BaseException) -> None:
         """The compiler failed on this graph, which runs as ATen: keep the traceback."""

@@ -31,6 +31,10 @@ class InternalError(GemsError, RuntimeError):
     """Our own mistake; raised under ``strict`` only, otherwise the group runs as ATen."""
 
 
+class VerifyError(GemsError, AssertionError):
+    """A kernel's result is not what eager PyTorch computes; raised with ``verify`` only."""
+
+
 def nearest(found: object, valid: Iterable[str], at_most: int = 2) -> str:
     """``"; close to it: a, b"`` for the names most like ``found``, or an empty string."""
     close = difflib.get_close_matches(str(found), list(valid), n=at_most)

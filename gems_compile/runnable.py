@@ -62,11 +62,11 @@ if __name__ == "__main__":
 
 def to_python(gm: GraphModule, title: str = "A graph.") -> str:
     """The whole file."""
-    writer = _Writer(gm)
+    writer = Writer(gm)
     forward = writer.function("forward", gm)
     inputs = writer.make_inputs()
     cannot = "; ".join(dict.fromkeys(writer.cannot))
-    head = f'"""{title}\n\n{_notes(writer, cannot)}"""\n\n{_imports(writer)}'
+    head = f'"""{title}\n\n{_notes(writer, cannot)}"""\n\n{imports(writer)}'
     if cannot:
         head += f"\n\nCANNOT_RUN = {cannot!r}"
     last = CANNOT if cannot else MAIN
@@ -74,7 +74,7 @@ def to_python(gm: GraphModule, title: str = "A graph.") -> str:
     return "\n\n\n".join(blocks) + "\n"
 
 
-def _notes(writer: _Writer, cannot: str) -> str:
+def _notes(writer: Writer, cannot: str) -> str:
     notes = [
         f"{name} is {size} here; the program may call it with other sizes."
         for name, size in writer.symbols.items()
@@ -85,7 +85,8 @@ def _notes(writer: _Writer, cannot: str) -> str:
     return "\n".join(notes) + "\n"
 
 
-def _imports(writer: _Writer) -> str:
+def imports(writer: Writer) -> str:
+    """The first lines of a file: what it imports, and its devices."""
     lines = [f"import {name}" for name in sorted(writer.modules)]
     lines += ["", "import torch"] if lines else ["import torch"]
     if "gems" in writer.libraries:
@@ -99,7 +100,9 @@ def _imports(writer: _Writer) -> str:
     return "\n".join(lines)
 
 
-class _Writer:
+class Writer:
+    """Writes the functions of a graph, and notes what a file needs beside them."""
+
     def __init__(self, gm: GraphModule) -> None:
         self.gm = gm
         self.modules: set[str] = set()
@@ -114,12 +117,16 @@ class _Writer:
 
     def function(self, name: str, gm: GraphModule) -> str:
         """``def name(...)`` of a graph; those of its nested graphs go to ``bodies``."""
-        inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        lines = [*_signature(name, [_name(n) for n in inputs])]
+        inputs = gm.graph.find_nodes(op="placeholder")
+        return self.define(name, inputs, [n for n in gm.graph.nodes if n.op != "placeholder"], gm)
+
+    def define(
+        self, name: str, inputs: Iterable[Node], nodes: Iterable[Node], gm: GraphModule
+    ) -> str:
+        """``def name(inputs)`` of some nodes of a graph."""
+        lines = [*_signature(name, [spelled(n) for n in inputs])]
         above = ""
-        for node in gm.graph.nodes:
-            if node.op == "placeholder":
-                continue
+        for node in nodes:
             where = _where(node)
             if where and where != above:
                 lines.append(f"    # {where}")
@@ -136,8 +143,8 @@ class _Writer:
             return self.attribute(node, gm)
         if node.op != "call_function":
             self.cannot.append(f"{node.name} is a {node.op}")
-            return f"{_name(node)} = None"
-        return f"{_name(node)} = {self.call(node)}  # {describe(node.meta.get('val'))}"
+            return f"{spelled(node)} = None"
+        return f"{spelled(node)} = {self.call(node)}  # {describe(node.meta.get('val'))}"
 
     def call(self, node: Node) -> str:
         if node.target is operator.getitem:
@@ -174,7 +181,7 @@ class _Writer:
 
     def value(self, value: Any) -> str:
         if isinstance(value, Node):
-            return _name(value)
+            return spelled(value)
         if isinstance(value, torch.Size) or type(value) is tuple:
             return f"({', '.join(map(self.value, value))}{',' if len(value) == 1 else ''})"
         if isinstance(value, (list, tuple)):
@@ -217,15 +224,15 @@ class _Writer:
     def attribute(self, node: Node, gm: GraphModule) -> str:
         held = operator.attrgetter(str(node.target))(gm)
         if isinstance(held, GraphModule):
-            body = f"body{len(self.bodies)}_{_name(node)}"
+            body = f"body{len(self.bodies)}_{spelled(node)}"
             self.bodies.append("")  # keeps the number, while bodies inside this one are written
             place = len(self.bodies) - 1
             self.bodies[place] = self.function(body, held)
-            return f"{_name(node)} = {body}"
+            return f"{spelled(node)} = {body}"
         if isinstance(held, torch.Tensor):
-            return f"{_name(node)} = {self.constant(node, held)}"
+            return f"{spelled(node)} = {self.constant(node, held)}"
         self.cannot.append(f"{node.target} is a {type(held).__name__}")
-        return f"{_name(node)} = None  # {type(held).__name__}"
+        return f"{spelled(node)} = None  # {type(held).__name__}"
 
     def constant(self, node: Node, held: torch.Tensor) -> str:
         plain = held.layout == torch.strided and not held.is_quantized
@@ -233,14 +240,14 @@ class _Writer:
             with unset_fake_temporarily():  # a compile runs under a FakeTensorMode
                 values = self.value(held.detach().cpu().tolist())
             return f"torch.tensor({values}, dtype={held.dtype}, device={self.device(held.device)})"
-        self.notes.append(f"The constant {_name(node)} is large; random values stand for it")
+        self.notes.append(f"The constant {spelled(node)} is large; random values stand for it")
         return self.tensor(held)
 
     # inputs --------------------------------------------------------------------------------------
 
     def make_inputs(self) -> str:
         lines = [
-            f"        {self.input(node)},  # {_name(node)}"
+            f"        {self.input(node)},  # {spelled(node)}"
             for node in self.gm.graph.nodes
             if node.op == "placeholder"
         ]
@@ -280,7 +287,8 @@ def _is_backed(node: Any) -> bool:
         return not any(str(s).startswith(("u", "zuf")) for s in node.expr.free_symbols)
 
 
-def _name(node: Node) -> str:
+def spelled(node: Node) -> str:
+    """The variable of a node."""
     return f"{node.name}_" if node.name in RESERVED else node.name
 
 

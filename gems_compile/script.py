@@ -21,7 +21,7 @@ from .backend import Gems, gems
 from .dynamo import Recompile, Watch
 from .errors import nearest
 from .explain import Explanation
-from .lowering.pipeline import Report
+from .lowering.report import Report
 from .tables import show
 
 GOOD, FAILED, MISTAKE = 0, 1, 2

@@ -20,8 +20,8 @@ from .lowering.graph import module_path, source_line
 from .lowering.group import Group, Plan
 from .lowering.horizontal import Combined
 from .lowering.ir import Value
-from .lowering.pipeline import Report
 from .lowering.render import kernel_name
+from .lowering.report import Report
 from .lowering.source import Source
 from .lowering.tune import hints_of
 from .typed import describe, typed

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from .late import Boxed
 from .lowering import private
-from .lowering.pipeline import Report
+from .lowering.report import Report
 
 log = logging.getLogger(__name__)
 

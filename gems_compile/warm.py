@@ -24,7 +24,7 @@ from .lowering.binaries import Binaries
 from .lowering.decompose import added_rules
 from .lowering.load import binaries, library_digest
 from .lowering.options import Options
-from .lowering.pipeline import Report
+from .lowering.report import Report
 from .lowering.saved import Saved, kernel_keys
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,8 @@ def why_off(config: Config) -> str | None:
     """Why graphs are neither looked up nor kept."""
     if not config.cache:
         return "the option cache is off"
+    if config.verify:
+        return "verify asks for the graphs that kernels are made from"
     if config.dump is not None:
         return "a dump shows every stage of a compile"
     return whole_graphs.why_off() or _why_not_there(whole_graphs.folder())

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,6 +18,18 @@ from .kept import kept_in_channels_last
 from .profiled import profiled
 from .runs import Run, in_python, wide_forms
 from .seeds import drawer
+
+
+class Watch(Protocol):
+    """What stands between a function and its launches."""
+
+    def kernels(self, kernels: Mapping[str, Callable[..., None]]) -> dict[str, Any]:
+        """What is launched in their place."""
+        ...
+
+    def call(self, call: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+        """What is called in the function's place."""
+        ...
 
 
 def settle(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
@@ -55,13 +67,18 @@ def bind(
     runs: Sequence[Run],
     kernels: Mapping[str, Callable[..., None]],
     captures: Captures | None = None,
+    watch: Watch | None = None,
 ) -> Callable[[list[Any]], Any]:
     """The function, in the boxed form AOTAutograd asks for. ``kernels`` are what launches each
-    kernel that the runs name, in both widths."""
+    kernel that the runs name, in both widths. ``watch`` sees every call and every launch."""
     scope = dict(constants)
     called = [name for name in constants if name.startswith("f")]  # not what calls are given
     scope.update((name, private.quick_call(constants[name])) for name in called)
-    bound = bound_runs(device, runs, kernels)
+    if watch is None:
+        bound = bound_runs(device, runs, kernels)
+    else:  # one by one
+        kernels = watch.kernels(kernels)
+        bound = {**in_python(runs, kernels), **wide_forms(runs, kernels)}
     scope.update(bound)
     scope.update(
         empty=private.allocator(device),
@@ -85,7 +102,8 @@ def bind(
         return _boxed(cuda_graphs.in_turn(captures, device, scope, made), device)
     scope.update(profiler=private.profiler(), profiled=profiled(code, dict(scope), runs, kernels))
     exec(code, scope)
-    return _boxed(scope["call"], device)
+    call = scope["call"]
+    return _boxed(call if watch is None else watch.call(call), device)
 
 
 def _with_globals(

@@ -7,7 +7,6 @@ import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ from ..kernels.op import Authored
 from . import passes
 from .alike import Alike
 from .beside import find_beside, may_stand_beside
-from .binding import bind
-from .channels_last import Decision, decide
+from .binding import Watch, bind
+from .channels_last import decide
 from .code import Code
 from .conv_bias import take_biases_apart
 from .cuda_graphs import facts_of, why_not
@@ -48,8 +47,8 @@ from .partition import share_seeds
 from .pooling import take_poolings
 from .products import align_products
 from .render import Renderer, kernel_name
+from .report import Report
 from .row_products import multiply_outer_products, reduce_row_products
-from .runs import Run
 from .scan import scans_rows
 from .schedule import needs_loop
 from .small import Joined, join, joined_source, may_join
@@ -57,7 +56,7 @@ from .source import Source
 from .stores import store_copies
 from .tiling import Tiling
 from .translate import Program, Translator, op_of
-from .tune import Tuned, Tuner, hints_of
+from .tune import Tuner, hints_of
 from .updates import take_updates_apart
 from .whole import whole_source
 
@@ -71,38 +70,6 @@ ALONE = tuple(run for run in PASSES if run is not passes.count_in_place)  # that
 MUCH = 2**21
 
 Observer = Callable[[str, Any], None]
-
-
-@dataclass
-class Report:
-    """What became of one graph; explain() and the benchmarks read it."""
-
-    label: str
-    given: int = 0  # nodes of the ATen graph as it came, of every kind
-    nodes: int = 0  # ATen calls that are left to do
-    fused: int = 0  # ATen nodes inside kernels
-    kernels: int = 0  # distinct
-    launches: int = 0  # a call
-    aten_calls: int = 0  # a call
-    peak_bytes: int | None = None  # of tensors that the function makes; None: sizes are symbolic
-    aten: dict[str, int] = field(default_factory=dict)  # "op: reason" -> how often
-    seconds: dict[str, float] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
-    plan: Plan | None = None
-    sources: list[Source] = field(default_factory=list)
-    source_of: dict[Group, Source] = field(default_factory=dict)
-    wrapper: str = ""
-    runs: list[Run] = field(default_factory=list)  # what the wrapper's r0, r1 ... launch
-    constants: dict[str, str] = field(default_factory=dict)  # what the wrapper's names stand for
-    graph: int = 0  # Dynamo's graphs, counted; a forward and its backward share a number
-    kind: str = ""  # forward, backward or inference
-    rewrites: Any = None  # RewriteLog of Dynamo's graph
-    layout: Decision = field(default_factory=Decision)  # of its convolutions
-    cache: str = ""  # of whole graphs: whether this came from it, went into it, or why neither
-    captures: Captures | None = None  # in CUDA graphs; None where that was not asked for
-    outside: Sequence[str] = ()  # of what its forward saved, what lies in no CUDA graph's memory
-    tuned: list[Tuned] = field(default_factory=list)  # kernels whose tiles were measured
-    found: dict[str, str] = field(default_factory=dict)  # kernel's key -> in the cache, or why not
 
 
 def compile_graph(
@@ -136,6 +103,7 @@ class Compilation:
         register_torch_ops()
         self.gm, self.options, self.report, self.observe = gm, options, report, observe
         report.given = len(gm.graph.nodes)
+        self.watch: Callable[[Compilation], Watch] | None = None  # who sees every launch
         self.clock = _Clock()
         self.deny: dict[Node, str] = {}  # left to ATen, and why
         self.apart: set[Node] = set()  # of kernels that share no launch
@@ -187,6 +155,7 @@ class Compilation:
             writer.runs.made,
             kernels,
             self.report.captures,
+            None if self.watch is None else self.watch(self),
         )
         self.clock.lap(self.report, "bind")
         self.observe("done", self.report)
@@ -317,6 +286,7 @@ class Compilation:
         for line in report.captures.told() if report.captures is not None else ():
             log.info("graph %s: %s", report.label, line)
         report.plan, report.source_of, report.runs = plan, sources, writer.runs.made
+        report.program = program
         report.sources = list({s.key: s for s in sources.values()}.values())
         report.found = {key: loading.found for key, loading in self.loads.items()}
         report.fused = sum(len(g.nodes) for g in plan.groups)

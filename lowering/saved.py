@@ -23,7 +23,8 @@ from .cublas import Problem
 from .cut import Captures, Piece
 from .load import CompileError, Loading, shelf
 from .options import Options
-from .pipeline import Compilation, Report
+from .pipeline import Compilation
+from .report import Report
 from .runs import Launch, Multiply, Operand, Run
 from .source import Source
 from .worker import compiled

@@ -29,7 +29,8 @@ from gems_compile.kernels.target import current_target
 from gems_compile.lowering import private
 from gems_compile.lowering.decompose import Decompositions
 from gems_compile.lowering.options import Options
-from gems_compile.lowering.pipeline import Report, compile_graph
+from gems_compile.lowering.pipeline import compile_graph
+from gems_compile.lowering.report import Report
 
 load_ops()
 register_torch_ops()

@@ -23,7 +23,7 @@ from gems_compile.kernels.target import compile_target
 from gems_compile.lowering import artifacts, binaries, load
 from gems_compile.lowering.binaries import Binaries, from_state
 from gems_compile.lowering.options import Options
-from gems_compile.lowering.pipeline import Report
+from gems_compile.lowering.report import Report
 from gems_compile.lowering.saved import COUNTS, Saved
 
 pytestmark = gems_only

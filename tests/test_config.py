@@ -44,6 +44,7 @@ def test_defaults() -> None:
         "dump": None,
         "threads": None,
         "cache": True,
+        "verify": False,
         "tune": False,
         "tune_seconds": 10.0,
     }
@@ -112,7 +113,8 @@ def test_a_mode_takes_its_seconds_from_the_environment(monkeypatch: pytest.Monke
         (
             {"options": {"numeric": "fast"}},
             "option 'numeric' is unknown; valid: numerics, rewrites, rng, layout, "
-            "keep_weights, cudagraphs, strict, dump, threads, cache, tune, tune_seconds; "
+            "keep_weights, cudagraphs, strict, dump, threads, cache, verify, tune, "
+            "tune_seconds; "
             "close to it: numerics",
         ),
         (

@@ -84,6 +84,7 @@ def test_a_graph_gets_every_file(training: Path) -> None:
     for graph in training.iterdir():
         found = files(graph)
         others = {"rewrites.txt", "plan.txt", "wrapper.py", "report.json", "options.json"}
+        others |= {"references.py", "replay.py"}
         assert found >= {*PASSES, *others}
         kernels = {f for f in found if f.startswith("kernels/")}
         assert kernels, "no kernel was written"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import gems_compile
 from gems_compile.kernels.op import T
-from gems_compile.lowering.pipeline import Report
+from gems_compile.lowering.report import Report
 
 pytestmark = gems_only
 

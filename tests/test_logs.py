@@ -20,7 +20,7 @@ if BACKEND == "gems":
     from gems_compile.dynamo import Breaks, Watch, in_words
     from gems_compile.explain import Explanation
     from gems_compile.lowering import private
-    from gems_compile.lowering.pipeline import Report
+    from gems_compile.lowering.report import Report
 
 pytestmark = gems_only
 

@@ -16,7 +16,7 @@ from gems_compile.kernels.target import compile_target
 from gems_compile.lowering import load
 from gems_compile.lowering.constants import Unsaveable, meant, spelled
 from gems_compile.lowering.options import Options
-from gems_compile.lowering.pipeline import Report
+from gems_compile.lowering.report import Report
 from gems_compile.lowering.saved import COUNTS, Saved
 
 pytestmark = gems_only
