@@ -108,8 +108,7 @@ def _version() -> str:
 
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
-        # Importing the submodule gems_compile.explain sets it here, over the function of that name;
-        # gems_compile.dump is a function of another module.
+        # Importing the submodule gems_compile.explain sets it here, over the function of that name.
         if not (name in _HOME and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 

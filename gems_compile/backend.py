@@ -34,7 +34,7 @@ from .second_order import Program, with_second_order
 from .warm import Graph, tag, why_off
 
 if TYPE_CHECKING:
-    from .dump import Session
+    from .dump_files import Session
 
 log = logging.getLogger(__name__)
 
@@ -275,7 +275,7 @@ def _dump_session(
 ) -> Session | None:
     if config.dump is None:
         return None
-    from .dump import Session
+    from .dump_files import Session
 
     return Session(config.dump, told(config, mode, options))
 

@@ -75,7 +75,7 @@ def seconds(report: Report) -> str:
 
 def artifacts(report: Report) -> Iterator[tuple[str, str, str]]:
     """(Name, encoding, text) of what tlparse shows of a graph."""
-    from .dump import rewrites_text
+    from .dump_files import rewrites_text
     from .plan import plan_text
     from .summary import summarize
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .compare import Difference, Judge, copied
 from .config import cache_dir
-from .dump import Dump
+from .dump_files import Dump
 from .errors import VerifyError
 from .lowering.graph import value_of
 from .lowering.group import Group
