@@ -76,7 +76,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         commands[name] = command
         return command
 
-    for declare in (_demo, _doctor, _explain, _ops, _targets, _cache, _bench):
+    for declare in (_demo, _doctor, _explain, _page, _ops, _targets, _cache, _bench):
         declare(add)
     return parser, commands
 
@@ -128,6 +128,18 @@ def _explain(add: Add) -> None:
     command.add_argument(
         "args", nargs=argparse.REMAINDER, metavar="...", help="whatever follows is the script's"
     )
+
+
+def _page(add: Add) -> None:
+    def run(args: Any) -> int:
+        from .page.of_dump import main as page
+
+        return page(args.folder, args.out, args.json)
+
+    says = "write a dump's page again, with the times of replay.py --bench"
+    command = add("page", run, says, interprets=False)
+    command.add_argument("folder", metavar="DIR", help="what GEMS_DUMP named")
+    command.add_argument("--out", metavar="FILE", help="where to (default: DIR/index.html)")
 
 
 def _ops(add: Add) -> None:

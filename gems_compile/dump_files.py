@@ -10,6 +10,7 @@
         references.py  what eager would compute for each launch; replay.py compares and times them
         report.json    all of it as data
         options.json   the options, where each came from, and the versions of everything
+    index.html         a page of all graphs, written as the process ends
 
 Graphs are counted in the order Dynamo compiles them, so the same program gives the same names. A
 dump must not stop a compile: a disk that is full costs one warning.
@@ -17,6 +18,8 @@ dump must not stop a compile: a disk that is full costs one warning.
 
 from __future__ import annotations
 
+import atexit
+import glob
 import itertools
 import json
 import logging
@@ -28,6 +31,7 @@ import traceback
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch.fx import GraphModule
@@ -61,6 +65,8 @@ class Session:
     def __init__(self, folder: str, options: Mapping[str, Any] | None = None) -> None:
         """``options``: as ``config.told`` has them, for ``options.json``."""
         self.root = _of_this_rank(folder)
+        if self.root not in _numbers:
+            atexit.register(_write_page, self.root)
         self.options = options or {}
         self.clock = Clock()
         self.number = next(_numbers.setdefault(self.root, itertools.count()))
@@ -167,6 +173,15 @@ class Dump:
 
 def _json(data: Any) -> str:
     return json.dumps(data, indent=1) + "\n"
+
+
+def _write_page(root: str) -> None:
+    """Once for all graphs, as the process ends."""
+    from .page.of_dump import write_page
+
+    with _guarded(os.path.join(root, "page")):
+        if glob.glob(os.path.join(glob.escape(root), "graph_*", "report.json")):
+            write_page(Path(root))
 
 
 @contextmanager

@@ -31,6 +31,10 @@ class InternalError(GemsError, RuntimeError):
     """Our own mistake; raised under ``strict`` only, otherwise the group runs as ATen."""
 
 
+class DumpError(GemsError, ValueError):
+    """A folder that should hold a dump and does not, or not a whole one."""
+
+
 class VerifyError(GemsError, AssertionError):
     """A kernel's result is not what eager PyTorch computes; raised with ``verify`` only."""
 

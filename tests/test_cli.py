@@ -44,7 +44,7 @@ def refused(argv: list[str], capsys) -> str:
 
 # the parser --------------------------------------------------------------------------------------
 
-COMMANDS = ("demo", "doctor", "explain", "ops", "targets", "cache", "bench")
+COMMANDS = ("demo", "doctor", "explain", "page", "ops", "targets", "cache", "bench")
 
 
 def test_a_typo_has_its_nearest_name(capsys) -> None:

@@ -256,3 +256,30 @@ def test_no_two_boxes_overlap_and_a_reader_stands_right_of_what_it_reads_in_its_
         ]
         edges = [(a, b) for a, b in graph["edges"] if a in inside and b in inside]
         assert all(places[a][2] < places[b][0] for a, b in edges)
+
+
+def test_the_page_of_a_dump(tmp_path: Path, capsys: Any) -> None:
+    """Of all graphs' reports, with the times that are known; none is said plainly."""
+    from gems_compile.__main__ import main
+    from gems_compile.page.of_dump import write_page
+
+    folder = tmp_path / "dump"
+    x = rand(8, 16).requires_grad_()
+    with gems_compile.dump(folder):
+        torch.compile(lambda x: torch.softmax(x * 2, -1).sum(), backend="gems")(x).backward()
+    found = Page(write_page(folder)).data
+    assert [g["title"] for g in found["graphs"]] == ["graph 0 forward", "graph 0 backward"]
+    assert not any(graph["measured"] for graph in found["graphs"]) and found["name"] == "dump"
+    report = json.loads((folder / "graph_00_forward" / "report.json").read_text())
+    us = [None, *[3.5] * (len(report["calls"]) - 1)]
+    (folder / "times.json").write_text(json.dumps({"graph_00_forward": us}))
+    assert main(["page", str(folder), "--out", str(tmp_path / "x.html")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "x.html")
+    graphs = Page(tmp_path / "x.html").data["graphs"]
+    assert [graph["measured"] for graph in graphs] == [True, False]
+    assert main(["page", str(tmp_path)]) == 2
+    assert "has no dump of a graph; GEMS_DUMP=" in capsys.readouterr().err
+    (folder / "times.json").write_text("{")
+    assert main(["page", str(folder)]) == 2
+    assert "times.json cannot be read" in capsys.readouterr().err
+    (folder / "times.json").unlink()  # as the process ends, it writes the page once more
