@@ -31,7 +31,6 @@ from .lowering.views import Reshape
 from .runnable import SMALL
 from .summary import is_call, op_name
 
-
 #: what results of these hold by themselves is nobody's business: they are to be added up
 PARTS = {"gems.image_weight_parts.default", "gems.depthwise_weight_parts.default"}
 
