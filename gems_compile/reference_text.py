@@ -4,11 +4,14 @@ functions that it defines, in the graph's own dtypes and in float64."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_map_only
 
+from .compare import now
 from .lowering.graph import value_of
 from .lowering.indexing import Size, size_of
 from .lowering.ir import SizeArg
@@ -115,8 +118,10 @@ def describe_value(value: Any) -> str:
 class _WideTorch:
     """torch, as a program sees it whose floating-point numbers are all of 64 bits."""
 
+    ops: Any
+
     def __init__(self) -> None:
-        self.ops = _WideOps()
+        self.ops = _WideOps(torch.ops)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(torch, name)
@@ -126,28 +131,26 @@ class _WideTorch:
 
 
 class _WideOps:
-    """``torch.ops``: softmax of float64 takes no half_to_float."""
+    """``torch.ops``, a namespace of it, or a packet of overloads."""
 
-    def __init__(self) -> None:
-        self.aten = _WideAten()
+    def __init__(self, found: Any) -> None:
+        self.found = found
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(torch.ops, name)
+        found = getattr(self.found, name)
+        if isinstance(found, torch._ops.OpOverload):
+            return partial(_called_wide, found)
+        return _WideOps(found)
 
 
-class _WideAten:
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(torch.ops.aten, name)
-        return _Unwidened(found) if name in ("_softmax", "_log_softmax") else found
-
-
-class _Unwidened:
-    def __init__(self, packet: Any) -> None:
-        self.packet = packet
-
-    def default(self, x: torch.Tensor, dim: int, half_to_float: bool) -> torch.Tensor:
-        result: torch.Tensor = self.packet.default(x, dim, False)
+def _called_wide(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
+    """Softmax of float64 takes no half_to_float. New results are moved, if that is asked for."""
+    if op in (torch.ops.aten._softmax.default, torch.ops.aten._log_softmax.default):
+        args = (*args[:2], False)
+    result = op(*args, **kwargs)
+    if now.move is None or any(r.alias_info is not None for r in op._schema.returns):
         return result
+    return tree_map_only(torch.Tensor, now.move, result)
 
 
 def functions(text: str, wide: bool = False) -> dict[str, Callable[..., Any]]:

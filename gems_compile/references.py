@@ -24,11 +24,15 @@ from .lowering.group import Group, Plan
 from .lowering.horizontal import Combined
 from .lowering.indexing import Size, is_static, product, size_of
 from .lowering.ir import SizeArg, Value, base_of
+from .lowering.overload import name_of
 from .lowering.source import Source
 from .lowering.translate import Program
 from .lowering.views import Reshape
 from .runnable import SMALL
 from .summary import is_call, op_name
+
+#: what results of these hold by themselves is nobody's business: they are to be added up
+PARTS = {"gems.image_weight_parts.default", "gems.depthwise_weight_parts.default"}
 
 
 class Result(NamedTuple):
@@ -143,6 +147,7 @@ class _Finder:
                 self.holder.setdefault(memory, []).append(node)
         graph: Graph | None = next((node.graph for node in program.of), None)
         self.order = {n: k for k, n in enumerate(graph.nodes)} if graph is not None else {}
+        self.called = {s for s in plan.steps if is_call(s, plan)}  # by ATen
         self.maker: dict[Value, Reference] = {}  # of memory, and of what kernels alone know
         self.touched: set[Value] = set()  # memory that launches before saw
 
@@ -157,6 +162,8 @@ class _Finder:
     def memory(self, node: Node) -> Value | None:
         """The memory that holds a node's result as it is, but for axes of size 1."""
         entry = self.program.of.get(node)
+        if name_of(node.target) in PARTS:
+            return None
         if not isinstance(entry, Value) or not is_tensor(value_of(node)):
             return None
         base = base_of(entry)
@@ -274,7 +281,7 @@ class _Walk:
             if memory not in self.loaded:
                 self.made.elsewhere.add(memory)
             return True
-        if node.op == "call_function" and (is_view(node) or not is_call(node, self.plan)):
+        if node.op == "call_function" and (is_view(node) or node not in self.finder.called):
             return False
         if node.op == "call_function" and not node.all_input_nodes:
             return False  # made of numbers

@@ -100,6 +100,12 @@ class Replayed:
             found: Pool = torch.load(path, map_location=self.device, weights_only=True)
         except (OSError, ValueError, RuntimeError) as e:
             raise CannotReplay(f"{path}: {e}") from e
+        for name, about in self.data["values"].items():
+            wanted = f"{about['dtype']}{list(about['shape'])}"
+            if name in found and _type(found[name]) != wanted:
+                raise CannotReplay(
+                    f"{path}: {name} is {_type(found[name])}, the dump's is {wanted}"
+                )
         return found
 
     def chosen(self, group: str | None, inputs: Pool | None) -> list[dict[str, Any]]:
@@ -214,11 +220,20 @@ class Replayed:
             self._fill(call, pool)
             outcome.fed = {name: _told(pool[name]) for name in call["loaded"]}
             stored = self.launch(call, pool)
+        except (CompileError, RuntimeError, TypeError, ValueError, IndexError) as e:
+            outcome.what, outcome.detail = "fails", f"{type(e).__name__}: {e}"
+            return outcome
+        try:
             plain, wide = self.plain[call["function"]], self.wide[call["function"]]
             judge = Judge(plain, wide, self.operands(call, pool), call["eps"], call["length"])
             found = judge.differences([stored[r["value"]] for r in call["results"]])
-        except (CompileError, RuntimeError, TypeError, ValueError, IndexError) as e:
-            outcome.what, outcome.detail = "fails", f"{type(e).__name__}: {e}"
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            IndexError,
+        ) as e:  # an op that has no such form
+            outcome.detail = f"its reference fails ({type(e).__name__}: {e})"
             return outcome
         names = [r["node"] for r in call["results"]]
         outcome.what = "differs" if found else "same"
@@ -266,8 +281,11 @@ class Replayed:
             if name in inputs:
                 made[k] = inputs[name]
         found: Pool = {}
-        with as_eager():
-            self.plain["graph"](made, lambda name, value: found.update({name: copied(value)}))
+        try:
+            with as_eager():
+                self.plain["graph"](made, lambda name, value: found.update({name: copied(value)}))
+        except (RuntimeError, TypeError, ValueError, IndexError) as e:
+            raise CannotReplay(f"eager cannot run the graph here: {type(e).__name__}: {e}") from e
         return found
 
     # timing ---------------------------------------------------------------------------------------
@@ -354,9 +372,13 @@ def _count(shape: Sequence[int]) -> int:
     return count
 
 
+def _type(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}"
+
+
 def _told(t: Tensor) -> str:
     """What a tensor is like."""
-    text = f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}"
+    text = _type(t)
     if not t.numel():
         return text
     if not t.is_floating_point():

@@ -148,15 +148,9 @@ class Compilation:
         writer = self.writer
         kernels = {name: launchers[group] for name, group in writer.kernels}
         kernels.update((name, self.loading[group].wide) for name, group in writer.widths.wide)
-        run = bind(
-            self.code.result(),
-            self.device,
-            writer.constants,
-            writer.runs.made,
-            kernels,
-            self.report.captures,
-            None if self.watch is None else self.watch(self),
-        )
+        watch = None if self.watch is None else self.watch(self)
+        code, made = self.code.result(), writer.runs.made
+        run = bind(code, self.device, writer.constants, made, kernels, self.report.captures, watch)
         self.clock.lap(self.report, "bind")
         self.observe("done", self.report)
         return run

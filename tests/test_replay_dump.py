@@ -104,7 +104,7 @@ def test_a_group_and_saved_inputs(broken, capsys, tmp_path) -> None:
     (call,) = (c for c in data["calls"] if c["name"] == name)
     values = [data["values"][v] for v in call["loaded"]]
     tensors = {
-        v: torch.zeros(about["shape"]).as_strided(about["shape"], about["stride"])
+        v: torch.zeros(about["shape"], dtype=getattr(torch, about["dtype"]))
         for v, about in zip(call["loaded"], values, strict=True)
     }
     torch.save(tensors, tmp_path / "inputs.pt")
@@ -114,6 +114,9 @@ def test_a_group_and_saved_inputs(broken, capsys, tmp_path) -> None:
     assert replay(folder, ["--group", "no_such_kernel"]) == 2
     assert "no kernel is named 'no_such_kernel'; there are: fused_" in capsys.readouterr().err
     assert replay(folder, ["--inputs", str(tmp_path / "missing.pt")]) == 2
+    torch.save({call["loaded"][0]: torch.zeros(3)}, tmp_path / "short.pt")
+    assert replay(folder, ["--group", name, "--inputs", str(tmp_path / "short.pt")]) == 2
+    assert "is float32[3], the dump's is float32[10, 20]" in capsys.readouterr().err
 
 
 def test_it_runs_by_itself(training) -> None:

@@ -15,10 +15,12 @@ from torch import nn
 from torch.nn import functional as F
 from wrongly import make_wrong
 
+import gems_compile
 from gems_compile.backend import Gems
-from gems_compile.compare import Judge
+from gems_compile.compare import Judge, as_eager
 from gems_compile.errors import GemsError, VerifyError
 from gems_compile.lowering.binding import bind
+from gems_compile.reference_text import functions
 from gems_compile.replay import main as replay
 
 pytestmark = gems_only
@@ -228,6 +230,14 @@ def test_a_reference_that_fails_is_counted(monkeypatch, caplog) -> None:
     assert "is not checked: no such op here" in caplog.text
 
 
+def test_references_run_by_atens_own_kernels() -> None:
+    with gems_compile.use_gems(only=["add"]):
+        assert gems_compile.enabled_ops()
+        with as_eager():
+            assert not gems_compile.enabled_ops()
+        assert gems_compile.enabled_ops()
+
+
 # the judge ---------------------------------------------------------------------------------------
 
 
@@ -250,6 +260,21 @@ def test_a_sum_that_cancels_may_differ_by_its_terms() -> None:
     asked = judge(lambda x: x.sum(), x, length=4)
     assert asked.differences([torch.tensor(1.28)]) == []  # half a unit of a million
     assert asked.differences([torch.tensor(5.0)])
+
+
+def test_what_cancels_within_may_differ_by_its_roundings() -> None:
+    x = torch.linspace(-1, 1, 64)
+    reference = """
+import torch
+def f(x):
+    y = torch.ops.aten.mul.Tensor(x, 1.7)
+    z = torch.ops.aten.sub.Tensor(y, torch.ops.aten.mean.default(y))
+    return (torch.ops.aten.sum.default(z),)
+"""
+    plain, wide = (functions(reference, wide)["f"] for wide in (False, True))
+    asked = Judge(plain, wide, [x], length=64)
+    assert asked.differences([torch.tensor(6e-7)]) == []  # it is 0 but for 64 roundings
+    assert asked.differences([torch.tensor(1e-4)])
 
 
 def test_infinities_and_nans_stand_where_eager_has_them() -> None:

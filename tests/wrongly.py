@@ -8,7 +8,7 @@ import pytest
 
 from gems_compile.lowering import pipeline
 
-STORE = re.compile(r"(tl\.store\(.*?, )(\w+)((?:, mask=[\w& ]+)?\))$")
+STORE = re.compile(r"(tl\.store\(.*?, )(\w+)((?:, \w+=.*)?\))$")
 
 
 def one_more(text: str) -> str:
