@@ -327,6 +327,12 @@ def quick_call(value: Any) -> Any:
     return getattr(value, "_op", value)
 
 
+def looks_at_memory() -> Callable[[int, torch.device, int], torch.UntypedStorage] | None:
+    """(address, device, bytes) -> that memory, which stays somebody else's; as torch's trees of
+    CUDA graphs look at it. None where this torch has no such function."""
+    return getattr(torch._C, "_construct_storage_from_data_pointer", None)
+
+
 def current_stream(device: int) -> Callable[[], int]:
     if hasattr(torch._C, "_cuda_getCurrentRawStream"):
         return functools.partial(torch._C._cuda_getCurrentRawStream, device)
