@@ -12,7 +12,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from attentioncheck import BFLOAT16, FLOAT, HALF, assert_near, check, exact, operands, served
+from attentioncheck import (
+    BFLOAT16,
+    CUDNN,
+    EFFICIENT,
+    FLASH,
+    FLOAT,
+    HALF,
+    assert_near,
+    check,
+    exact,
+    operands,
+    served,
+)
 from eagercheck import nothing_left, ours, whys  # noqa: F401
 from helpers import DEVICE, assert_same_metadata, gems_only, rand
 from machine_code import assembly
@@ -36,9 +48,6 @@ from gems_compile.operands import layout_of
 from gems_compile.sized import Steps
 
 CPU = "_scaled_dot_product_flash_attention_for_cpu"
-FLASH, EFFICIENT, CUDNN = (
-    f"_scaled_dot_product_{n}_attention" for n in ("flash", "efficient", "cudnn")
-)
 on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="the overload is a CPU's")
 
 SIZES = {

@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from attentioncheck import BFLOAT16, FLOAT, HALF, assert_near, check, exact, operands, served
+from attentioncheck import (
+    BFLOAT16,
+    CUDNN,
+    EFFICIENT,
+    FLASH,
+    FLOAT,
+    HALF,
+    assert_near,
+    check,
+    exact,
+    operands,
+    served,
+)
 from eagercheck import nothing_left, ours, whys  # noqa: F401
 from helpers import assert_same_metadata, gems_only, rand
 from torch import Tensor
@@ -17,9 +29,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import gems_compile
 
 pytestmark = [pytest.mark.gpu, gems_only]
-FLASH, EFFICIENT, CUDNN = (
-    f"_scaled_dot_product_{n}_attention" for n in ("flash", "efficient", "cudnn")
-)
 
 BACKENDS = {
     FLASH: "FLASH_ATTENTION",
