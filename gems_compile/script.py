@@ -40,7 +40,7 @@ def main(
     why: str | None,
 ) -> int:
     """Run it and print what became of it; the exit code is 1 where the script failed."""
-    problem = _why_not_there(script) or _why_no_page(html)
+    problem = _why_not_there(script) or _why_no_folder(html)
     if problem is not None:
         print(problem, file=sys.stderr)
         return MISTAKE
@@ -53,8 +53,7 @@ def main(
     sys.stdout.flush()
     _print(explanation, as_json, why)
     if html is not None:
-        page: Any = explanation  # _why_no_page has looked whether there is one
-        page.to_html(html)
+        explanation.to_html(html)
         print(f"The page is {os.path.abspath(html)}", file=sys.stderr)
     return GOOD if passed else FAILED
 
@@ -83,11 +82,9 @@ def _why_not_there(script: str) -> str | None:
     return f"there is no script {script}{near}"
 
 
-def _why_no_page(html: str | None) -> str | None:
+def _why_no_folder(html: str | None) -> str | None:
     if html is None:
         return None
-    if not hasattr(Explanation, "to_html"):
-        return "this version writes no HTML page; --json has the same facts"
     folder = os.path.dirname(os.path.abspath(html))
     return None if os.path.isdir(folder) else f"--html {html}: there is no folder {folder}"
 
