@@ -29,7 +29,7 @@ from .lowering.source import Source
 from .lowering.translate import Program
 from .lowering.views import Reshape
 from .runnable import SMALL
-from .summary import is_call, op_name
+from .summary import is_call, op_name, steps_of
 
 #: what results of these hold by themselves is nobody's business: they are to be added up
 PARTS = {"gems.image_weight_parts.default", "gems.depthwise_weight_parts.default"}
@@ -152,9 +152,8 @@ class _Finder:
         self.touched: set[Value] = set()  # memory that launches before saw
 
     def run(self) -> dict[Group, Reference]:
-        steps = [s for s in self.plan.steps if isinstance(s, Group) or is_call(s, self.plan)]
         found = {}
-        for place, step in enumerate(steps):
+        for place, step in enumerate(steps_of(self.plan)):
             if isinstance(step, Group):
                 found[step] = self.reference(place, step)
         return found

@@ -22,7 +22,7 @@ from .lowering.tune import hints_of
 from .reference_text import References, Sizes, shown
 from .references import Reference, find_references, names_of
 from .runnable import TENSOR, spelled
-from .summary import is_call, op_name
+from .summary import op_name, steps_of
 
 Write = Callable[[str, str], None]  # a file's name, its text
 
@@ -183,7 +183,7 @@ def _whole_graph(
     whole = _Kept(gm, program, writer)
     texts.append(whole.text(graph, names))
     texts.append(whole.inputs(graph))
-    steps = [s for s in plan.steps if not isinstance(s, Node) or is_call(s, plan)]
+    steps = steps_of(plan)
     for place, step in enumerate(steps):
         if isinstance(step, Node):
             calls[place], text = _aten(writer, place, step)

@@ -204,11 +204,12 @@ def summarize(report: Report) -> GraphSummary:
         counted = {name: getattr(report, name) for name in names}
         return GraphSummary(**head, kernels=len(report.sources), counted=counted)
     origins, graph = _origins(plan), _graph_of(plan)
+    again = _recomputed(plan, origins)
     sizes = hints_of(graph) if graph is not None else {}
     return GraphSummary(
         **head,
-        nodes=tuple(_node_facts(plan, graph, origins)),
-        calls=tuple(_calls(plan, report.source_of, origins, sizes)),
+        nodes=tuple(_node_facts(plan, graph, origins, again)),
+        calls=tuple(_calls(plan, report.source_of, origins, again, sizes)),
         unfused=tuple(_unfused(plan, origins, sizes)),
         kernels=len(report.sources),
         sources={f"{s.name}_{s.key[:8]}": s.commented for s in report.sources},
@@ -244,6 +245,7 @@ def _rewrites(report: Report) -> dict[str, Any]:
 # nodes -------------------------------------------------------------------------------------------
 
 Origins = dict[Value, Node]
+Recomputed = dict[Group, list[Node]]
 
 
 def _origins(plan: Plan) -> Origins:
@@ -303,7 +305,7 @@ def is_call(step: Any, plan: Plan) -> bool:
     )
 
 
-def _recomputed(plan: Plan, origins: Origins) -> dict[Group, list[Node]]:
+def _recomputed(plan: Plan, origins: Origins) -> Recomputed:
     """Ops that kernels which read them compute again, each kernel for itself."""
     found: dict[Group, list[Node]] = {}
     for group in plan.groups:
@@ -320,16 +322,17 @@ def _recomputed(plan: Plan, origins: Origins) -> dict[Group, list[Node]]:
     return found
 
 
-def _steps(plan: Plan) -> list[Any]:
+def steps_of(plan: Plan) -> list[Any]:
     """Groups and nodes that a run calls, in order: the graph's calls."""
     return [s for s in plan.steps if isinstance(s, Group) or is_call(s, plan)]
 
 
-def _node_facts(plan: Plan, graph: Graph | None, origins: Origins) -> Iterable[NodeFact]:
+def _node_facts(
+    plan: Plan, graph: Graph | None, origins: Origins, again: Recomputed
+) -> Iterable[NodeFact]:
     homes: dict[Node, dict[str, None]] = {}
     places: dict[Node, list[int]] = {}
-    again = _recomputed(plan, origins)
-    for place, step in enumerate(_steps(plan)):
+    for place, step in enumerate(steps_of(plan)):
         own = [step] if isinstance(step, Node) else [*map(_op, _nodes_of(step, origins))]
         for node in (*own, *again.get(step, ())):
             places.setdefault(node, []).append(place)
@@ -374,10 +377,14 @@ def _why_free(node: Node, plan: Plan) -> str:
 
 
 def _calls(
-    plan: Plan, source_of: dict[Group, Source], origins: Origins, sizes: Mapping[Any, int]
+    plan: Plan,
+    source_of: dict[Group, Source],
+    origins: Origins,
+    again: Recomputed,
+    sizes: Mapping[Any, int],
 ) -> Iterable[Call]:
-    again, known = _recomputed(plan, origins), set()
-    steps = _steps(plan)
+    known: set[Node] = set()
+    steps = steps_of(plan)
     for step, inputs in zip(steps, read_by(steps, source_of), strict=True):
         if isinstance(step, Group):
             # what several kernels compute eager computes once: the first of them saves it
