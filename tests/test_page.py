@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from clock import processor_seconds
 from helpers import BACKEND, DEVICE, gems_only, rand
 from torch import nn
 
@@ -160,9 +161,7 @@ def test_5000_nodes_are_written_within_two_seconds(tmp_path) -> None:
     explanation = large()
     assert len(explanation.graphs[0].nodes) == 5000
     facts = explanation.to_dict()
-    start = time.perf_counter()
-    page.write(facts, tmp_path / "page.html")
-    assert time.perf_counter() - start < 2
+    assert processor_seconds(lambda: partial(page.write, facts, tmp_path / "page.html")) < 2
     assert (tmp_path / "page.html").stat().st_size < 3e6
 
 

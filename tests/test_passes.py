@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from clock import processor_seconds
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -412,22 +413,31 @@ def test_questions() -> None:
     assert questions.value_of(add).shape == (4, 6)
 
 
-def test_passes_take_linear_time() -> None:
+def a_chain(turns: int) -> fx.GraphModule:
     g = fx.Graph()
     x = g.placeholder("x")
     x.meta["val"] = X
     node = x
-    for i in range(1500):
+    for i in range(turns):
         for op in (aten.sin.default, aten.detach.default, aten.mul.Tensor):
             node = g.call_function(op, (node, i) if op is aten.mul.Tensor else (node,))
             node.meta["val"] = X
     g.output((node,))
-    gm = fx.GraphModule({}, g)
-    start = time.perf_counter()
-    counts = [run(gm) for run in PASSES]
-    seconds = time.perf_counter() - start
-    assert counts == [0, 1501, 0, 0, 0, 0]
-    assert seconds < 1, seconds  # about 0.1 s on an idle core
+    return fx.GraphModule({}, g)
+
+
+def test_passes_take_linear_time() -> None:
+    def passes_over(turns: int) -> Callable[[], None]:
+        gm = a_chain(turns)
+
+        def run() -> None:
+            assert [each(gm) for each in PASSES] == [0, turns + 1, 0, 0, 0, 0]
+
+        return run
+
+    few, many = (processor_seconds(partial(passes_over, turns)) for turns in (375, 1500))
+    assert many < 8 * few, (few, many)  # 16 times as long if it were quadratic
+    assert many < 1, many  # about 0.1 s
 
 
 def test_the_only_write_of_an_input() -> None:
