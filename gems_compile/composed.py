@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .forms import OUT, TENSORS, Form, add_writes, functional_call, places
+from .varying import Sizes
 
 
 def composed_graph(
@@ -17,6 +18,7 @@ def composed_graph(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     form: Form | None = None,
+    sizes: Sizes | None = None,
     keep: Collection[torch._ops.OpOverload] = (),
 ) -> tuple[fx.GraphModule, list[Tensor], bool] | str:
     """The graph of what torch's rules make of a call, its inputs as FakeTensors, and whether the
@@ -26,7 +28,7 @@ def composed_graph(
 
     functional = overload if form is None else form.functional
     given = (args, kwargs) if form is None else functional_call(form, args, kwargs)
-    gm = _traced(functional, *given, keep)
+    gm = _traced(functional, *given, keep, sizes)
     if isinstance(gm, str):
         return gm
     graph, output = gm.graph, output_node(gm.graph)
@@ -38,8 +40,9 @@ def composed_graph(
             first = next(node for node in graph.nodes if node.op != "placeholder")
             with graph.inserting_before(first):  # in the order in which they come when it runs
                 written = [graph.placeholder(name) for name in form.written]
-            for node, name in zip(written, form.written, strict=True):
-                node.meta["val"] = results[0].meta["val"].fake_mode.from_tensor(kwargs[name])
+            mode = results[0].meta["val"].fake_mode
+            for k, (node, name) in enumerate(zip(written, form.written, strict=True), len(inputs)):
+                node.meta["val"] = _like(k, kwargs[name], sizes, mode)
             inputs += written
         with graph.inserting_before(output):
             results = [_joinable(graph, result) for result in results]
@@ -70,8 +73,10 @@ def _traced(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     keep: Collection[torch._ops.OpOverload],
+    sizes: Sizes | None,
 ) -> fx.GraphModule | str:
     """Its placeholders are the call's tensors, in order, and a tuple of results is at its end."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
     from .lowering.decompose import whole_table
@@ -95,13 +100,26 @@ def _traced(
     traced = make_fx(
         torch.func.functionalize(program, remove="mutations"),
         decomposition_table=whole_table().new_child({**own, **dict.fromkeys(keep, _not_apart)}),
-        tracing_mode="fake",
+        tracing_mode="fake" if sizes is None else "real",
     )
+    tensors = [leaves[k] for k in where]
     try:
-        gm = traced(*[leaves[k] for k in where])
+        if sizes is None:
+            gm = traced(*tensors)
+        else:
+            with FakeTensorMode(shape_env=sizes.env):
+                gm = traced(*[sizes.fake(k, t) for k, t in enumerate(tensors)])
     except Exception as error:  # ATen refuses the call, or its shapes depend on data
         return f"torch's rules do not take it apart: {error}"
     return _why_aliased(gm) or gm
+
+
+def _like(k: int, real: Tensor, sizes: Sizes | None, mode: Any) -> Tensor:
+    """The call's tensor k as a FakeTensor."""
+    if sizes is None:
+        return mode.from_tensor(real)
+    with mode:
+        return sizes.fake(k, real)
 
 
 def _not_apart(*args: Any, **kwargs: Any) -> Any:

@@ -15,9 +15,6 @@ from .kernels import load_ops
 from .lowering.foreach import single_op
 from .lowering.overload import find_overload
 
-#: Numbers with which calls that are alike otherwise are compiled. Where a number is another at each
-#: step of a training, as a bias correction is, that would never end.
-MAX_NUMBERS = 8
 COPIES = ("_foreach_clone", "_foreach_copy")
 
 
@@ -40,13 +37,6 @@ def foreach() -> tuple[str, ...]:
         if overload in RULES or single_op(overload) is not None:
             found.append(str(overload))
     return tuple(found)
-
-
-def takes_numbers(overload: torch._ops.OpOverload) -> bool:
-    """Whether it is a multi-tensor op of numbers, for which kernels are compiled."""
-    schema = overload._schema
-    numbers = any(str(a.type) in ("number", "float") for a in schema.arguments)
-    return numbers and schema.name.startswith(("aten::_foreach_", "aten::_fused_"))
 
 
 def count_versions(form: Form, written: Sequence[Tensor]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .forms import Form, add_writes, functional_call, places
 from .kernels.op import OPS
 from .lowering.foreach import single_op
+from .varying import Sizes
 
 #: a graph, its inputs as FakeTensors, and whether the call returns one tensor; or why there is none
 OneCall = tuple[torch.fx.GraphModule, list[Tensor], bool] | str
@@ -22,29 +23,30 @@ def one_node_graph(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     form: Form | None = None,
+    sizes: Sizes | None = None,
 ) -> OneCall:
     """The graph of a call. That of a form computes what its functional overload returns, and stores
     it. Each tensor has a placeholder, in the order in which they come when it runs; one that is
-    given twice has two, as other calls of this description give two tensors; see ``Form.once``."""
+    given twice has two, as other calls of this description give two tensors; see ``Form.once``.
+    ``sizes``: those that the graph is for, if not the call's own."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     graph = torch.fx.Graph()
     inputs: list[Tensor] = []
     known: dict[int, torch.fx.Node] = {}
+    like = _of_its_sizes if sizes is None else sizes.fake
 
     def place(value: Any) -> Any:
         if form is not None and form.once and id(value) in known:
             return known[id(value)]
         if isinstance(value, Tensor):
             node = known[id(value)] = graph.placeholder(f"x{len(inputs)}")
-            node.meta["val"] = torch.empty_strided(
-                value.shape, value.stride(), dtype=value.dtype, device=value.device
-            )
+            node.meta["val"] = like(len(inputs), value)
             inputs.append(node.meta["val"])
             return node
         return [place(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-    with FakeTensorMode():
+    with FakeTensorMode(shape_env=None if sizes is None else sizes.env):
         node_args: Sequence[Any] = tuple(place(a) for a in args)
         node_kwargs = {name: place(a) for name, a in kwargs.items()}
         written: list[torch.fx.Node] = []
@@ -69,6 +71,10 @@ def one_node_graph(
             results = ()
     graph.output(results)
     return torch.fx.GraphModule(torch.nn.Module(), graph), inputs, single
+
+
+def _of_its_sizes(_: int, real: Tensor) -> Tensor:
+    return torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device=real.device)
 
 
 def _items(graph: torch.fx.Graph, node: torch.fx.Node, val: Sequence[Any]) -> tuple[Any, ...]:

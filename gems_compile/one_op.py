@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,27 +21,25 @@ from torch.nn import Parameter
 from . import attention
 from .aten_kernel import native_kernel, with_numbers_as_tensors
 from .attention import ATTENTION
-from .bags import BAGS, KEPT
-from .composed import composed_graph, told
-from .config import Config, cache_dir
-from .convolutions import PRODUCTS, convolution_graph, is_convolution
-from .counting import SIZED
+from .config import Config
 from .forms import Form, places, share_memory
 from .kernels.composed import UPDATING
 from .kernels.dropout import drawing_from, source
-from .kernels.op import OPS
 from .kernels.target import Target
-from .lists import MAX_NUMBERS, count_versions, takes_numbers
-from .lists import RULES as LISTS
-from .long_scans import LONG_SCANS
+from .lists import count_versions
 from .lowering import native
-from .lowering.foreach import single_op
-from .lowering.overload import name_of
-from .lowering.private import enter_fake_mode_once, forget_dispatch
-from .one_node import OneCall, one_node_graph
+from .lowering.private import forget_dispatch
+from .one_call import (
+    Variant,
+    aten_name,
+    compile_one,
+    in_clean_thread,
+    inside,
+    takes_any_sizes,
+)
 from .operands import layout_of, takes_lazily_negated, why_native
 from .rules import ON_HOST
-from .sized import Steps, program
+from .varying import Family, Numbers, Sizes, family_of
 from .whole import Whole
 from .worth import least_elements, why_not_worth
 
@@ -53,7 +50,6 @@ MAX_COMPILED = 256
 #: Descriptions remembered for one overload; most of them say "ATen".
 MAX_VARIANTS = 4096
 
-SEED = "gems.seed.default"
 NUMBERS = (bool, int, float, complex)
 PLAIN = (Tensor, Parameter)
 
@@ -62,30 +58,6 @@ class Watcher(Protocol):
     """Told of every call that one of our kernels served."""
 
     def saw(self, name: str) -> None: ...
-
-
-class _Here(threading.local):
-    off = False  # whether this thread is inside our own code, whose calls are ATen's
-
-
-_here = _Here()
-
-
-class Variant:
-    """What becomes of calls of one description: ``run`` serves them, or ATen does, for ``why``."""
-
-    __slots__ = ("calls", "layouts", "run", "single", "why")
-
-    def __init__(
-        self,
-        run: Callable[[list[Any]], Any] | None,
-        single: bool,
-        why: str = "",
-        layouts: Sequence[Any] | None = (),
-    ) -> None:
-        self.run, self.single, self.why = run, single, why
-        self.layouts = layouts  # of its results, see layout_of; None: sizes are data
-        self.calls = 0
 
 
 class Handler:
@@ -103,6 +75,8 @@ class Handler:
         self._native: Any = None
         self._describe = describe
         self._lock = threading.Lock()
+        self._any_sizes = takes_any_sizes(overload, form)
+        self._families: dict[Any, Family] = {}
         self._compiled = 0
         # attention draws nothing: with dropout it is ATen's
         random = torch.Tag.nondeterministic_seeded in overload.tags and overload not in ATTENTION
@@ -114,7 +88,7 @@ class Handler:
         # it; the dispatcher would free it under that call.
         self._kept: deque[Any] = deque(maxlen=16)
         self._tells = bool(overload._schema.returns)  # ``_foreach_add_`` returns nothing
-        self._numbers: Counter[Any] | None = Counter() if takes_numbers(overload) else None
+        self._numbers = Numbers(overload)
         takes_tensor = [str(a.type) in ("Tensor", "Optional[Tensor]") for a in _arguments(overload)]
         self._tensor_places = [k for k, yes in enumerate(takes_tensor) if yes]
         self._tensor_names = [_arguments(overload)[k].name for k in self._tensor_places]
@@ -142,7 +116,8 @@ class Handler:
 
     def counts(self) -> dict[str, int]:
         """``ours`` and ``native`` calls so far, and ``compiled`` variants."""
-        variants = [*list(self.variants.values()), self._full]
+        met = {id(v): v for v in [*list(self.variants.values()), self._full]}
+        variants = met.values()
         return {
             "ours": sum(v.calls for v in variants if v.run is not None),
             "native": sum(v.calls for v in variants if v.run is None) + self.left,
@@ -152,7 +127,7 @@ class Handler:
     # a call --------------------------------------------------------------------------------------
 
     def __call__(self, keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        if _here.off:
+        if inside.off:
             return self._aten(keyset, args, kwargs)
         if self._random and (generator := kwargs.get("generator")) is not None:
             if generator.device.type != self.target.device:  # ATen has the error for it
@@ -186,7 +161,7 @@ class Handler:
         run = variant.run
         if run is None:
             return self._aten(keyset, args, kwargs)
-        _here.off = True
+        inside.off = True
         try:
             out = run(tensors)
         except Exception as error:
@@ -203,7 +178,7 @@ class Handler:
             variant.calls -= 1
             self.left += 1
         finally:
-            _here.off = False
+            inside.off = False
         return self._aten(keyset, args, kwargs)
 
     def _current_device(self) -> int:
@@ -236,56 +211,80 @@ class Handler:
         kwargs: dict[str, Any],
         tensors: Sequence[Tensor],
     ) -> Variant:
-        if self.target.device == "cuda" and torch.cuda.is_current_stream_capturing():
-            return Variant(None, False, "a CUDA graph is being captured: no module can be loaded")
         with self._lock:
             if key in self.variants:
                 return self.variants[key]
-            if len(self.variants) >= MAX_VARIANTS:
+            if len(self.variants) >= MAX_VARIANTS and not self._forget_shared():
                 return self._full
-            why = self._why_native(tensors, kwargs)
-            if not tensors and self._tensor_places:
-                why = "its operands are numbers"
-            if why is None and self.least is not None:
-                why = why_not_worth(self.name, args, self.target)
-            if why is None and self._compiled >= MAX_COMPILED:
-                return self._full
-            if why is None and self._numbers is not None:
-                why = self._why_numbers(tensors)
-            variant = Variant(None, False, why) if why else self._compile(args, kwargs)
-            if variant.run is not None and not self._random and self.form is None:
-                self._check_layouts(variant, keyset, args, kwargs, tensors)
-            self._compiled += variant.run is not None
+            why = self._why_atens(args, kwargs, tensors)
+            family = Family()
+            if why is None and self._any_sizes:
+                family = self._families.setdefault(family_of(key), family)
+            variant = family.served_by(tensors) if why is None else Variant(None, False, why)
+            if variant is None:
+                if self.target.device == "cuda" and torch.cuda.is_current_stream_capturing():
+                    return Variant(None, False, "a CUDA graph is captured: no module can be loaded")
+                if self._compiled >= MAX_COMPILED:
+                    return self._full
+                make = partial(self._compile, keyset, args, kwargs, tensors)
+                variant = family.compile(tensors, make)
+                self._compiled += variant.run is not None
+                if self._compiled == MAX_COMPILED and variant.run is not None:
+                    log.info("%s: %s; new ones run as ATen", self.name, self._full.why)
             self._describe = native.describe() or describe
-            if self._compiled == MAX_COMPILED and variant.run is not None:
-                log.info("%s: %s; new ones run as ATen", self.name, self._full.why)
             self.variants[key] = variant
         return variant
+
+    def _forget_shared(self) -> int:
+        """Forget which sizes shared kernels were called with; returns how many those were."""
+        shared = [key for key, variant in self.variants.items() if variant.shared]
+        for key in shared:
+            del self.variants[key]
+        return len(shared)
+
+    def _why_atens(
+        self, args: Sequence[Any], kwargs: dict[str, Any], tensors: Sequence[Tensor]
+    ) -> str | None:
+        """Why a call is ATen's whatever is compiled, or None."""
+        why = self._why_native(tensors, kwargs)
+        if not tensors and self._tensor_places:
+            why = "its operands are numbers"
+        if why is None and self.least is not None:
+            why = why_not_worth(self.name, args, self.target)
+        return why or self._numbers.why_not(describe, args, kwargs)
 
     def _why_native(self, tensors: Sequence[Tensor], options: dict[str, Any]) -> str | None:
         tensors = attention.read(tensors) if self.overload in ATTENTION else tensors
         return why_native(tensors, self.target, options if self._makes else {})
 
-    def _why_numbers(self, tensors: Sequence[Tensor]) -> str | None:
-        """Why a call with another number than calls like it is ATen's, or None."""
-        assert self._numbers is not None
-        alike = tuple((t.dtype, t.shape, t.stride()) for t in tensors)
-        self._numbers[alike] += 1
-        return "its number is another each time" if self._numbers[alike] > MAX_NUMBERS else None
-
-    def _compile(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Variant:
+    def _compile(
+        self,
+        keyset: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        tensors: Sequence[Tensor],
+        sizes: Sizes | None,
+    ) -> Variant:
+        """``sizes``: see ``compile_one``."""
         config = Config.from_call()
         try:
             variant = in_clean_thread(
-                lambda: compile_one(self.overload, args, kwargs, self.target, config, self.form)
+                lambda: compile_one(
+                    self.overload, args, kwargs, self.target, config, self.form, sizes
+                )
             )
         except Exception as error:
             if config.strict:
                 raise
-            log.warning("%s runs as ATen: %s: %s", self.name, type(error).__name__, error)
-            return Variant(None, False, f"{type(error).__name__}: {error}")
-        if variant.why:
-            log.info("%s runs as ATen: %s", self.name, variant.why)
+            variant = Variant(None, False, f"{type(error).__name__}: {error}")
+            if sizes is None:
+                log.warning("%s runs as ATen: %s", self.name, variant.why)
+        else:
+            if variant.run is not None and not self._random and self.form is None:
+                self._check_layouts(variant, keyset, args, kwargs, tensors)
+            elif variant.why:
+                instead = "runs as ATen" if sizes is None else "is compiled for its own sizes"
+                log.info("%s %s: %s", self.name, instead, variant.why)
         return variant
 
     def _check_layouts(
@@ -299,7 +298,8 @@ class Handler:
         """Compare with ATen's own results, once: FakeTensors promise other strides for some ops."""
         if str(self.overload) in UPDATING:  # vectors, which are not updated twice
             args = [a.clone() if isinstance(a, Tensor) and a.ndim == 1 else a for a in args]
-        _here.off = True
+            tensors = [t.clone() if t.ndim == 1 else t for t in tensors]
+        inside.off = True
         try:
             out = self._aten(keyset, args, kwargs)
             if self.overload in ATTENTION and variant.run is not None:
@@ -310,7 +310,7 @@ class Handler:
             self._leave(variant, str(why))
             return
         finally:
-            _here.off = False
+            inside.off = False
         if self.overload in ON_HOST or variant.layouts is None:
             return
         eager = [layout_of(t) for t in ([out] if variant.single else out)]
@@ -332,11 +332,6 @@ class Handler:
             raise error
         log.warning("%s runs as ATen: its kernel failed: %s", self.name, error)
         variant.run, variant.why = None, f"its kernel failed: {error}"
-
-
-def aten_name(overload: torch._ops.OpOverload) -> str:
-    """As ATen spells it: ``gelu``, ``add.Tensor``."""
-    return overload.name().removeprefix("aten::")
 
 
 def _arguments(overload: torch._ops.OpOverload) -> Sequence[Any]:
@@ -372,107 +367,3 @@ def describe(values: Iterable[Any], parts: list[Any], tensors: list[Tensor]) -> 
             parts.append(kind)
             parts.append(value)
     return True
-
-
-# compiling one -----------------------------------------------------------------------------------
-
-
-def compile_one(
-    overload: torch._ops.OpOverload,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    target: Target,
-    config: Config,
-    form: Form | None = None,
-) -> Variant:
-    """The call as a graph of one node, through the compiler; or of what torch takes it apart into,
-    if that node is no declared op. ``form``: what the overload is, if it writes."""
-    if overload in ATTENTION and (why := attention.why_native(overload, args, kwargs, target)):
-        return Variant(None, False, why)
-    if (rule := SIZED.get(overload) or ATTENTION.get(overload)) is not None:
-        compiled = lambda make: _compiled(make(), overload, target, config)  # noqa: E731
-        steps = Steps(lambda make: in_clean_thread(lambda: compiled(make)))
-        run = program(rule, args, kwargs, steps)
-        return Variant(run, len(overload._schema.returns) == 1, layouts=None)
-    functional = overload if form is None else form.functional
-    if is_convolution(functional):
-        made = convolution_graph(functional, args, kwargs, target)
-        return _compiled(made, overload, target, config, PRODUCTS)
-    variant = Variant(None, False)
-    whole = str(functional) in OPS or single_op(functional) is not None
-    makes: list[Callable[..., OneCall]] = [one_node_graph]
-    if not whole:
-        makes.append(composed_graph)
-    if functional in LONG_SCANS or functional in LISTS:
-        makes = [composed_graph, one_node_graph]
-    if functional in BAGS:
-        makes = [partial(composed_graph, keep=KEPT), composed_graph]
-    if functional._schema.is_mutable and form is not None:
-        makes = [composed_graph]
-    for make in makes:
-        variant = _compiled(make(overload, args, kwargs, form), overload, target, config)
-        if variant.run is not None:
-            break
-    if variant.run is not None and overload in ON_HOST:
-        variant.run = told(variant.run)
-    return variant
-
-
-def _compiled(
-    made: OneCall,
-    overload: torch._ops.OpOverload,
-    target: Target,
-    config: Config,
-    also: Collection[str] = (),
-) -> Variant:
-    """``also``: overloads of which calls may be ATen's."""
-    from .backend import lowering_options
-    from .lowering.graph import is_view
-    from .lowering.pipeline import compile_graph
-    from .lowering.translate import makes_nothing
-
-    if isinstance(made, str):
-        return Variant(None, False, made)
-    gm, inputs, single = made
-    if target.backend == "cuda":
-        native.start(cache_dir()).wait()  # a second once a machine; calls are launched by it
-    # A pool of workers would take longer to start than one kernel to compile.
-    options = replace(lowering_options(config, target), alone=True, threads=0)
-    run, report = compile_graph(gm, inputs, options, f"eager_{aten_name(overload)}")
-    # what is absent, a saved buffer that a GPU needs not, a view of the result, a seed that the
-    # host does not draw
-    full = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)
-    called = {*full, *(report.plan.aten if report.plan is not None else ())}
-    may = {SEED, *also}
-    free = [n for n in called if makes_nothing(n) or is_view(n) or name_of(n.target) in may]
-    if report.launches and report.aten_calls == len(free):
-        (output,) = gm.graph.find_nodes(op="output")
-        layouts = [layout_of(n and n.meta["val"]) for n in output.args[0]]
-        return Variant(run, single, "", layouts)
-    why = [*report.failures, *report.aten]
-    return Variant(None, single, "; ".join(why) or "it computes nothing")
-
-
-def in_clean_thread(make: Callable[[], Variant]) -> Variant:
-    """Run in a thread of its own: no dispatch mode, autocast, vmap or tracing of the caller's."""
-    enter_fake_mode_once()
-    found: list[Variant] = []
-    failed: list[BaseException] = []
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-
-    def body() -> None:
-        _here.off = True
-        try:
-            if device is not None:
-                torch.cuda.set_device(device)
-            with torch.no_grad():
-                found.append(make())
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=body, name="gems-eager-compile", daemon=True)
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
-    return found[0]

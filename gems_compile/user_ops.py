@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from .config import Config, vendor
 from .errors import AuthoringError
 from .forms import OUT, Form, share_memory
 from .kernels.target import Target, current_target
-from .one_op import MAX_COMPILED, PLAIN, Variant, compile_one, describe, in_clean_thread
+from .one_call import compile_one, in_clean_thread
+from .one_op import MAX_COMPILED, PLAIN, describe
+from .varying import Family, Sizes, Variant, family_of
 
 
 class UserOp:
@@ -30,6 +33,7 @@ class UserOp:
         self.defaults = [a.default_value for a in overload._schema.arguments]
         self.single = len(overload._schema.returns) == 1
         self.variants: dict[Any, Variant] = {}
+        self.families: dict[Any, Family] = {}
         self.lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
@@ -69,7 +73,7 @@ class UserOp:
         if places:  # which of them are one
             parts += [next(k for k, d in enumerate(distinct) if d is t) for t in tensors]
         key = tuple(parts)
-        variant = self.variants.get(key) or self._new_variant(key, values, places)
+        variant = self.variants.get(key) or self._new_variant(key, values, places, distinct)
         variant.calls += 1
         if variant.run is None:  # a place that its result cannot be stored in
             return None
@@ -80,13 +84,20 @@ class UserOp:
                 raise
             raise AuthoringError(f"{self.name}: its kernel failed: {error}") from error
 
-    def _new_variant(self, key: Any, values: Sequence[Any], places: Sequence[Tensor]) -> Variant:
+    def _new_variant(
+        self, key: Any, values: Sequence[Any], places: Sequence[Tensor], tensors: Sequence[Tensor]
+    ) -> Variant:
         target = self._target(values)
         with self.lock:
             if key not in self.variants:
                 while len(self.variants) >= MAX_COMPILED:
                     del self.variants[next(iter(self.variants))]  # kernels stay in the disk cache
-                self.variants[key] = self._compiled(values, places, target)
+                family = self.families.setdefault(family_of(key), Family())
+                found = family.served_by(tensors)
+                if found is None:
+                    make = partial(self._compiled, values, places, target)
+                    found = family.compile(tensors, make)
+                self.variants[key] = found
             return self.variants[key]
 
     def _target(self, values: Sequence[Any]) -> Target:
@@ -101,26 +112,31 @@ class UserOp:
             raise AuthoringError(
                 f"{self.name} has no kernel for tensors on {device}; kernels run on {target.device}"
             )
+        return target
+
+    def _compiled(
+        self, values: Sequence[Any], places: Sequence[Tensor], target: Target, sizes: Sizes | None
+    ) -> Variant:
+        """``sizes``: see ``compile_one``; a call that is compiled for its own has a kernel."""
+        self.results(values)  # raises what is wrong with shapes and dtypes
         if target.device == "cuda" and torch.cuda.is_current_stream_capturing():
             raise AuthoringError(
                 f"{self.name} cannot compile a kernel while a CUDA graph is captured; call it once "
                 "with such tensors before"
             )
-        return target
-
-    def _compiled(self, values: Sequence[Any], places: Sequence[Tensor], target: Target) -> Variant:
-        self.results(values)  # raises what is wrong with shapes and dtypes
         overload, config = self.overload, replace(Config.from_call(), strict=True)
         names = tuple(f"out{k}" for k in range(len(places)))
         form = Form(overload, overload, OUT, names, once=True) if places else None
         kwargs = dict(zip(names, places, strict=True))
         try:
             variant = in_clean_thread(
-                lambda: compile_one(overload, values, kwargs, target, config, form)
+                lambda: compile_one(overload, values, kwargs, target, config, form, sizes)
             )
         except Exception as error:
+            if sizes is not None:
+                return Variant(None, self.single, str(error))
             raise AuthoringError(f"{self.name} does not compile: {error}") from error
-        if variant.run is None and not places:
+        if variant.run is None and not places and sizes is None:
             raise AuthoringError(f"{self.name} has no kernel for this call: {variant.why}")
         return variant
 

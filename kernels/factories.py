@@ -48,7 +48,7 @@ def arange(start: Any, end: Any, step: Any = 1, *, dtype: Any = None, **options:
     if dtype is None:
         floating = any(isinstance(n, float) for n in numbers)
         dtype = torch.get_default_dtype() if floating else torch.int64
-    if all(isinstance(n, int) for n in numbers) and not dtype.is_floating_point:
+    if all(isinstance(n, (int, torch.SymInt)) for n in numbers) and not dtype.is_floating_point:
         return NotImplemented
     return _steps(start, step, math.ceil((end - start) / step), dtype, options)
 

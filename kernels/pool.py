@@ -120,7 +120,12 @@ def max_pool2d(b: Any, x: Any, kernel: Any, stride: Any, padding: Any, ceil: boo
     counts = [windows(x.shape[a], k, s, p, ceil) for a, k, s, p in every]
     wide, shape = list(x.shape), [*x.shape[:-2], *counts]
     for (axis, k, s, p), count in zip(every, counts, strict=True):
-        wide[axis] = max(x.shape[axis] + p, (count - 1) * s + k)
+        if isinstance(count, int):
+            wide[axis] = max(x.shape[axis] + p, (count - 1) * s + k)
+        elif (
+            p
+        ):  # nothing beyond is read; ``windows`` knows no symbolic count where it is rounded up
+            wide[axis] = x.shape[axis] + 2 * p
     starts = [(axis, p, 1) for axis, _, _, p in every]
     padded, lowest = wide != list(x.shape), float("-inf")
     value, place = b.full(shape, lowest, "float32"), _first_inside(b, shape, every)

@@ -238,15 +238,27 @@ class Writer:
             self.symbols.setdefault(str(size_of(val)), name)
             self.kept.add(name)
         elif isinstance(val, torch.Tensor) and val.layout == torch.strided:
-            if is_static(*val.shape):
+            if is_static(*val.shape, *val.stride()):
                 return
-            for k, s in enumerate(val.shape):
-                if isinstance(s, torch.SymInt):
-                    expr = size_of(s)
-                    if not is_static(expr) and str(expr) not in self.symbols:
-                        symbol = f"n{len(self.symbols)}"
-                        self.add(f"{symbol} = {self.use(name)}.shape[{k}]")
-                        self.symbols[str(expr)] = symbol
+            for k, size in enumerate(val.shape):
+                self._learn(size, name, f".shape[{k}]", whole=True)
+            for k, stride in enumerate(val.stride()):
+                self._learn(stride, name, f".stride({k})", whole=False)
+
+    def _learn(self, length: Any, name: str, where: str, whole: bool) -> None:
+        """What stands there is this length: a symbol, a multiple of one, or else, if ``whole``, an
+        expression that is known as such."""
+        expr = size_of(length)
+        if is_static(expr):
+            return
+        by, symbol = expr.as_coeff_Mul()
+        found = [(expr, "")] if whole or expr.is_Symbol else []
+        found += [(symbol, f" // {by}")] if symbol.is_Symbol and by != 1 else []
+        for known, divided in found:
+            if str(known) not in self.symbols:
+                learnt = f"n{len(self.symbols)}"
+                self.add(f"{learnt} = {self.use(name)}{where}{divided}")
+                self.symbols[str(known)] = learnt
 
     def read_by_kernel(self, value: Value) -> bool:
         if not hasattr(self, "_inputs"):

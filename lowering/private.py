@@ -460,12 +460,13 @@ def visible_outputs() -> int | None:
     return found if isinstance(found, int) else None
 
 
-def some_size(shapes: Any, name: str) -> Any:
-    """A size that a graph is compiled for whatever it is; ``shapes``: a ShapeEnv."""
+def some_size(shapes: Any, name: str, hint: int = 1000003) -> Any:
+    """A size that a graph is compiled for whatever it is; ``shapes``: a ShapeEnv. ``hint``: what it
+    is for now; by default a prime, which has no property by chance."""
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-    source, hint = ConstantSource(name), 1000003  # a prime: it has no property by chance
+    source = ConstantSource(name)
     symbol = shapes.create_symbol(
         hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
     )

@@ -111,13 +111,21 @@ class Translator:
         try:
             if node in self.deny:
                 raise Declined(self.deny[node])
-            out = self._lower(node, val)
+            out = self._lowered(node, val)
         except Declined as why:
             del self.program.values[mark:]
             self.program.aten[node] = str(why)
             out = self._memory(node)
         self.program.made[node] = self.program.values[mark:]
         return out
+
+    def _lowered(self, node: Node, val: Any) -> Any:
+        try:
+            return self._lower(node, val)
+        except TypeError as error:  # sympy's: a rule asks which of two symbolic sizes is larger
+            if "truth value of Relational" not in str(error):
+                raise
+            raise Declined("which form its kernel has depends on symbolic sizes") from error
 
     def _memory(self, node: Node) -> Any:
         """The result of an ATen call or an input: a buffer, or whatever it is."""

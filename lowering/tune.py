@@ -323,8 +323,11 @@ def hints_of(graph: torch.fx.Graph) -> dict[Any, int]:
         for size in sizes:
             if isinstance(size, torch.SymInt) and size.node.has_hint():
                 expr = size_of(size)
-                if not is_static(expr) and expr.is_Symbol:
-                    found[expr] = int(size.node.hint)
+                if is_static(expr):
+                    continue
+                by, symbol = expr.as_coeff_Mul()
+                if symbol.is_Symbol:
+                    found[symbol] = int(size.node.hint) // int(by)
     return found
 
 

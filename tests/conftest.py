@@ -42,9 +42,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help=what)
     what = "where eager mode is compared with ATen: on the same device (default), or on the CPU"
     group.addoption("--ref", choices=("device", "cpu"), default="device", help=what)
+    what = "sizes are arguments of eager mode's kernels from the first call on"
+    group.addoption("--any-sizes", action="store_true", help=what)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--any-sizes"):
+        importlib.import_module("gems_compile.varying").OWN_SIZES = 0
     # what is collected depends on them, so the modules of tests ask when they are imported
     if config.getoption("--quick"):
         os.environ["GEMS_TEST_QUICK"] = "1"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import gems_compile
-from gems_compile import eager, lists
+from gems_compile import eager, lists, varying
 from gems_compile.kernels.target import current_target
 from gems_compile.one_op import aten_name
 
@@ -220,9 +220,9 @@ def test_numbers_that_never_repeat() -> None:
     """Some are compiled; further ones are ATen's, those that were met stay ours."""
     fn, x = torch.ops.aten._foreach_mul_.Scalar, drawn((5,), (6,))
     with gems_compile.use_gems(only=[str(fn)]):
-        for step in range(lists.MAX_NUMBERS + 4):
+        for step in range(varying.MAX_NUMBERS + 4):
             fn(x, 1 + step / 64)
-        assert eager.stats()[aten_name(fn)]["compiled"] == lists.MAX_NUMBERS
+        assert eager.stats()[aten_name(fn)]["compiled"] == varying.MAX_NUMBERS
         before = ours(aten_name(fn))
         fn(x, 1.0)
         assert ours(aten_name(fn)) == before + 1

@@ -23,7 +23,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_map
 
 import gems_compile
-from gems_compile import eager
+from gems_compile import eager, varying
 
 DTYPES = ("float32", "bfloat16", "int64", "float16", "int32", "uint8", "bool", "complex64")
 DTYPES = DTYPES[:3] if QUICK else DTYPES
@@ -73,6 +73,14 @@ def cases() -> list[Any]:
 def any_order() -> None:
     """Sums may be atomic: where deterministic algorithms are asked for, scatters are ATen's."""
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def any_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a run of a share, kernels of every other case take any sizes from the first call on; in
+    one of all, ``--any-sizes`` says so."""
+    if not FULL and random.Random(f"{SEED} {request.node.name}").random() < 0.5:
+        monkeypatch.setattr(varying, "OWN_SIZES", 0)
 
 
 @pytest.mark.parametrize(("info", "dtype"), cases())
