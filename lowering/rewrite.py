@@ -204,6 +204,10 @@ class _Matcher:
             self._readings[node] = self._reader(node)
         return self._readings[node]
 
+    def forget(self) -> None:
+        """After a replacement: what was read of nodes may name some that are gone."""
+        self._readings.clear()
+
     def matches(self, rule: Rewrite, root: fx.Node) -> Iterator[Match]:
         for bound, readings in self._match(rule.tree, root, ({}, {})):
             yield Match(rule, root, bound, readings, self.read)
@@ -351,6 +355,7 @@ def _replace(graph: fx.Graph, match: Match, matcher: _Matcher) -> int:
         reading = None if node._erased or node.users else matcher.read(node)
         if reading is not None and reading.word == "transpose":
             graph.erase_node(node)
+    matcher.forget()
     return len(new)
 
 
