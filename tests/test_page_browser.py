@@ -182,6 +182,22 @@ def test_a_rewrite_s_nodes_before_and_after_stand_side_by_side(chromium, tmp_pat
     assert quiet(chromium)
 
 
+def test_on_a_narrow_page_the_chosen_tab_is_in_sight(chromium, tmp_path) -> None:
+    small().to_html(tmp_path / "page.html")
+    sizes = {"height": 800, "deviceScaleFactor": 1, "mobile": False}
+    chromium.call("Emulation.setDeviceMetricsOverride", width=700, **sizes)
+    ends = "(r => [r.left, r.right])($('%s').getBoundingClientRect())"
+    try:
+        for tab in ("graph", "notes"):
+            chromium.open(tmp_path / "page.html", f"#tab={tab}")
+            left, right = chromium.eval(ends % "tabs")
+            first, last = chromium.eval(ends % f"tab-{tab}")
+            assert left - 1 <= first < last <= right + 1
+        assert chromium.eval("$('tabs').scrollLeft") > 0
+    finally:
+        chromium.call("Emulation.setDeviceMetricsOverride", width=1280, **sizes)
+
+
 def test_recompiles_and_breaks_are_a_tab_where_there_are_any(chromium, tmp_path) -> None:
     explanation = small()
     explanation.to_html(tmp_path / "page.html")

@@ -45,6 +45,7 @@ function showTab(name) {
       ),
     ),
   );
+  $(`tab-${state.tab}`).scrollIntoView({ block: "nearest", inline: "nearest" }); // of a narrow page
   const table = $("table-view");
   $("graph-view").hidden = state.tab !== "graph";
   table.hidden = state.tab === "graph";
