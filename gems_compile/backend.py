@@ -26,10 +26,12 @@ from .lowering.options import Options
 from .lowering.partition import partition
 from .lowering.passes import draws_random_numbers
 from .lowering.pipeline import Compilation
-from .lowering.private import backward_at_once, donate_nothing, looks_at_memory
+from .lowering.private import backward_at_once, donate_nothing, looks_at_memory, traces
 from .lowering.report import Report
+from .lowering.rewrite import Write, unwritten
 from .lowering.saved import Saved, as_text
 from .lowering.whole_graphs import NOT_KEPT, Kept, Lookup
+from .rewritten import written_out
 from .second_order import Program, with_second_order
 from .warm import Graph, tag, why_off
 
@@ -135,18 +137,27 @@ class _Front:
         self.session = session
         self.verify = _verifier(config)
         self.program = Program(gm) if _may_train(inputs) else None
-        self.rewrites = _rewrite(gm, self.session, config.rewrites) if config.rewrites else None
+        write = written_out if self._is_watched() else unwritten
+        self.rewrites = _rewrite(gm, session, config.rewrites, write) if config.rewrites else None
         if session is not None:
             session.clock.rewritten()
         self.number = next(owner.graphs)
         again = recompile(self.number)
         owner.recompiles += [] if again is None else [again]
-        tell(_breaks.look())
+        breaks = _breaks.look()
+        tell(breaks)
+        if session is not None:
+            session.around(again, breaks)
         self.off = why_off(config)  # of the cache of whole graphs
         self.told = False
         self.layouts: list[Decision] = []
         self.reports: list[Report] = []
         self.revived: list[Saved] = []  # from the cache
+
+    def _is_watched(self) -> bool:
+        """Whether ``explain``, a dump or TORCH_TRACE asks which nodes a rewrite took; texts of them
+        cost time, and nobody else reads them."""
+        return self.session is not None or self.owner.fresh or traces()
 
     def compiled(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """What runs in place of Dynamo's graph."""
@@ -294,7 +305,7 @@ def _verifier(config: Config) -> Callable[..., Any] | None:
     return Verifier
 
 
-def _rewrite(gm: GraphModule, session: Session | None, which: bool | str) -> Any:
+def _rewrite(gm: GraphModule, session: Session | None, which: bool | str, write: Write) -> Any:
     """Rewrite Dynamo's graph in place; the RewriteLog."""
     from .lowering.grouped import share_keys
     from .lowering.masks import lay_out_masks, read_constant_masks
@@ -308,10 +319,10 @@ def _rewrite(gm: GraphModule, session: Session | None, which: bool | str) -> Any
         serve_with(serve)  # linear_cross_entropy stays a call, within which our kernels run
     if session is not None:
         session.dynamo(gm, "dynamo.txt")
-    rewrites = rewrite_dynamo_graph(gm, MEMORY if which == "memory" else TABLE)
-    rewrites.extend(read_constant_masks(gm))
+    rewrites = rewrite_dynamo_graph(gm, MEMORY if which == "memory" else TABLE, write)
+    rewrites.extend(read_constant_masks(gm, write))
     lay_out_masks(gm)
-    rewrites.extend(share_keys(gm))
+    rewrites.extend(share_keys(gm, write))
     if session is not None and rewrites.fired:
         session.dynamo(gm, "dynamo_rewritten.txt")
     return rewrites

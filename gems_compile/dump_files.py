@@ -29,20 +29,23 @@ import shutil
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from torch.fx import GraphModule
 
+from .dynamo import Recompile
 from .lowering import private
 from .lowering.report import Report
 from .machine import facts
-from .plan import indented, module, plan_text, times
+from .plan import in_modules, indented, plan_text, times
 from .replay_files import replay_of
+from .rewritten import SAME, NearMiss, Rewritten, without_numbers
 from .runnable import to_python
-from .summary import GraphSummary, counted, summarize
+from .summary import GraphSummary, grouped, summarize
 
 log = logging.getLogger(__name__)
 
@@ -71,14 +74,23 @@ class Session:
         self.clock = Clock()
         self.number = next(_numbers.setdefault(self.root, itertools.count()))
         self.texts: dict[str, str] = {}  # files that wait for the folder of the forward graph
+        self.dynamo_did: dict[str, Any] = {}
 
     def dynamo(self, gm: GraphModule, name: str) -> None:
         """Keep Dynamo's graph as text; the rewrites edit it in place."""
         with _guarded(self.root):
             self.texts[name] = gm.print_readable(print_output=False)
 
+    def around(self, again: Recompile | None, breaks: Sequence[tuple[str, str]]) -> None:
+        """Why Dynamo compiled again, and where it cut the program since the graph before."""
+        self.dynamo_did = {
+            "recompile": None if again is None else again.to_dict(),
+            "graph_breaks": [{"reason": why, "line": line} for why, line in breaks],
+        }
+
     def start(self, kind: str) -> Dump:
-        dump = Dump(self.root, self._fresh(kind), self.clock)
+        did = self.dynamo_did if kind != "backward" else {}
+        dump = Dump(self.root, self._fresh(kind), self.clock, did)
         with _guarded(dump.path):
             dump.write("options.json", _json({"options": self.options, **facts()}))
         if kind != "backward":
@@ -104,8 +116,15 @@ class Session:
 class Dump:
     """One graph's folder. ``observe`` is for ``compile_graph``, ``finish`` for its report."""
 
-    def __init__(self, root: str, name: str, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        root: str,
+        name: str,
+        clock: Clock | None = None,
+        dynamo_did: Mapping[str, Any] | None = None,
+    ) -> None:
         self.name, self.path = name, os.path.join(root, name)
+        self.dynamo_did = dynamo_did or {}
         self.clock = clock
         self.earlier = clock.until_now() if clock is not None else {}  # stage -> seconds
         self.passes = 0
@@ -140,6 +159,7 @@ class Dump:
             if report.wrapper:
                 self.write("wrapper.py", _wrapper_text(report))
             more = {"timings": timings(self.earlier, report), "caches": caches(report)}
+            more |= self.dynamo_did
             self.write("report.json", _json({**summary.to_dict(), "replay": data, **more}))
         if self.clock is not None:
             self.clock.resume()
@@ -251,23 +271,34 @@ def caches(report: Report) -> dict[str, Any]:
 
 
 def rewrites_text(summary: GraphSummary) -> str:
+    """What fired, with the nodes before and after, and what nearly did; equal layers once."""
     lines = [f"{summary.title}: rewrites", ""]
     if summary.kind == "backward":
         return f"{lines[0]}\n\nA backward follows from its forward: see that one's rewrites.\n"
     if not summary.rewritten:
         lines.append("Nothing was rewritten.")
-    for found, count in counted(summary.rewritten):
+    for same in grouped(summary.rewritten, attrgetter(*SAME)):
+        first, count = same[0], len(same)
         lines.append(
-            f"{found.rule}{times(count)}: {found.nodes_before} nodes became {found.nodes_after}"
+            f"{first.rule}{times(count)}: {first.nodes_before} nodes became {first.nodes_after}"
         )
-        lines += indented(f"because {found.because}", found.line, module(found.module))
+        lines += indented(f"because {first.because}", *_places(same))
+        for name, chain in (("before", first.before), ("after", first.after)):
+            lines += [*indented(f"{name}:" if chain else ""), *indented(*chain, by=8)]
         lines.append("")
     if summary.near_misses:
         lines += ["", "Nearly rewritten, and left as they were:", ""]
-    for missed, count in counted(summary.near_misses):
-        lines.append(f"{missed.rule}{times(count)} at {missed.node}: {missed.reason}")
-        lines += [*indented(missed.line, module(missed.module)), ""]
+    for missed in grouped(summary.near_misses, lambda m: (m.rule, without_numbers(m.reason))):
+        miss, count = missed[0], len(missed)
+        lines.append(f"{miss.rule}{times(count)} at {miss.node}: {miss.reason}")
+        lines += [*indented(*_places(missed)), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _places(found: Sequence[Rewritten] | Sequence[NearMiss]) -> list[str]:
+    """The lines and the modules of what is told once."""
+    lines = dict.fromkeys(f.line for f in found)
+    return [*lines, in_modules(f.module for f in found if f.module)]
 
 
 def _kernel_text(source: Any, summary: GraphSummary) -> str:

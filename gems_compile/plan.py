@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from .layers import Stretch, stretches
+from .lowering.whole_graphs import FROM_CACHE
 from .summary import Call, Edge, GraphSummary, counted
 
 #: steps that equal layers must save for being shown once
@@ -16,13 +17,16 @@ def plan_text(summary: GraphSummary) -> str:
     """What one call runs, in order, equal layers once; then what could have fused and did not."""
     n = summary.numbers()
     calls = summary.calls
+    free = "" if summary.counted else f", {n['free']} need no call (views, sizes)"
     lines = [
         f"{summary.title}: {n['nodes']} nodes -> {n['launches']} launches of {n['kernels']} "
         f"kernels and {n['aten_calls']} ATen calls",
-        f"{n['fused']} nodes are fused, {n['free']} need no call (views, sizes)",
+        f"{n['fused']} nodes are fused{free}",
     ]
     if calls:
         lines.append(f"all steps: {_moved(calls)}")
+    if summary.cache == FROM_CACHE:
+        lines.append("The cache of whole graphs has counts alone; GEMS_CACHE=0 compiles and tells.")
     lines += ["", *(f"failed     {text}" for text in summary.failures)]
     for stretch in stretches([_key(call) for call in calls]):
         lines += _stretch_lines(stretch, calls)

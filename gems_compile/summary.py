@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.fx import Graph, Node
 
@@ -24,7 +24,10 @@ from .lowering.render import kernel_name
 from .lowering.report import Report
 from .lowering.source import Source
 from .lowering.tune import hints_of
+from .rewritten import NearMiss, Rewritten, fired, missed
 from .typed import describe, typed
+
+T = TypeVar("T")
 
 FUSED, ATEN, FREE = "fused", "aten", "free"
 UNDECLARED = "no kernel is declared for it"
@@ -110,25 +113,6 @@ class Edge:
 
 
 @dataclass(frozen=True)
-class Rewritten:
-    rule: str
-    because: str
-    nodes_before: int
-    nodes_after: int
-    line: str
-    module: str
-
-
-@dataclass(frozen=True)
-class NearMiss:
-    rule: str
-    node: str
-    reason: str
-    line: str
-    module: str
-
-
-@dataclass(frozen=True)
 class GraphSummary:
     graph: int
     kind: str  # forward, backward or inference
@@ -195,6 +179,8 @@ def summarize(report: Report) -> GraphSummary:
         "cache": report.cache,
         "captures": () if report.captures is None else tuple(report.captures.told()),
         "tuned": tuple(map(str, report.tuned)),
+        "kernels": len(report.sources),
+        "sources": {f"{s.name}_{s.key[:8]}": s.commented for s in report.sources},
         "seconds": dict(report.seconds),
         **_rewrites(report),
     }
@@ -202,7 +188,7 @@ def summarize(report: Report) -> GraphSummary:
     if plan is None:  # the whole graph runs as ATen, or came from the cache
         names = ("nodes", "fused", "aten_calls", "launches")
         counted = {name: getattr(report, name) for name in names}
-        return GraphSummary(**head, kernels=len(report.sources), counted=counted)
+        return GraphSummary(**head, counted=counted)
     origins, graph = _origins(plan), _graph_of(plan)
     again = _recomputed(plan, origins)
     sizes = hints_of(graph) if graph is not None else {}
@@ -211,8 +197,6 @@ def summarize(report: Report) -> GraphSummary:
         nodes=tuple(_node_facts(plan, graph, origins, again)),
         calls=tuple(_calls(plan, report.source_of, origins, again, sizes)),
         unfused=tuple(_unfused(plan, origins, sizes)),
-        kernels=len(report.sources),
-        sources={f"{s.name}_{s.key[:8]}": s.commented for s in report.sources},
         **(_ends(graph) if graph is not None else {}),
     )
 
@@ -234,12 +218,7 @@ def _rewrites(report: Report) -> dict[str, Any]:
     log = report.rewrites
     if log is None or report.kind == "backward":
         return {}
-    fired = (
-        Rewritten(f.rule, f.because, f.nodes_before, f.nodes_after, f.source, f.module)
-        for f in log.fired
-    )
-    missed = (NearMiss(m.rule, m.node, m.reason, m.source, m.module) for m in log.near_misses)
-    return {"rewritten": tuple(fired), "near_misses": tuple(missed)}
+    return {"rewritten": fired(log), "near_misses": missed(log)}
 
 
 # nodes -------------------------------------------------------------------------------------------
@@ -484,3 +463,11 @@ def _value_name(value: Value, origins: Origins) -> str:
 def counted(keys: Iterable[Any]) -> list[tuple[Any, int]]:
     """Equal keys with how often each occurs, in the order of their first."""
     return list(Counter(keys).items())
+
+
+def grouped(items: Iterable[T], key: Callable[[T], Any]) -> list[list[T]]:
+    """Items of equal keys together, in the order of their first."""
+    groups: dict[Any, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())

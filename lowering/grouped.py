@@ -19,7 +19,16 @@ from torch.fx import GraphModule, Node
 from .graph import module_path, source_line, value_of
 from .indexing import size_of
 from .masks import attention_calls
-from .rewrite import Fired, NearMiss, RewriteLog, bodies, is_barrier, is_foreign
+from .rewrite import (
+    Fired,
+    NearMiss,
+    RewriteLog,
+    Write,
+    bodies,
+    is_barrier,
+    is_foreign,
+    unwritten,
+)
 
 log = logging.getLogger("gems_compile")
 
@@ -31,21 +40,21 @@ MERGE, SPREAD, ADD = (
 )
 
 
-def share_keys(gm: GraphModule) -> RewriteLog:
+def share_keys(gm: GraphModule, write: Write = unwritten) -> RewriteLog:
     """Hand keys and values to attention as they were before their heads were repeated."""
     found = RewriteLog()
     if any(map(is_foreign, gm.graph.nodes)):
         return found
     for node in attention_calls(gm):
-        _share(node, found)
+        _share(node, found, write)
     if found.fired:
         gm.recompile()
     for body in bodies(gm):
-        found.extend(share_keys(body))
+        found.extend(share_keys(body, write))
     return found
 
 
-def _share(node: Node, found: RewriteLog) -> None:
+def _share(node: Node, found: RewriteLog, write: Write) -> None:
     args = _arguments(node)
     key, value = args["key"], args["value"]
     single_key, single_value = _before_repeat(key), _before_repeat(value)
@@ -58,16 +67,28 @@ def _share(node: Node, found: RewriteLog) -> None:
     if why is not None:
         found.near_misses.append(NearMiss("grouped_query", node.name, why, *where))
         return
-    before = len(node.graph.nodes)
+    old, texts = len(node.graph.nodes), _written(node, (key, value), write)
     node.args = (args["query"], single_key, single_value)
     node.kwargs = {
         name: args[name] for name in ("attn_mask", "dropout_p", "is_causal", "scale")
     } | {"enable_gqa": True}
     for repeated in (key, value):
         _erase_unread(repeated)
-    gone = before - len(node.graph.nodes)
+    gone = old - len(node.graph.nodes)
     because = "keys and values are read as they are, not repeated for every head"
-    found.fired.append(Fired("grouped_query", because, gone + 1, 1, *where))
+    before = [t for n, text in texts.items() if n._erased or n is node for t in text]
+    fired = Fired("grouped_query", because, gone + 1, 1, *where, tuple(before), write([node]))
+    found.fired.append(fired)
+
+
+def _written(node: Node, copies: tuple[Node, Node], write: Write) -> dict[Node, tuple[str, ...]]:
+    """The text of a call of attention, and of all that may be erased with it, in order."""
+    found = {node}
+    for at in copies:
+        while _operand(at, *MERGE, *SPREAD, *ADD) is not None:
+            found.add(at)
+            at = at.all_input_nodes[0]
+    return {n: write([n]) for n in sorted(found)}
 
 
 def _arguments(node: Node) -> dict[str, Any]:

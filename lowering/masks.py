@@ -18,7 +18,16 @@ from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .graph import module_path, source_line, value_of
-from .rewrite import Fired, NearMiss, RewriteLog, is_barrier, is_body_call, is_foreign
+from .rewrite import (
+    Fired,
+    NearMiss,
+    RewriteLog,
+    Write,
+    is_barrier,
+    is_body_call,
+    is_foreign,
+    unwritten,
+)
 
 log = logging.getLogger("gems_compile")
 
@@ -75,7 +84,7 @@ def _argument(node: Node, place: int, name: str) -> Any:
 # constant masks -----------------------------------------------------------------------------------
 
 
-def read_constant_masks(gm: GraphModule) -> RewriteLog:
+def read_constant_masks(gm: GraphModule, write: Write = unwritten) -> RewriteLog:
     """Drop masks that hide nothing, and say ``is_causal`` for those that hide the future.
 
     The kernels then read no mask, and skip half of the scores when it was causal.
@@ -97,10 +106,12 @@ def read_constant_masks(gm: GraphModule) -> RewriteLog:
             why = "the constant mask hides something else than the future"
             found.near_misses.append(NearMiss("constant_mask", node.name, why, *where))
             continue
+        before = write([node])
         _take_mask_away(node, causal=kind == "causal")
         changed.add(node.graph.owning_module)
         because = "no mask is read" if kind == "all" else "no mask is read, half of the scores go"
-        found.fired.append(Fired("constant_mask", because, 1, 1, *where))
+        fired = Fired("constant_mask", because, 1, 1, *where, before, write([node]))
+        found.fired.append(fired)
     for mask in known:
         _erase_unread(gm, mask)
     for module in changed | ({gm} if changed else set()):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -151,6 +151,15 @@ class Match:
         return covered
 
 
+#: writes nodes as lines of text, in the graph's order, for who asked to see them
+Write = Callable[[Iterable[fx.Node]], tuple[str, ...]]
+
+
+def unwritten(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
+    """Nobody asked: a compile spends no time on texts."""
+    return ()
+
+
 @dataclass(frozen=True)
 class Fired:
     rule: str
@@ -159,6 +168,8 @@ class Fired:
     nodes_after: int
     source: str
     module: str
+    before: tuple[str, ...] = ()  # the nodes, as a ``Write`` has them
+    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -203,6 +214,10 @@ class _Matcher:
         if node not in self._readings:
             self._readings[node] = self._reader(node)
         return self._readings[node]
+
+    def forget(self) -> None:
+        """After a replacement: what was read of nodes may name some that are gone."""
+        self._readings.clear()
 
     def matches(self, rule: Rewrite, root: fx.Node) -> Iterator[Match]:
         for bound, readings in self._match(rule.tree, root, ({}, {})):
@@ -298,6 +313,7 @@ def apply_rewrites(
     gm: fx.GraphModule,
     table: Sequence[Rewrite],
     reader: Callable[[fx.Node], Reading | None] = read_aten,
+    write: Write = unwritten,
 ) -> RewriteLog:
     """Apply each rewrite of ``table`` wherever it fits; says what fired and what nearly did."""
     found, matcher = RewriteLog(), _Matcher(gm.graph, reader)
@@ -305,29 +321,37 @@ def apply_rewrites(
         for word in sorted(rule.roots):
             for root in matcher.by_word.get(word, ()):
                 if not root._erased:
-                    _try(gm, rule, root, matcher, found)
+                    _try(gm, rule, root, matcher, found, write)
     return found
 
 
 def _try(
-    gm: fx.GraphModule, rule: Rewrite, root: fx.Node, matcher: _Matcher, found: RewriteLog
+    gm: fx.GraphModule,
+    rule: Rewrite,
+    root: fx.Node,
+    matcher: _Matcher,
+    found: RewriteLog,
+    write: Write,
 ) -> None:
     first_reason = None
     for match in matcher.matches(rule, root):
         reason = matcher.why_not(match)
         where = source_line(root), module_path(root)
         if reason is None:
-            before = len(match.nodes)
-            after = _replace(gm.graph, match, matcher)
-            found.fired.append(Fired(rule.name, rule.because, before, after, *where))
+            old = len(match.nodes)
+            before = write(match.nodes)
+            new = _replace(gm.graph, match, matcher)
+            fired = Fired(rule.name, rule.because, old, len(new), *where, before, write(new))
+            found.fired.append(fired)
             return
         first_reason = first_reason or NearMiss(rule.name, root.name, reason, *where)
     if first_reason is not None:
         found.near_misses.append(first_reason)
 
 
-def _replace(graph: fx.Graph, match: Match, matcher: _Matcher) -> int:
-    """Write the replacement before the root, hand it the root's users, erase what is left over."""
+def _replace(graph: fx.Graph, match: Match, matcher: _Matcher) -> list[fx.Node]:
+    """Write the replacement before the root, hand it the root's users, erase what is left over;
+    returns the new nodes."""
     root, tracer = match.root, GraphAppendingTracer(graph)
     last = root.prev
     arguments = [
@@ -351,7 +375,8 @@ def _replace(graph: fx.Graph, match: Match, matcher: _Matcher) -> int:
         reading = None if node._erased or node.users else matcher.read(node)
         if reading is not None and reading.word == "transpose":
             graph.erase_node(node)
-    return len(new)
+    matcher.forget()
+    return new
 
 
 def _give_meta(new: Sequence[fx.Node], root: fx.Node, result: fx.Node) -> None:
@@ -393,7 +418,9 @@ def is_fake(value: Any) -> bool:
 _BODIES = frozenset({"tag_activation_checkpoint", "invoke_subgraph", "wrap"})
 
 
-def rewrite_dynamo_graph(gm: fx.GraphModule, table: Sequence[Rewrite] | None = None) -> RewriteLog:
+def rewrite_dynamo_graph(
+    gm: fx.GraphModule, table: Sequence[Rewrite] | None = None, write: Write = unwritten
+) -> RewriteLog:
     """Rewrite a Dynamo graph in place, before AOTAutograd sees it: training and inference alike.
 
     Bodies of checkpoints and of nested regions are rewritten too. A graph that runs a function
@@ -407,9 +434,9 @@ def rewrite_dynamo_graph(gm: fx.GraphModule, table: Sequence[Rewrite] | None = N
     if any(map(is_foreign, gm.graph.nodes)):
         return RewriteLog()
     register_torch_ops()
-    found = apply_rewrites(gm, table, read_dynamo)
+    found = apply_rewrites(gm, table, read_dynamo, write)
     for body in bodies(gm):
-        found.extend(rewrite_dynamo_graph(body, table))
+        found.extend(rewrite_dynamo_graph(body, table, write))
     if found.fired:
         gm.recompile()
     return found

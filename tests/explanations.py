@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from gems_compile.dynamo import Recompile
 from gems_compile.explain import Explanation
-from gems_compile.summary import Call, Edge, GraphSummary, NearMiss, NodeFact, Rewritten
+from gems_compile.rewritten import NearMiss, Rewritten
+from gems_compile.summary import Call, Edge, GraphSummary, NodeFact
 
 SOURCE = 'import triton\n\n@triton.jit\ndef fused_add_gelu(x_ptr):  # "why"\n    return 1.5\n'
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><!--<script>&amp;\u2028"
@@ -48,6 +50,7 @@ def small() -> Any:
         launch("fused_mul", "bbbb2222", ("mul.Tensor",), "layers.1", inputs=(0, 2)),
     )
     where = ("model.py:9  z", "layers.1")
+    chains = (("p = torch.softmax(s, -1)  # f32[4, 8]", "o = torch.matmul(p, v)"), ("a = sdpa(q)",))
     graph = GraphSummary(
         0,
         "inference",
@@ -58,15 +61,31 @@ def small() -> Any:
             Edge("mul", "mul", "waits", *where, 90, ("mul", "mul_1")),
             Edge("add", "gelu", "too wide", *where, 30, ("add", "mul")),
         ),
-        rewritten=(Rewritten("attention", "less memory", 4, 2, *where),) * 2,
-        near_misses=(NearMiss("swiglu", "silu", "the gate is read twice", *where),),
+        rewritten=(
+            Rewritten("attention", "less memory", 2, 1, "model.py:9  z", "layers.0", *chains, "aa"),
+            Rewritten("attention", "less memory", 2, 1, *where, ("q_1",), ("a_1",), "aa"),
+            Rewritten("attention", "less memory", 3, 1, *where, ("more",), (), "bb"),
+        ),
+        near_misses=(
+            NearMiss("swiglu", "silu", "silu is also read by mul", "model.py:8  y", "layers.0"),
+            NearMiss("swiglu", "silu_1", "silu_1 is also read by mul_2", *where),
+        ),
         kernels=2,
         inputs={"x": "f32[4, 8]", "w": "f32[8, 8]"},
         outputs=("mul_1",),
         sources={"fused_add_gelu_aaaa1111": SOURCE},
         seconds={"fuse": 0.001},
     )
-    return Explanation("model", "interpreter", (graph,), {"Dynamo": 0.1}, {"print": 2})
+    again = Recompile(0, "0/1", "step", "model.py:3  x", "x changed", "pass one x", "x == 2", ())
+    return Explanation(
+        "model",
+        "interpreter",
+        (graph,),
+        seconds={"Dynamo": 0.1},
+        breaks={"print": 2},
+        break_lines={"print": ("model.py:4  print(x)",)},
+        recompiles=(again, replace(again, graph=7, function="step, behind line 4,")),
+    )
 
 
 def large(layers: int = 50, calls: int = 20) -> Any:
@@ -92,8 +111,23 @@ def large(layers: int = 50, calls: int = 20) -> Any:
             else:
                 steps.append(launch("fused_" + "_".join(ops), f"key{k:05}", ops, module, **before))
     sources = {f"{c.name}_{c.detail}": SOURCE * 20 for c in steps if c.kind == "kernel"}
-    graph = GraphSummary(0, "forward", tuple(nodes), tuple(steps), kernels=14, sources=sources)
+    fired = tuple(_rewritten(layer, k) for layer in range(layers) for k in range(4))
+    graph = GraphSummary(
+        0,
+        "forward",
+        tuple(nodes),
+        tuple(steps),
+        rewritten=fired,
+        kernels=14,
+        sources=sources,
+    )
     return Explanation("large", "nvidia sm90", (graph,))
+
+
+def _rewritten(layer: int, k: int) -> Rewritten:
+    before = tuple(f"n{layer}_{j} = torch.mul(x{layer}, y)  # f32[4, 8]" for j in range(8))
+    where = (f"model.py:{k}  y = x", f"layers.{layer}.block")
+    return Rewritten("norm", "one op", 8, 1, *where, before, before[:1], f"chain {k}")
 
 
 def hostile() -> Any:
@@ -106,7 +140,23 @@ def hostile() -> Any:
     calls = (calls[0], replace(calls[1], detail=HOSTILE, name=HOSTILE), *calls[2:])
     edges = tuple(replace(e, reason=HOSTILE, line=HOSTILE) for e in graph.unfused)
     sources = {"fused_add_gelu_aaaa1111": HOSTILE + SOURCE}
+    text = (HOSTILE,) * 2
+    fired = Rewritten(*text, 4, 2, *text, before=text, after=text, alike=HOSTILE)
     graph = replace(
-        graph, nodes=nodes, calls=calls, unfused=edges, sources=sources, failures=(HOSTILE,)
+        graph,
+        nodes=nodes,
+        calls=calls,
+        unfused=edges,
+        rewritten=(fired,),
+        near_misses=(NearMiss(HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE),),
+        sources=sources,
+        failures=(HOSTILE,),
     )
-    return replace(explanation, name=HOSTILE, graphs=(graph,), breaks={HOSTILE: 1})
+    return replace(
+        explanation,
+        name=HOSTILE,
+        graphs=(graph,),
+        breaks={HOSTILE: 1},
+        break_lines={HOSTILE: (HOSTILE,)},
+        recompiles=(Recompile(0, *(HOSTILE,) * 6, older=(HOSTILE,)),),
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ if BACKEND == "gems":
     from gems_compile.explain import Explanation
     from gems_compile.lowering import private
     from gems_compile.lowering.report import Report
+    from gems_compile.lowering.source import Source
 
 pytestmark = gems_only
 
@@ -124,9 +127,30 @@ torch.compile(fn, backend="gems")(torch.ones(4, 4))
 """
 
 
-def run_program(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+#: a rewrite, a graph break, and a recompile with a gradient
+LAYERS = """
+import torch
+
+def attention(x):
+    scores = x @ x.transpose(-2, -1) * 0.5
+    return scores.softmax(-1) @ x
+
+def fn(x):
+    y = attention(x).exp() + 1
+    print("here")
+    return y.sin() * 2
+
+compiled = torch.compile(fn, backend="gems")
+compiled(torch.ones(2, 4, 8, 8))
+compiled(torch.ones(2, 4, 6, 8, requires_grad=True)).sum().backward()
+"""
+
+
+def run_program(
+    folder: Path, program: str = PROGRAM, **variables: str
+) -> subprocess.CompletedProcess[str]:
     script = folder / "program.py"
-    script.write_text(PROGRAM)
+    script.write_text(program)
     env = {k: v for k, v in os.environ.items() if not k.startswith("GEMS_")}
     env |= {"TRITON_INTERPRET": "1", "GEMS_CACHE": "0", **variables}
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
@@ -156,8 +180,14 @@ def test_a_graph_from_the_cache_is_told_of_by_its_counts() -> None:
     report.graph, report.kind = 3, "inference"
     line = "graph 3_inference: 7 nodes -> 2 launches, 1 ATen calls, 0.00 s, cache: from the cache"
     assert telling.in_a_line(report) == line
+    source = Source("fused_sin", "# the kernel's text", [], 1)
+    report.sources = [source]
     texts = {name: text for name, _, text in telling.artifacts(report)}
-    assert "graph 3 inference: 7 nodes -> 2 launches" in texts["gems_3_inference_plan"]
+    plan = texts["gems_3_inference_plan"]
+    assert "graph 3 inference: 7 nodes -> 2 launches" in plan
+    assert "The cache of whole graphs has counts alone" in plan and "need no call" not in plan
+    kernel = texts[f"gems_3_inference_kernel_fused_sin_{source.key[:8]}"]
+    assert kernel == "# the kernel's text"
     assert json.loads(texts["gems_3_inference_report"])["numbers"]["launches"] == 2
     assert list(telling.in_detail(report)) == ["seconds: "]
 
@@ -173,6 +203,34 @@ def artifacts_of(log: str) -> dict[str, str]:
         record = json.loads(line[line.index("{") :])
         name = record.get("artifact", {}).get("name", "")
     return {name: text for name, text in found.items() if name.startswith("gems_")}
+
+
+def test_tlparse_shows_our_artifacts(tmp_path: Path) -> None:
+    tlparse = shutil.which("tlparse")
+    if tlparse is None:
+        pytest.skip("no tlparse on the PATH (pip install tlparse)")
+    run_program(tmp_path, LAYERS, TORCH_TRACE=str(tmp_path / "trace"))
+    (log,) = (tmp_path / "trace").iterdir()
+    out = tmp_path / "out"
+    subprocess.run([tlparse, log, "-o", out, "--no-browser"], check=True, capture_output=True)
+    index = (out / "index.html").read_text()
+    found: dict[str, str] = {}
+    for path in out.glob("*/gems_*"):
+        assert f'href="{path.relative_to(out)}"' in index
+        found[re.sub(r"_\d+$", "", path.stem)] = path.read_text()  # tlparse counts its files
+    labels = ("0_inference", "1_inference", "2_forward", "2_backward", "3_forward", "3_backward")
+    whats = ("plan", "rewrites", "report")
+    assert found.keys() >= {f"gems_{label}_{what}" for label in labels for what in whats}
+    assert "graph 0 inference: " in found["gems_0_inference_plan"]
+    rewrites = found["gems_2_forward_rewrites"]
+    assert "attention: " in rewrites and "return scores.softmax(-1) @ x" in rewrites
+    assert "before:" in rewrites and "scores.softmax(-1)  # f32[2, 4, " in rewrites
+    (told,) = json.loads(found["gems_0_inference_report"])["rewritten"]
+    assert len(told["before"]) == told["nodes_before"]
+    kernels = {name: text for name, text in found.items() if "_kernel_fused_" in name}
+    assert {name.split("_kernel_")[0].removeprefix("gems_") for name in kernels} >= {*labels}
+    assert all("@triton.jit" in text for text in kernels.values())
+    assert "# program.py:" in "".join(kernels.values())
 
 
 def test_torch_logs_at_info_is_short(tmp_path: Path) -> None:

@@ -93,11 +93,32 @@ def test_edges_that_were_not_fused_are_folded_and_the_largest_comes_first(tmp_pa
     assert [edge[:2] for edge in graph["refused"]] == [[0, 2], [2, 3]]
 
 
-def test_rewrites_and_near_misses_are_folded(tmp_path) -> None:
+def test_equal_layers_rewrites_and_near_misses_are_told_once(tmp_path) -> None:
     graph = written(small(), tmp_path / "page.html").data["graphs"][0]
-    (fired,), (missed,) = graph["rewritten"], graph["near_misses"]
-    assert (fired["times"], fired["nodes_before"], fired["nodes_after"]) == (2, 4, 2)
-    assert (missed["rule"], missed["reason"]) == ("swiglu", "the gate is read twice")
+    layers, other = graph["rewritten"]
+    assert (layers["times"], layers["nodes_before"], layers["nodes_after"]) == (2, 2, 1)
+    assert layers["modules"] == ["layers.0", "layers.1"]
+    assert layers["lines"] == ["model.py:9  z"]
+    assert layers["before"][1] == "o = torch.matmul(p, v)"  # of the first
+    assert layers["after"] == ["a = sdpa(q)"]
+    assert (other["times"], other["before"]) == (1, ["more"])
+    (missed,) = graph["near_misses"]
+    assert (missed["rule"], missed["times"]) == ("swiglu", 2)
+    assert missed["reason"] == "silu is also read by mul"
+    assert missed["lines"] == ["model.py:8  y", "model.py:9  z"]
+
+
+def test_recompiles_and_graph_breaks_are_there(tmp_path) -> None:
+    found = written(small(), tmp_path / "page.html").data
+    (cut,) = found["breaks"]
+    assert cut == {"times": 2, "reason": "print", "lines": ["model.py:4  print(x)"]}
+    first, other = found["recompiles"]
+    assert (first["change"], first["guard"], first["line"]) == (
+        "x changed",
+        "x == 2",
+        "model.py:3  x",
+    )
+    assert (first["place"], other["place"]) == (0, None)  # of graph 7 nothing is known
 
 
 def test_times_are_those_of_the_calls_and_sort_the_fallbacks(tmp_path) -> None:
@@ -282,3 +303,33 @@ def test_the_page_of_a_dump(tmp_path: Path, capsys: Any) -> None:
     assert main(["page", str(folder)]) == 2
     assert "times.json cannot be read" in capsys.readouterr().err
     (folder / "times.json").unlink()  # as the process ends, it writes the page once more
+
+
+def test_the_page_of_a_dump_has_recompiles_and_graph_breaks(tmp_path: Path) -> None:
+    from gems_compile.page.of_dump import write_page
+
+    def step(batch):
+        h = batch.sin() * 2
+        print("here")
+        return h.cos() + 1
+
+    torch._dynamo.reset()
+    with gems_compile.dump(tmp_path):
+        compiled = torch.compile(step, backend="gems")
+        compiled(rand(4, 8))
+        compiled(rand(6, 8))
+    found = Page(write_page(tmp_path)).data
+    (cut,) = found["breaks"]
+    assert cut["times"] == 2 and cut["reason"].startswith("Failed to trace builtin operator")
+    assert [line.partition("  ")[2] for line in cut["lines"]] == ['print("here")']
+    again = [(r["change"], r["place"], r["graph"]) for r in found["recompiles"]]
+    assert again == [
+        ("size of batch, dim 0, changed 4 -> 6", 2, 2),
+        ("size of h, dim 0, changed 4 -> 6", 3, 3),
+    ]
+    report = tmp_path / "graph_00_inference" / "report.json"
+    told = json.loads(report.read_text())
+    assert told["recompile"] is None and told["graph_breaks"][0]["reason"] == cut["reason"]
+    del told["recompile"], told["graph_breaks"]  # as an earlier version wrote it
+    report.write_text(json.dumps(told))
+    assert Page(write_page(tmp_path)).data["breaks"][0]["times"] == 1

@@ -4,6 +4,7 @@ to clicks. Where there is none the tests are skipped; `make page-test` runs thes
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import browser
 import pytest
@@ -142,17 +143,88 @@ def test_tables_fold_and_a_row_goes_from_call_to_call(chromium, tmp_path) -> Non
     for tab, words in {
         "aten": "matrix products",
         "unfused": "too wide",
-        "rewrites": "the gate is read twice",
-        "notes": "graph break",
+        "rewrites": "silu is also read by mul",
+        "dynamo": "x changed",
+        "notes": "None.",
     }.items():
         chromium.eval(f"$('tab-{tab}').click()")
         assert words in chromium.eval("$('table-view').textContent")
     assert quiet(chromium)
 
 
+def test_a_rewrite_s_nodes_before_and_after_stand_side_by_side(chromium, tmp_path) -> None:
+    small().to_html(tmp_path / "page.html")
+    told = "[...document.querySelectorAll('.rewrite')].map(e => e.innerText.split('\\n'))"
+    corners = """[...document.querySelector('.sides').children].map(e => {
+        const r = e.getBoundingClientRect(), colours = getComputedStyle(e.querySelector('pre'));
+        return [r.left, r.top, colours.color, colours.backgroundColor];
+    })"""
+    colours = set()
+    for theme in ("light", "dark"):
+        chromium.open(tmp_path / "page.html", f"#tab=rewrites&theme={theme}")
+        layers, other = chromium.eval(told)
+        assert layers[0] == "attention \u00d72" and "model.py:9 z" in layers
+        assert "layers.0 layers.1" in " ".join(layers)
+        assert layers[-5:] == [
+            "before: 2 nodes",
+            "p = torch.softmax(s, -1)  # f32[4, 8]",
+            "o = torch.matmul(p, v)",
+            "after: 1 node",
+            "a = sdpa(q)",
+        ]
+        assert other[0].strip() == "attention" and other[-1] == "after: 1 node"
+        (left, top, *one), (right, level, *two) = chromium.eval(corners)
+        assert left < right and top == level and one == two
+        colours.add(tuple(one))
+    assert len(colours) == 2
+    chromium.eval("document.querySelector('.rewrite .link').click()")
+    assert chromium.eval("[state.tab, state.query, state.step]") == ["graph", "layers.0", 0]
+    assert quiet(chromium)
+
+
+def test_on_a_narrow_page_the_chosen_tab_is_in_sight(chromium, tmp_path) -> None:
+    small().to_html(tmp_path / "page.html")
+    sizes = {"height": 800, "deviceScaleFactor": 1, "mobile": False}
+    chromium.call("Emulation.setDeviceMetricsOverride", width=700, **sizes)
+    ends = "(r => [r.left, r.right])($('%s').getBoundingClientRect())"
+    try:
+        for tab in ("graph", "notes"):
+            chromium.open(tmp_path / "page.html", f"#tab={tab}")
+            left, right = chromium.eval(ends % "tabs")
+            first, last = chromium.eval(ends % f"tab-{tab}")
+            assert left - 1 <= first < last <= right + 1
+        assert chromium.eval("$('tabs').scrollLeft") > 0
+    finally:
+        chromium.call("Emulation.setDeviceMetricsOverride", width=1280, **sizes)
+
+
+def test_recompiles_and_breaks_are_a_tab_where_there_are_any(chromium, tmp_path) -> None:
+    explanation = small()
+    explanation.to_html(tmp_path / "page.html")
+    chromium.open(tmp_path / "page.html", "#tab=dynamo")
+    rows = chromium.eval("[...document.querySelectorAll('tbody tr')].map(r => r.innerText)")
+    for words in ("step", "model.py:3 x", "x changed", "guard: x == 2", "pass one x", "graph 0"):
+        assert words in rows[0]
+    assert "step, behind line 4\n" in rows[1] and "graph 7" in rows[1]
+    assert "model.py:4 print(x)" in rows[2] and "\u00d72" in rows[2]
+    chromium.eval("document.querySelector('td .link').click()")
+    assert chromium.eval("[state.tab, $('panel').querySelector('h2').textContent]") == [
+        "graph",
+        "graph 0 inference",
+    ]
+    quieter = replace(explanation, breaks={}, break_lines={}, recompiles=())
+    quieter.to_html(tmp_path / "page.html")
+    chromium.open(tmp_path / "page.html", "#tab=dynamo")
+    assert chromium.eval("[state.tab, document.getElementById('tab-dynamo')]") == ["graph", None]
+    replace(quieter, gave_up=2).to_html(tmp_path / "page.html")
+    chromium.open(tmp_path / "page.html", "#tab=dynamo")
+    assert "2 functions had been compiled too often" in chromium.eval("$('table-view').textContent")
+    assert quiet(chromium)
+
+
 def test_hostile_texts_stay_texts(chromium, tmp_path) -> None:
     hostile().to_html(tmp_path / "page.html")
-    for tab in ("graph", "saved", "aten", "unfused", "rewrites", "notes"):
+    for tab in ("graph", "saved", "aten", "unfused", "rewrites", "dynamo", "notes"):
         for step in range(4):
             chromium.open(tmp_path / "page.html", f"#tab={tab}&step={step}")
             assert chromium.eval("document.querySelectorAll('img, script').length") == 2

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 from helpers import DEVICE, gems_only
 from test_runs import two_scales
 
 from gems_compile.backend import Gems
+from gems_compile.summary import summarize
 
 pytestmark = gems_only
 
@@ -61,3 +65,20 @@ def test_training_and_other_sizes() -> None:
             (got,) = torch.autograd.grad(compiled(x), x)
         torch.testing.assert_close(got, wanted)
         assert spans(seen, "gems 0_forward") and spans(seen, "gems 0_backward")
+
+
+def test_a_trace_has_the_names_that_the_plan_has(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.GELU(), torch.nn.LayerNorm(16)).to(DEVICE)
+    backend, x = Gems(), torch.randn(4, 16, device=DEVICE)
+    compiled = torch.compile(model, backend=backend)
+    compiled(x).sum().backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        compiled(x).sum().backward()
+    seen.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    ranges = [e["name"] for e in events if e.get("cat") == "user_annotation"]
+    graphs = [summarize(report) for report in backend.reports]
+    launched = [c.name for g in graphs for c in g.calls if c.kind == "kernel"]
+    assert sorted(n for n in ranges if n.startswith("fused_")) == sorted(launched)
+    assert "fused_gelu_sum_div_sub_mul_add_rsqrt" in launched  # what docs/dumps.md calls readable
+    assert [n for n in ranges if n.startswith("gems ")] == ["gems 0_forward", "gems 0_backward"]

@@ -172,6 +172,19 @@ def test_near_miss_says_why() -> None:
     assert "torch.softmax" in miss.source
 
 
+def test_a_chain_that_reads_what_another_became() -> None:
+    def attention(x):
+        return (x @ x.transpose(-2, -1) * 0.5).softmax(-1) @ x
+
+    def program(x):
+        return attention(attention(x))
+
+    backend, args = Backend(), make((T(2, 4, 8, 8),), torch.bfloat16)
+    got, plain = run(torch.compile(program, backend=backend), args), run(program, args)
+    assert_as_accurate(got, plain, in_float64(program, args), torch.bfloat16)
+    assert [fired.rule for fired in backend.log.fired] == ["attention", "attention"]
+
+
 def test_dynamic_sizes_compile_once() -> None:
     for sample in (TABLE[0].samples[0], TABLE[2].samples[0]):
         torch._dynamo.reset()

@@ -5,8 +5,11 @@ folded. The scripts only show it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
+from ..rewritten import SAME, without_numbers
+from ..summary import grouped
 from . import layout
 
 Data = Mapping[str, Any]
@@ -42,7 +45,7 @@ def page_data(explanation: Data, times: Mapping[str, Sequence[float]] | None = N
         "name": explanation["name"],
         "target": explanation["target"],
         "seconds": explanation["seconds"],
-        "breaks": [[count, why] for why, count in explanation["graph_breaks"].items()],
+        **_of_dynamo(explanation),
         "graphs": graphs,
         "sources": sources,
         "texts": list(texts.numbers),
@@ -53,6 +56,22 @@ def page_data(explanation: Data, times: Mapping[str, Sequence[float]] | None = N
             "label": layout.LABEL,
             "gutter": layout.GUTTER,
         },
+    }
+
+
+def _of_dynamo(explanation: Data) -> Data:
+    """Where Dynamo cut the program, and what it compiled again: with the place of that graph."""
+    lines = explanation["graph_break_lines"]
+    place: dict[int, int] = {}
+    for k, graph in enumerate(explanation["graphs"]):
+        place.setdefault(graph["graph"], k)
+    return {
+        "breaks": [
+            {"times": count, "reason": why, "lines": lines.get(why, [])}
+            for why, count in explanation["graph_breaks"].items()
+        ],
+        "recompiles": [{**r, "place": place.get(r["graph"])} for r in explanation["recompiles"]],
+        "gave_up": explanation["gave_up"],
     }
 
 
@@ -173,18 +192,11 @@ def _tables(graph: Data, times: Sequence[float] | None) -> Data:
             key=lambda row: (-(row["us"] or 0), -row["moved"], row["steps"]),
         ),
         "unfused": _folded_edges(ends),
-        "rewritten": _folded_rules(
-            graph["rewritten"], ("rule", "because", "nodes_before", "nodes_after")
+        "rewritten": _folded_rules(graph["rewritten"], itemgetter(*SAME)),
+        "near_misses": _folded_rules(
+            graph["near_misses"], lambda m: (m["rule"], without_numbers(m["reason"]))
         ),
-        "near_misses": _folded_rules(graph["near_misses"], ("rule", "reason")),
     }
-
-
-def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> list[list[Any]]:
-    groups: dict[Any, list[Any]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return list(groups.values())
 
 
 def _folded(
@@ -194,7 +206,7 @@ def _folded(
 ) -> list[dict[str, Any]]:
     """Equal calls as one row, with sums over all of them."""
     rows = []
-    for same in _grouped(calls, lambda item: key(item[1])):
+    for same in grouped(calls, lambda item: key(item[1])):
         first = same[0][1]
         moved, eager = (
             sum(c["read"] + c["written"] for _, c in same),
@@ -224,17 +236,19 @@ def _folded_edges(edges: Iterable[tuple[list[int], Data]]) -> list[Data]:
             "steps": sorted({s for steps, _ in same for s in steps}),
             "modules": list(dict.fromkeys(e["module"] for _, e in same if e["module"])),
         }
-        for same in _grouped(edges, lambda item: tuple(item[1][n] for n in names))
+        for same in grouped(edges, lambda item: tuple(item[1][n] for n in names))
     ]
     return sorted(rows, key=lambda row: (-row["bytes"], -row["times"]))
 
 
-def _folded_rules(facts: Iterable[Data], names: Sequence[str]) -> list[Data]:
+def _folded_rules(facts: Iterable[Data], key: Callable[[Data], Any]) -> list[Data]:
+    """Equal layers as one row, which has the nodes of the first."""
     return [
         {
-            **{name: same[0][name] for name in (*names, "line")},
+            **same[0],
             "times": len(same),
+            "lines": list(dict.fromkeys(f["line"] for f in same if f["line"])),
             "modules": list(dict.fromkeys(f["module"] for f in same if f["module"])),
         }
-        for same in _grouped(facts, lambda f: tuple(f[n] for n in names))
+        for same in grouped(facts, key)
     ]

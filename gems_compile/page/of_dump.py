@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +53,27 @@ def write_page(folder: Path, out: Path | None = None) -> Path:
         "name": folder.resolve().name,
         "target": facts.get("target", "unknown"),
         "seconds": {},
-        "graph_breaks": {},
+        **_of_dynamo(graphs),
         "graphs": graphs,
     }
     path = folder / NAME if out is None else out
     write(explanation, path, times)
     return path
+
+
+def _of_dynamo(graphs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Recompiles and graph breaks, as ``Explanation.to_dict`` has them."""
+    breaks = [b for graph in graphs for b in graph.get("graph_breaks", ())]
+    lines: dict[str, dict[str, None]] = {}
+    for b in breaks:
+        lines.setdefault(b["reason"], {})[b["line"]] = None
+    again = [(graph["graph"], graph.get("recompile")) for graph in graphs]
+    return {
+        "graph_breaks": dict(Counter(b["reason"] for b in breaks)),
+        "graph_break_lines": {why: list(filter(None, found)) for why, found in lines.items()},
+        "recompiles": [{**facts, "graph": number} for number, facts in again if facts],
+        "gave_up": 0,  # a dump does not know
+    }
 
 
 def _in_order(path: Path) -> tuple[str, bool]:

@@ -12,13 +12,25 @@ const TABS = {
     count: (g) => g.rewritten.length + g.near_misses.length,
     fill: rewriteTables,
   },
-  notes: { title: "Notes", count: (g) => g.notes.length + DATA.breaks.length, fill: notesTable },
+  dynamo: {
+    title: "Dynamo",
+    count: ofDynamo,
+    fill: dynamoTables,
+    hidden: () => ofDynamo() === 0,
+  },
+  notes: { title: "Notes", count: (g) => g.notes.length, fill: notesTable },
 };
+const isShown = (name) => name in TABS && !TABS[name].hidden?.();
+
+function ofDynamo() {
+  return DATA.breaks.length + DATA.recompiles.length + DATA.gave_up;
+}
 
 function showTab(name) {
-  state.tab = name in TABS ? name : "graph";
+  state.tab = isShown(name) ? name : "graph";
+  const tabs = Object.entries(TABS).filter(([key]) => isShown(key));
   $("tabs").replaceChildren(
-    ...Object.entries(TABS).map(([key, tab]) =>
+    ...tabs.map(([key, tab]) =>
       el(
         "button",
         {
@@ -33,6 +45,7 @@ function showTab(name) {
       ),
     ),
   );
+  $(`tab-${state.tab}`).scrollIntoView({ block: "nearest", inline: "nearest" }); // of a narrow page
   const table = $("table-view");
   $("graph-view").hidden = state.tab !== "graph";
   table.hidden = state.tab === "graph";
@@ -44,26 +57,28 @@ function showTab(name) {
   redraw();
 }
 
+/** Rows made into elements of ``into``; the button that adds what is beyond the first. */
+function fill(into, rows, make) {
+  into.append(...rows.slice(0, MOST_ROWS).map(make));
+  if (rows.length <= MOST_ROWS) return null;
+  const rest = button(`${number(rows.length - MOST_ROWS)} more rows`, () => {
+    rest.remove();
+    into.append(...rows.slice(MOST_ROWS).map(make));
+  });
+  return rest;
+}
+
 /** columns: [title, cell of a row, whether it is a number]; a click goes to the row's next call. */
-function tableOf(rows, columns, most = MOST_ROWS) {
+function tableOf(rows, columns) {
   if (rows.length === 0) return el("p", {}, "None.");
-  const body = el(
-    "tbody",
-    {},
-    rows.slice(0, most).map((row) => rowOf(row, columns)),
-  );
+  const body = el("tbody");
+  const rest = fill(body, rows, (row) => rowOf(row, columns));
   const head = el(
     "tr",
     {},
     columns.map(([title, , right]) => el("th", { className: right ? "number" : "" }, title)),
   );
-  const table = el("table", {}, el("thead", {}, head), body);
-  if (rows.length <= most) return table;
-  const rest = button(`${number(rows.length - most)} more rows`, () => {
-    rest.remove();
-    body.append(...rows.slice(most).map((row) => rowOf(row, columns)));
-  });
-  return [table, rest];
+  return [el("table", {}, el("thead", {}, head), body), rest];
 }
 
 function rowOf(row, columns) {
@@ -179,29 +194,91 @@ function unfusedTable(own) {
   ];
 }
 
+/** The first lines of what is told once, and how many more there are. */
+const linesOf = (row) => [
+  ...row.lines.slice(0, 3).map((line) => el("small", {}, lineOf(line))),
+  row.lines.length > 3 ? small(`and ${row.lines.length - 3} more lines`) : null,
+];
+
 function rewriteTables(own) {
+  const cards = el("div");
+  const rest = fill(cards, own.rewritten, rewriteCard);
   return [
     el("h3", {}, "Rewritten"),
-    tableOf(own.rewritten, [
-      ["rule", (r) => el("span", {}, code(r.rule), small(r.line), modulesOf(r)), false],
-      ["", (r) => often(r.times), true],
-      ["nodes before", (r) => number(r.nodes_before), true],
-      ["after", (r) => number(r.nodes_after), true],
-      ["because", (r) => r.because, false],
-    ]),
+    own.rewritten.length === 0 ? el("p", {}, "Nothing.") : cards,
+    rest,
     el("h3", {}, "Nearly rewritten"),
     tableOf(own.near_misses, [
-      ["rule", (r) => el("span", {}, code(r.rule), small(r.line), modulesOf(r)), false],
+      ["rule", (r) => el("span", {}, code(r.rule), linesOf(r), modulesOf(r)), false],
       ["", (r) => often(r.times), true],
+      ["at", (r) => code(r.node), false],
       ["the condition that failed", (r) => r.reason, false],
     ]),
   ];
 }
 
-function notesTable(own) {
-  const rows = [...own.notes, ...DATA.breaks.map(([n, why]) => [`graph break${times(n)}`, why])];
+/** A rewrite with its nodes before and after, side by side: those of the first of equal layers. */
+function rewriteCard(row) {
+  return el(
+    "section",
+    { className: "rewrite" },
+    el("h4", {}, code(row.rule), ` ${often(row.times)}`),
+    el("p", {}, row.because),
+    linesOf(row),
+    modulesOf(row),
+    el(
+      "div",
+      { className: "sides" },
+      chainOf("before", row.nodes_before, row.before),
+      chainOf("after", row.nodes_after, row.after),
+    ),
+  );
+}
+
+function chainOf(title, count, lines) {
+  const head = el("b", {}, `${title}: ${plural(count, "node")}`);
+  if (lines.length === 0) return el("div", {}, head);
+  const shown = lines.map((line) => el("div", {}, highlighted(line)));
+  return el("div", {}, head, el("pre", { className: "chain" }, shown));
+}
+
+function dynamoTables() {
+  const again = [
+    ["function", (r) => el("span", {}, code(nameOf(r)), small(r.line && lineOf(r.line)))],
+    ["what had changed", (r) => el("span", {}, r.change, small(`guard: ${r.guard}`))],
+    ["a way out", (r) => r.hint],
+    ["became", (r) => (r.place === null ? `graph ${r.graph}` : graphLink(r.place))],
+  ];
+  const breaks = [
+    ["where", (r) => el("span", {}, linesOf(r))],
+    ["", (r) => often(r.times), true],
+    ["because", (r) => el("span", { className: "reason" }, r.reason)],
+  ];
   return [
-    tableOf(rows, [
+    el("h3", {}, "Compiled again"),
+    tableOf(DATA.recompiles, again),
+    DATA.gave_up > 0
+      ? el(
+          "p",
+          { className: "warn" },
+          `${plural(DATA.gave_up, "function")} had been compiled too often, and Dynamo left further calls uncompiled: see torch._dynamo.config.recompile_limit.`,
+        )
+      : null,
+    el("h3", {}, "Graph breaks: Dynamo cut the program here"),
+    tableOf(DATA.breaks, breaks),
+  ];
+}
+
+const nameOf = (again) => again.function.replace(/,$/, ""); // "step, behind line 12," of a sentence
+const graphLink = (place) =>
+  link(DATA.graphs[place].title, () => {
+    state.tab = "graph";
+    showGraph(place);
+  });
+
+function notesTable(own) {
+  return [
+    tableOf(own.notes, [
       ["", (r) => r[0], false],
       ["", (r) => r[1], false],
     ]),
