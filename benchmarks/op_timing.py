@@ -50,6 +50,7 @@ class Setting:
     device: str = "cuda"
     seconds: float = 0.2  # of timing, of each side
     small: bool = False
+    any_sizes: bool = False  # with sizes as arguments of our kernels, not constants
 
 
 # numbers ------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from benchmarks.op_cases import FAMILIES, Case, chosen, without_cases
 from benchmarks.op_timing import MODES, Copies, Setting, measure
 from benchmarks.processes import ROOT
 from benchmarks.table import Row, number
+from gems_compile import varying
 from gems_compile.errors import UnknownOp
 
 HEAD = ["op", "size", "eager us", "gems us", "x eager", "x FlagGems", "GB/s", "of a copy"]
@@ -47,6 +48,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", default=None, choices=("bfloat16", "float16", "float32"))
     add("--device", help="default: cuda where there is one, else cpu")
     add("--small", action="store_true", help="tiny shapes, for a CPU with TRITON_INTERPRET=1")
+    add("--any-sizes", action="store_true", help="kernels have sizes as arguments, not constants")
     add("--seconds", type=float, default=0.2, help="of timing, per case and side (default: 0.2)")
     add("--no-flag-gems", action="store_true", help="leave FlagGems out, where it is installed")
     add("--json", type=Path, help="write all rows to this file, a line each until all are there")
@@ -65,6 +67,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.write_table and options.mode != "call":
         parser.error(f"--write-table takes --mode call, not {options.mode}: see --help")
+    if options.write_table and options.any_sizes:
+        parser.error("--write-table is of kernels for their own sizes, not --any-sizes: see --help")
     return options
 
 
@@ -81,7 +85,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
     """A CPU computes in float32: its float16 and bfloat16 are emulated."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = options.dtype or ("bfloat16" if device == "cuda" else "float32")
-    return Setting(options.mode, dtype, device, options.seconds, options.small)
+    return Setting(options.mode, dtype, device, options.seconds, options.small, options.any_sizes)
 
 
 def machine(device: str) -> dict[str, str]:
@@ -283,6 +287,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_list(found)
         return 0
     setting = setting_of(options)
+    if setting.any_sizes:
+        varying.OWN_SIZES = 0
     if options.rows:
         rows = read(options.rows, setting.mode, found)
         if not rows:

@@ -16,7 +16,7 @@ from eagercheck import nothing_left  # noqa: F401
 from helpers import DEVICE
 from opcheck import SEED
 
-from gems_compile import eager, one_op
+from gems_compile import eager, one_op, varying
 from gems_compile.worth import Measured, path_of, read_table
 
 ops = pytest.importorskip("benchmarks.ops", reason="the benchmarks are not installed")
@@ -219,6 +219,19 @@ def test_parts(tmp_path: Path, capsys: Any) -> None:
     assert "x eager (2)" in capsys.readouterr().out
     assert run("--rows", *map(str, files), "--mode", "host") == 2
     assert "--rows: no row of mode host there" in capsys.readouterr().err
+
+
+def test_kernels_for_any_sizes(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(varying, "OWN_SIZES", 4)  # which the command changes
+    found = tmp_path / "rows.json"
+    assert run("--ops", "gelu-34", "--any-sizes", "--no-flag-gems", "--json", str(found)) == 0
+    (row,) = json.loads(found.read_text())
+    assert row["any_sizes"] and row["status"] == "ok"
+    (handler,) = (h for h in eager._state.handlers.values() if h.name == "gelu")
+    assert [v.shared for v in handler.variants.values()] == [True]
+    with pytest.raises(SystemExit):
+        run("--any-sizes", "--mode", "call", "--write-table")
+    assert "not --any-sizes" in capsys.readouterr().err
 
 
 def test_a_png(tmp_path: Path) -> None:
