@@ -1,0 +1,419 @@
+"""``@gems_compile.rewrite``: it fires where its pattern stands, says why not, is never wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import DEVICE, compile_, gems_only, no_new_graph, rand
+from torch import Tensor, nn
+from warmcheck import results, said
+
+import gems_compile
+from gems_compile import registered
+from gems_compile.errors import RewriteError
+from gems_compile.lowering.whole_graphs import FROM_CACHE, KEPT
+
+pytestmark = gems_only
+
+MANY = ("float32", "float16", "bfloat16")
+
+
+@pytest.fixture(autouse=True)
+def _no_rule_is_left() -> Iterator[None]:
+    yield
+    left = dict(registered._rules)
+    registered._rules.clear()
+    assert not left
+
+
+def capped(x: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(x / cap)
+
+
+def by_sigmoid(x: Tensor, cap: float) -> Tensor:
+    return cap * (2 * torch.sigmoid(2 * (x / cap)) - 1)
+
+
+def rule_of(
+    pattern: Callable, replacement: Callable, *example: Any, **more: Any
+) -> gems_compile.rewriting.Rewriting:
+    more = {"because": "the test wants it", "dtypes": ("float32", "float64"), **more}
+    rule = gems_compile.rewrite(pattern, example=example, **more)(replacement)
+    rule.remove()
+    return rule
+
+
+def capping(**more: Any) -> Any:
+    return rule_of(capped, by_sigmoid, (4, 8), 2.0, **more)
+
+
+def rewrites(rule: Any, program: Callable, *args: Any, **options: Any) -> tuple[Any, Any]:
+    """The result of the compiled program, and what the rewrites did."""
+    torch._dynamo.reset()
+    with rule:
+        result = compile_(program, **options)(*args)
+    return result, gems_compile.reports()[0].rewrites
+
+
+def fired(log: Any) -> list[str]:
+    return [f.rule for f in log.fired]
+
+
+def missed(log: Any) -> list[str]:
+    return [f"{m.rule}: {m.reason}" for m in log.near_misses]
+
+
+# it fires -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        lambda x: torch.tanh(x / 3.0) * 3.0,
+        lambda x: x.div(3).tanh().mul(3),
+        lambda x: 3 * (x / 3.0).tanh(),
+        lambda x: torch.mul(torch.div(x, 3), 3).tanh() * 3 if x.dim() > 9 else capped(x, 3.0),
+    ],
+)
+def test_a_chain_is_found_however_it_is_spelt(program: Callable) -> None:
+    x = rand(3, 5)
+    got, log = rewrites(capping(), program, x)
+    assert (fired(log), missed(log)) == (["by_sigmoid"], [])
+    torch.testing.assert_close(got, program(x))
+    assert (
+        log.fired[0].because == "the test wants it" and "test_user_rewrites" in log.fired[0].source
+    )
+
+
+def test_the_replacement_is_what_runs() -> None:
+    with capping():
+        compile_(lambda x: capped(x, 3.0))(rand(3, 5))
+    (report,) = gems_compile.reports()
+    ops = {str(node.target) for group in report.plan.groups for node in group.nodes}
+    assert "aten.sigmoid.default" in ops and "aten.tanh.default" not in ops
+    assert report.launches == 1 and report.aten_calls == 0
+
+
+def test_behind_the_block_it_holds_no_more() -> None:
+    rule, program, x = capping(), lambda x: capped(x, 3.0), rand(3, 5)
+    assert fired(rewrites(rule, program, x)[1]) == ["by_sigmoid"]
+    torch._dynamo.reset()
+    compile_(program)(x)
+    log = gems_compile.reports()[0].rewrites
+    assert (fired(log), missed(log)) == ([], [])
+
+
+def test_which_rewrites_the_option_asks_for() -> None:
+    rule, program, x = capping(memory=True), lambda x: capped(x, 3.0), rand(3, 5)
+    for level, wanted in ((True, []), ("memory", ["by_sigmoid"])):
+        _, log = rewrites(rule, program, x, options={"rewrites": level})
+        assert fired(log) == wanted
+    rewrites(capping(), program, x, options={"rewrites": False})
+    assert gems_compile.reports()[0].rewrites is None
+
+
+def test_training_differentiates_the_replacement() -> None:
+    weight = rand(8, 8, dtype=torch.float64)
+
+    def program(x: Tensor) -> Tensor:
+        return capped(x @ weight, 5.0).square().sum()
+
+    found = []
+    for run in (program, lambda x: rewrites(capping(), program, x)[0]):
+        x = rand(4, 8, dtype=torch.float64).fill_(0.3).requires_grad_()
+        run(x).backward()
+        found.append(x.grad)
+    assert fired(gems_compile.reports()[0].rewrites) == ["by_sigmoid"]
+    torch.testing.assert_close(*found)
+    (backward,) = (r for r in gems_compile.reports() if r.kind == "backward")
+    assert any("sigmoid" in m.op for g in backward.plan.groups for m in g.members if m.op)
+
+
+def test_equal_layers_and_checkpoints() -> None:
+    class Layer(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(capped, x, 2.0, use_reentrant=False) + 1
+
+    model, x = nn.Sequential(Layer(), Layer()), rand(3, 5).requires_grad_()
+    got, log = rewrites(capping(), model, x)
+    assert fired(log) == ["by_sigmoid"] * 2
+    torch.testing.assert_close(got, model(x))
+
+
+def scaled(x: Tensor) -> Tensor:
+    return (x / math.sqrt(x.shape[-1])).softmax(-1)
+
+
+def scaled_by_product(x: Tensor) -> Tensor:
+    return (x * (1 / math.sqrt(x.shape[-1]))).softmax(-1)
+
+
+def test_a_pattern_may_ask_for_shapes() -> None:
+    """Its example has rows of 8; what counts is the chain's own size, and its last dim."""
+    rule = rule_of(scaled, scaled_by_product, (4, 8))
+    got, log = rewrites(rule, lambda x: (x / 4.0).softmax(2), x := rand(2, 3, 16))
+    assert fired(log) == ["scaled_by_product"]
+    torch.testing.assert_close(got, (x / 4.0).softmax(2))
+    _, log = rewrites(rule, lambda x: (x / 4.0).softmax(1), x)
+    assert missed(log) == ["scaled_by_product: the program has 1, where the pattern has 2"]
+    _, log = rewrites(rule, lambda x: (x / 8.0).softmax(-1), x)
+    assert missed(log) == ["scaled_by_product: the program has 8.0, where the pattern has 4.0"]
+
+
+def test_dynamic_sizes_compile_once() -> None:
+    rule = rule_of(halves, halves_at_once, (4, 8))
+    with rule:
+        compiled = compile_(lambda x: halves(x + 1), dynamic=True)
+        x = rand(6, 16)
+        torch.testing.assert_close(compiled(x), halves(x + 1))
+        assert fired(gems_compile.reports()[0].rewrites) == ["halves_at_once"]
+        with no_new_graph():
+            for shape in ((7, 16), (3, 32)):
+                x = rand(*shape)
+                torch.testing.assert_close(compiled(x), halves(x + 1))
+
+
+def halves(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return torch.cat([-b, a], -1)
+
+
+def halves_at_once(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat([-x[..., half:], x[..., :half]], -1)
+
+
+def turned(pairs: Tensor, turns: Tensor) -> Tensor:
+    return torch.view_as_real(torch.view_as_complex(pairs) * turns)
+
+
+def turned_in_reals(pairs: Tensor, turns: Tensor) -> Tensor:
+    x, y = pairs.unbind(-1)
+    cos, sin = torch.view_as_real(turns).unbind(-1)
+    return torch.stack((x * cos - y * sin, x * sin + y * cos), -1)
+
+
+def test_complex_numbers() -> None:
+    angles = torch.arange(12.0).reshape(3, 4)
+    rule = rule_of(turned, turned_in_reals, (2, 3, 4, 2), torch.polar(torch.ones(3, 4), angles))
+    assert set(rule.check()) == {"float32", "float64"}
+    pairs, turns = rand(5, 3, 4, 2), torch.polar(torch.ones(3, 4), angles).to(DEVICE)
+    got, log = rewrites(rule, turned, pairs, turns)
+    assert fired(log) == ["turned_in_reals"]
+    torch.testing.assert_close(got, turned(pairs, turns))
+    wide = [
+        t.to(torch.float64 if t.is_floating_point() else torch.complex128) for t in (pairs, turns)
+    ]
+    torch.testing.assert_close(got.double(), turned(*wide), rtol=1e-6, atol=1e-6)
+
+
+# it does not, and says why ------------------------------------------------------------------------
+
+
+def also_returned(x: Tensor) -> tuple[Tensor, Tensor]:
+    h = torch.tanh(x / 3.0)
+    return 3.0 * h, h
+
+
+def written_between(x: Tensor) -> Tensor:
+    h, y = x / 3.0, x.clone()
+    y.mul_(2)
+    return 3.0 * torch.tanh(h) + y
+
+
+NEARLY = [
+    (also_returned, "h is also returned"),
+    (
+        written_between,
+        "an in-place op or a change of mode stands between the first op and the last",
+    ),
+    (lambda x: 3.0 * torch.tanh(x / 4.0), "cap is 4.0 in one place, 3.0 in another"),
+    (
+        lambda x: 3.0 * torch.tanh(x - 3.0),
+        "sub is aten.sub.Tensor, where the pattern has aten.div.Tensor",
+    ),
+]
+
+
+@pytest.mark.parametrize(("program", "reason"), NEARLY)
+def test_a_near_miss_says_why(program: Callable, reason: str) -> None:
+    x = rand(3, 5)
+    got, log = rewrites(capping(), program, x)
+    assert fired(log) == []
+    (found,) = missed(log)
+    assert reason in found
+    for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (got, program(x))), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_has_half_of_the_calls_is_no_near_miss() -> None:
+    _, log = rewrites(capping(), lambda x: torch.sigmoid(x) * 3.0, rand(3, 5))
+    assert (fired(log), missed(log)) == ([], [])
+
+
+def test_explain_and_dumps_tell_of_both(tmp_path: Any) -> None:
+    def program(x: Tensor) -> tuple[Tensor, Any]:
+        return capped(x, 3.0), also_returned(x)
+
+    with capping(), gems_compile.dump(tmp_path):
+        found = gems_compile.explain(program, rand(3, 5))
+    text = next(tmp_path.glob("graph_*/rewrites.txt")).read_text()
+    for told in (str(found), text):
+        assert "by_sigmoid" in told and "the test wants it" in told
+    assert len(found.why("by_sigmoid")) == 2 and "by_sigmoid" in found.to_json()
+
+
+def test_declines() -> None:
+    rule = capping(declines=lambda x, cap: "short rows" if x.shape[-1] < 8 or cap > 50 else None)
+    program = lambda x: capped(x, 3.0)  # noqa: E731
+    assert missed(rewrites(rule, program, rand(3, 5))[1]) == ["by_sigmoid: short rows"]
+    assert fired(rewrites(rule, program, rand(3, 9))[1]) == ["by_sigmoid"]
+    wrong = capping(declines=lambda x, cap: x.shape[-1] < 8)
+    assert "returned True, which is neither" in missed(rewrites(wrong, program, rand(3, 5))[1])[0]
+
+
+def test_dtypes() -> None:
+    rule, program = capping(dtypes=("float64",)), lambda x: capped(x, 3.0)
+    _, log = rewrites(rule, program, rand(3, 5))
+    assert missed(log) == ["by_sigmoid: a tensor is float32; the rule is for float64"]
+    _, log = rewrites(rule, program, rand(3, 5, dtype=torch.float64))
+    assert fired(log) == ["by_sigmoid"]
+
+
+def test_a_number_for_a_tensor() -> None:
+    rule = rule_of(lambda x, y: torch.exp(x * y), lambda x, y: torch.exp(y * x), (4,), (4,))
+    _, log = rewrites(rule, lambda x: torch.exp(x * 2.0), rand(4))
+    assert missed(log) == ["<lambda>: y is 2.0, where the pattern has a tensor"]
+
+
+def test_another_dtype_of_the_chain_is_seen() -> None:
+    """With 16-bit operands this replacement gives float32: no program may get that instead."""
+    rule = rule_of(lambda x: x.abs() * 2.0, lambda x: x.float().abs() * 2.0, (4,), dtypes=MANY)
+    _, log = rewrites(rule, lambda x: x.abs() * 2.0, rand(4, dtype=torch.bfloat16))
+    (reason,) = missed(log)
+    assert "gives float32 [4] with strides [1]" in reason and "the pattern bfloat16 [4]" in reason
+
+
+def test_wrong_numbers_are_never_used(caplog: pytest.LogCaptureFixture) -> None:
+    rule = rule_of(capped, lambda x, cap: cap * torch.tanh(x / cap * 1.001), (4, 8), 2.0)
+    program, x = lambda x: capped(x, 3.0), rand(3, 5)
+    got, log = rewrites(rule, program, x)
+    assert "the result is" in missed(log)[0] and "is its rounding" in missed(log)[0]
+    assert "is not applied" in caplog.text
+    torch.testing.assert_close(got, program(x))
+    with pytest.raises(RewriteError, match=r"in float32 the result is .* from the pattern's"):
+        rule.check()
+
+
+def test_wrong_gradients_are_never_used() -> None:
+    rule = rule_of(capped, lambda x, cap: cap * torch.tanh(x.detach() / cap), (4, 8), 2.0)
+    with pytest.raises(RewriteError, match="the gradient of x is"):
+        rule.check()
+
+
+def test_sixteen_bits_and_what_check_says() -> None:
+    same = rule_of(lambda x: x * 2.0 + 1.0, lambda x: 1.0 + 2.0 * x, (64,), dtypes=MANY)
+    assert same.check() == dict.fromkeys(MANY, "the same bits")
+    near = rule_of(lambda x: torch.exp(x) * 2.0, lambda x: (x.float().exp() * 2).to(x), (64,),
+                   dtypes=MANY)  # fmt: skip
+    assert "within rounding" in near.check()["bfloat16"]
+    rough = rule_of(lambda x: x * 3.0, lambda x: (x.bfloat16() * 3.0).to(x), (64,), dtypes=MANY)
+    with pytest.raises(RewriteError, match="in float32"):
+        rough.check()
+
+
+# the cache ----------------------------------------------------------------------------------------
+
+
+def other_sigmoid(x: Tensor, cap: float) -> Tensor:
+    return (2 * torch.sigmoid(2 * (x / cap)) - 1) * cap
+
+
+def test_a_kept_graph_is_of_its_rule(caches: Any) -> None:
+    """With the rule, without it, and with another of its name: each has a graph of its own."""
+    another = rule_of(capped, other_sigmoid, (4, 8), 2.0)
+    another.name = "by_sigmoid"
+    x, seen = rand(3, 5), []
+    for rule in (None, capping(), None, capping(), another):
+        if rule is not None:
+            rule.add()
+        _, reports = results(lambda f: [f(x)], lambda: lambda x: capped(x, 3.0))
+        seen.append(said(reports))
+        if rule is not None:
+            rule.remove()
+    assert seen == [{KEPT}, {KEPT}, {FROM_CACHE}, {FROM_CACHE}, {KEPT}]
+
+
+def test_what_a_function_names_is_part_of_the_digest() -> None:
+    def replaced(two: float) -> Callable:
+        return lambda x: (x + x) * two
+
+    first, again, other = (
+        rule_of(lambda x: 2.0 * x * 1.0, replaced(two), (4,)).digest for two in (1.0, 1.0, 2.0)
+    )
+    assert first == again != other
+
+
+# mistakes of users --------------------------------------------------------------------------------
+
+HELD = torch.ones(4)
+MISTAKES = [
+    (capped, lambda x: x, ((4, 8), 2.0), {}, "the replacement takes x; the pattern takes x, cap"),
+    (capped, by_sigmoid, ((4, 8),), {}, "the example has 1 values for 2 parameters (x, cap)"),
+    (capped, by_sigmoid, ((4, 8), 2), {}, "the example of cap is 2; a shape such as"),
+    (lambda c: c, lambda c: c, (2.0,), {}, "none of its parameters is a tensor"),
+    (capped, by_sigmoid, ((4, 8), 2.0), {"because": ""}, "is no reason in words"),
+    (lambda x: x, lambda x: x + 0, ((4,),), {}, "the pattern calls nothing"),
+    (lambda x: x.sum() * 1 if x.sum() > 0 else x, lambda x: x, ((4,),), {}, "the pattern fails: "),
+    (lambda x: (x + 1, x), lambda x: x + 1, ((4,),), {}, "the pattern returns a tuple"),
+    (lambda x: x + 1, lambda x: (x + 1, x), ((4,),), {}, "the replacement returns a tuple"),
+    (lambda x: x.add_(1), lambda x: x + 1, ((4,),), {}, "it writes into its argument"),
+    (lambda x: x + 1, lambda x: x.add_(1), ((4,),), {}, "which writes or is random"),
+    (lambda x: F.dropout(x), lambda x: x * 1, ((4,),), {}, "draws random numbers"),
+    (lambda x: x + HELD, lambda x: x + 1, ((4,),), {}, "the pattern reads a tensor that"),
+    (lambda x: x + 1, lambda x: x + HELD, ((4,),), {}, "the replacement reads a tensor that is"),
+    (lambda x, c: x * (c * 2), lambda x, c: x, ((4,), 1.0), {}, "no call of the pattern is given c"),
+    (lambda x: x + 1, lambda x: (x + 1).double(), ((4,),), {}, "gives float64 [4]"),
+    (lambda x: x.T.abs(), lambda x: x.abs().T.clone(memory_format=torch.contiguous_format),
+     ((4, 5),), {}, "with strides [4, 1]"),
+    (lambda x: x * 1.0, lambda x: x, ((4,),), {}, "lies in the memory of a parameter"),
+    (lambda x: x + 1, None, ((4,),), {"dtypes": ("float23",)}, "close to it: float32"),
+    ("capped", None, ((4,),), {}, "the pattern 'capped' is no function"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pattern", "replacement", "example", "more", "text"), MISTAKES)
+def test_mistakes(pattern: Any, replacement: Any, example: Any, more: Any, text: str) -> None:
+    with pytest.raises(RewriteError) as raised:
+        rule_of(pattern, replacement, *example, **more)
+    assert text in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_built_in_name_is_taken() -> None:
+    def attention(x: Tensor) -> Tensor:
+        return x + 1
+
+    with pytest.raises(RewriteError, match="attention is the name of a built-in rewrite"):
+        rule_of(lambda x: 1 + x, attention, (4,))
+
+
+def test_a_cell_that_is_run_again() -> None:
+    first, second = capping(), capping(because="another reason")
+    first.add()
+    with second:
+        compile_(lambda x: capped(x, 3.0))(rand(3, 5))
+        first.remove()  # it is no longer there, and its successor stays
+        assert [r.because for r in registered.active(False)] == ["another reason"]
+    (entry,) = gems_compile.reports()[0].rewrites.fired
+    assert entry.because == "another reason"
+
+
+def test_called_it_is_the_replacement() -> None:
+    x = rand(3, 5)
+    assert torch.equal(capping()(x, 3.0), by_sigmoid(x, cap=3.0))
+    assert repr(capping()) == "<rewrite by_sigmoid>"
