@@ -377,7 +377,7 @@ MISTAKES = [
     (lambda x: F.dropout(x), lambda x: x * 1, ((4,),), {}, "draws random numbers"),
     (lambda x: x + HELD, lambda x: x + 1, ((4,),), {}, "the pattern reads a tensor that"),
     (lambda x: x + 1, lambda x: x + HELD, ((4,),), {}, "the replacement reads a tensor that is"),
-    (lambda x, c: x * (c * 2), lambda x, c: x, ((4,), 1.0), {}, "no call of the pattern is given c"),
+    (lambda x, c: x * (c * 2), lambda x, c: x, ((4,), 1.0), {}, "no call of the pattern is given"),
     (lambda x: x + 1, lambda x: (x + 1).double(), ((4,),), {}, "gives float64 [4]"),
     (lambda x: x.T.abs(), lambda x: x.abs().T.clone(memory_format=torch.contiguous_format),
      ((4, 5),), {}, "with strides [4, 1]"),
