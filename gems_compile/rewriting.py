@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from . import registered
+from .config import vendor
 from .errors import RewriteError, unknown
 from .gradients import contents
 from .kernels.target import current_target
@@ -54,6 +55,8 @@ def rewrite(
     """
     if not callable(pattern):
         raise RewriteError(f"rewrite: the pattern {pattern!r} is no function")
+    if not dtypes:
+        raise RewriteError(f"rewrite: dtypes=() is for nothing; choose from {', '.join(DTYPES)}")
     for name in dtypes:
         if name not in DTYPES:
             raise RewriteError(unknown("rewrite: the dtype", name, DTYPES))
@@ -82,6 +85,8 @@ class Rewriting:
         memory: bool,
         replacement: Callable[..., Tensor],
     ) -> None:
+        if not callable(replacement):
+            raise RewriteError(f"rewrite: the replacement {replacement!r} is no function")
         functools.update_wrapper(self, replacement)
         self.name: str = getattr(replacement, "__name__", type(replacement).__name__)
         self.pattern, self.replacement, self.because = pattern, replacement, because
@@ -131,7 +136,7 @@ class Rewriting:
         the replacement is further from float64 than twice the pattern and 4 units in the last place
         """
         if device is None:
-            target = current_target()
+            target = current_target(vendor())
             device = "cpu" if target is None else target.device
         found = {}
         for dtype in self.dtypes:
@@ -172,32 +177,44 @@ class Rewriting:
 
     def _fakes(self) -> tuple[Any, ...]:
         mode = FakeTensorMode()
+        return tuple(self._fake(value, mode) for value in self.example)
+
+    @staticmethod
+    def _fake(value: Any, mode: FakeTensorMode) -> Any:
+        if is_tensor(value):
+            return mode.from_tensor(value.detach().cpu())
         with mode:
-            return tuple(
-                mode.from_tensor(value)
-                if is_tensor(value)
-                else torch.empty(value, device="cpu")
-                if _is_shape(value)
-                else value
-                for value in self.example
-            )
+            return torch.empty(value, device="cpu") if _is_shape(value) else value
 
     def _why_wrong(self, values: Sequence[Any]) -> str | None:
-        """Why a chain of such tensors is left alone, found out once."""
-        for value in filter(is_tensor, values):
-            dtype = str(value.dtype.to_real() if value.is_complex() else value.dtype)[6:]
-            if not value.dtype.is_floating_point and not value.is_complex():
-                continue
+        """Why a chain of such tensors is left alone; their numbers are looked at once."""
+        for name, value, like in zip(self.rule.parameters, values, self.rule.example, strict=True):
+            if is_tensor(value) and _kind(value) != _kind(like):
+                return f"{name} is {_name(value.dtype)}, where its example is {_name(like.dtype)}"
+        tensors = [value for value in values if is_tensor(value)]
+        floats = (v.dtype.to_real() for v in tensors if v.is_floating_point() or v.is_complex())
+        for dtype in sorted(set(map(_name, floats))) or self.dtypes[:1]:
             if dtype not in self.dtypes:
                 return f"a tensor is {dtype}; the rule is for {', '.join(self.dtypes)}"
-            key = value.device.type, dtype
+            key = tensors[0].device.type, dtype
             if key not in self._told:
-                self._told[key], _ = why_far(self, dtype, value.device)
+                self._told[key], _ = why_far(self, dtype, tensors[0].device)
                 if self._told[key] is not None:
                     log.warning("%s is not applied: %s", self.name, self._told[key])
             if self._told[key] is not None:
                 return self._told[key]
         return None
+
+
+def _kind(value: Tensor) -> Any:
+    """Floats of all widths are one kind, as are complex numbers; of others the dtype is."""
+    if value.is_complex():
+        return "complex"
+    return "float" if value.is_floating_point() else value.dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _is_shape(value: Any) -> bool:

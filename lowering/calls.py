@@ -130,7 +130,7 @@ def _kind_of(function: Callable[..., Any], values: Sequence[Any], spec: Any) -> 
     with among_fakes(tensors):
         graph = make_fx(run, pre_dispatch=True)(*(values[i] for i in places)).graph
     calls = [node for node in graph.nodes if node.op == "call_function"]
-    if any(is_unsteady(node.target) for node in calls):
+    if any(map(is_unsteady, calls)):
         return None
     numbers = dict(zip(graph.find_nodes(op="placeholder"), map(_Place, places), strict=True))
     parts = [node for node in calls if node.target is operator.getitem]
@@ -185,11 +185,19 @@ def _literal(value: Any, argument: Any, node: fx.Node, rank: int) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def is_unsteady(target: Any) -> bool:
-    """Whether an op writes into an argument or draws random numbers."""
-    if not isinstance(target, torch._ops.OpOverload):
+def is_unsteady(node: fx.Node) -> bool:
+    """Whether a call writes into an argument or draws random numbers."""
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload):
         return False
-    return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
+    if torch.Tag.nondeterministic_seeded not in op.tags:
+        return op._schema.is_mutable
+    names = [argument.name for argument in op._schema.arguments]
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if given.get("train", True) is False:  # of dropout, in a model that is evaluated
+        return False
+    chance = given.get("dropout_p", 0.0) if "dropout_p" in names else given.get("p")
+    return chance is None or bool(chance > 0)
 
 
 def name_of(function: Any) -> str:

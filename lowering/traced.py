@@ -198,8 +198,9 @@ def traced(function: Callable[..., Any], values: Sequence[Any]) -> tuple[fx.Grap
         graph = make_fx(run, pre_dispatch=True)(*(values[i] for i in places)).graph
     graph.eliminate_dead_code()
     for node in graph.nodes:
-        node.meta.clear()  # its line is where it will stand
-        if is_unsteady(node.target):
+        # of what tracing notes its value alone: its line is where it will stand
+        node.meta = {"example_value": node.meta["val"]} if "val" in node.meta else {}
+        if is_unsteady(node):
             raise NoPattern(f"the replacement calls {node.target}, which writes or is random")
     if not is_tensor(results[-1]):
         raise NoPattern(f"the replacement returns {_told(results[-1])}; a rewrite is of one tensor")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 from helpers import DEVICE, compile_, gems_only, no_new_graph, rand
 from torch import Tensor, nn
 from warmcheck import results, said
@@ -16,6 +17,7 @@ from warmcheck import results, said
 import gems_compile
 from gems_compile import registered
 from gems_compile.errors import RewriteError
+from gems_compile.kernels import mathlib
 from gems_compile.lowering.whole_graphs import FROM_CACHE, KEPT
 
 pytestmark = gems_only
@@ -212,6 +214,83 @@ def test_complex_numbers() -> None:
     torch.testing.assert_close(got.double(), turned(*wide), rtol=1e-6, atol=1e-6)
 
 
+@gems_compile.pointwise
+@triton.jit
+def soft_cap(x, cap: float):
+    return cap * mathlib.tanh(x / cap)
+
+
+@soft_cap.backward
+@gems_compile.pointwise
+@triton.jit
+def soft_cap_backward(dy, x, cap: float):
+    t = mathlib.tanh(x / cap)
+    return dy * (1 - t * t)
+
+
+def test_a_kernel_of_the_users_as_replacement() -> None:
+    rule = rule_of(capped, lambda x, cap: soft_cap(x, cap), (4, 8), 2.0, dtypes=MANY)
+    assert set(rule.check()) == set(MANY)
+    x = rand(3, 5).requires_grad_()
+    got, log = rewrites(rule, lambda x: capped(x + 1, 3.0) * 2, x)
+    got.sum().backward()
+    assert len(fired(log)) == 1
+    assert [(r.launches, r.aten_calls) for r in gems_compile.reports()] == [(1, 0), (1, 0)]
+    wide = x.detach().double().requires_grad_()
+    (capped(wide + 1, 3.0) * 2).sum().backward()
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast(inside: bool) -> None:
+    """Around the whole, or a region of the program: the chain's dtype is what it gives there."""
+    x, w = rand(4, 8), rand(8, 8)
+
+    def program(x: Tensor) -> Tensor:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=inside):
+            return capped(x @ w, 3.0)
+
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=not inside):
+        run = program if inside else lambda x: capped(x @ w, 3.0)
+        got, log = rewrites(capping(dtypes=MANY), run, x)
+        want = run(x)
+    assert fired(log) == ["by_sigmoid"] and got.dtype == want.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6)
+
+
+def test_attention_as_replacement_goes_on_to_the_built_in_rewrites() -> None:
+    def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(torch.einsum("bhld,bhsd->bhls", q, k) / 4.0, -1) @ v
+
+    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=1 / 4.0).clone(
+            memory_format=torch.contiguous_format
+        )
+
+    heads = (2, 3, 8, 16)
+    rule = rule_of(written_out, fused, heads, heads, heads, dtypes=("float32",))
+    q, k, v = (rand(2, 4, 8, 16) for _ in range(3))
+    got, log = rewrites(rule, written_out, q, k, v)
+    assert fired(log) == ["fused"], missed(log)
+    torch.testing.assert_close(got, written_out(q, k, v), rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_that_drops_nothing_is_part_of_a_chain() -> None:
+    rule = rule_of(lambda x: F.dropout(x.exp(), 0.5, False) * 2.0, lambda x: 2.0 * x.exp(), (4,))
+    model = nn.Dropout(0.5).to(DEVICE)
+    for training, wanted in ((False, ["<lambda>"]), (True, [])):
+        model.train(training)
+        _, log = rewrites(rule, lambda x: model(x.exp()) * 2.0, rand(4))
+        assert fired(log) == wanted
+
+
+def test_a_function_transform_is_left_alone() -> None:
+    x = rand(3, 5)
+    got, log = rewrites(capping(), torch.func.vmap(lambda x: capped(x, 3.0)), x)
+    assert (fired(log), missed(log)) == ([], [])
+    torch.testing.assert_close(got, capped(x, 3.0))
+
+
 # it does not, and says why ------------------------------------------------------------------------
 
 
@@ -289,6 +368,22 @@ def test_a_number_for_a_tensor() -> None:
     rule = rule_of(lambda x, y: torch.exp(x * y), lambda x, y: torch.exp(y * x), (4,), (4,))
     _, log = rewrites(rule, lambda x: torch.exp(x * 2.0), rand(4))
     assert missed(log) == ["<lambda>: y is 2.0, where the pattern has a tensor"]
+
+
+def multiplied(times: int) -> Callable:
+    return lambda x: x * times
+
+
+def test_whole_numbers_are_looked_at_too() -> None:
+    ones = torch.ones(4, dtype=torch.int64)
+    program, x = lambda x: x * 3 - x, ones.to(DEVICE)
+    for times, wanted in ((2, ["<lambda>"]), (5, [])):
+        rule = rule_of(lambda x: x * 3 - x, multiplied(times), ones)
+        got, log = rewrites(rule, program, x)
+        assert fired(log) == wanted and torch.equal(got, program(x))
+    floats = rule_of(lambda x: x * 3 - x, lambda x: x * 2, (4,))
+    _, log = rewrites(floats, program, x)
+    assert missed(log) == ["<lambda>: x is int64, where its example is float32"]
 
 
 def test_another_dtype_of_the_chain_is_seen() -> None:
@@ -374,7 +469,7 @@ MISTAKES = [
     (lambda x: x + 1, lambda x: (x + 1, x), ((4,),), {}, "the replacement returns a tuple"),
     (lambda x: x.add_(1), lambda x: x + 1, ((4,),), {}, "it writes into its argument"),
     (lambda x: x + 1, lambda x: x.add_(1), ((4,),), {}, "which writes or is random"),
-    (lambda x: F.dropout(x), lambda x: x * 1, ((4,),), {}, "draws random numbers"),
+    (lambda x: F.dropout(x, 0.5), lambda x: x * 1, ((4,),), {}, "draws random numbers"),
     (lambda x: x + HELD, lambda x: x + 1, ((4,),), {}, "the pattern reads a tensor that"),
     (lambda x: x + 1, lambda x: x + HELD, ((4,),), {}, "the replacement reads a tensor that is"),
     (lambda x, c: x * (c * 2), lambda x, c: x, ((4,), 1.0), {}, "no call of the pattern is given"),
@@ -382,6 +477,8 @@ MISTAKES = [
     (lambda x: x.T.abs(), lambda x: x.abs().T.clone(memory_format=torch.contiguous_format),
      ((4, 5),), {}, "with strides [4, 1]"),
     (lambda x: x * 1.0, lambda x: x, ((4,),), {}, "lies in the memory of a parameter"),
+    (lambda x: x + 1, 3, ((4,),), {}, "the replacement 3 is no function"),
+    (lambda x: x + 1, None, ((4,),), {"dtypes": ()}, "dtypes=() is for nothing"),
     (lambda x: x + 1, None, ((4,),), {"dtypes": ("float23",)}, "close to it: float32"),
     ("capped", None, ((4,),), {}, "the pattern 'capped' is no function"),
 ]  # fmt: skip
