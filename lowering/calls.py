@@ -147,7 +147,8 @@ def _one_call(node: fx.Node, numbers: dict[fx.Node, _Place]) -> _Kind | None:
     """Its arguments in the schema's order, without those at its end that are the defaults; None if
     one is neither the caller's nor a constant."""
     op: Any = node.target
-    rank = next((a.meta["val"].dim() for a in node.all_input_nodes if "val" in a.meta), 0)
+    ranks = {a.meta["val"].dim() for a in numbers if isinstance(a.meta.get("val"), Tensor)}
+    rank = ranks.pop() if len(ranks) == 1 else None  # broadcast, dims count another one's
     given = dict(zip((a.name for a in op._schema.arguments), node.args, strict=False))
     given |= node.kwargs
     word, found, kept = str(op), [], 0
@@ -170,10 +171,11 @@ def _holds_nodes(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and any(isinstance(v, fx.Node) for v in value)
 
 
-def _literal(value: Any, argument: Any, node: fx.Node, rank: int) -> Any:
+def _literal(value: Any, argument: Any, node: fx.Node, rank: int | None) -> Any:
     """One spelling of a number: dims from 0 on; of a float tensor's operand, a float."""
     op: Any = node.target
-    if argument.name == "dim" and op._schema.name not in _COUNT_NEW_DIM:
+    name = op._schema.name
+    if rank is not None and argument.name == "dim" and name not in _COUNT_NEW_DIM:
         if type(value) is int and value < 0:
             return value + rank
         if isinstance(value, (tuple, list)) and all(type(d) is int for d in value):

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import gems_only
+from helpers import BACKEND, gems_only
+
+if BACKEND == "gems":
+    from explanations import Page
 
 pytestmark = [
     gems_only,
@@ -86,9 +89,14 @@ RUN = [block for block in BLOCKS if block.file is None]
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, bool]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the reader works."""
+    return tmp_path_factory.mktemp("tutorial")
+
+
+@pytest.fixture(scope="module")
+def answers(folder: Path) -> list[tuple[str, bool]]:
     """What each block printed, and whether it ran; those behind one that failed did not."""
-    folder = tmp_path_factory.mktemp("tutorial")
     for block in BLOCKS:
         if block.file is not None:
             (folder / block.file).write_text(block.code)
@@ -110,6 +118,25 @@ def test_a_block(k: int, answers: list[tuple[str, bool]]) -> None:
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     wanted = block.expected or ""
     assert doctest.OutputChecker().check_output(wanted, printed, flags), printed
+
+
+def test_the_page_shows_what_is_told_of_it(folder: Path, answers: list[tuple[str, bool]]) -> None:
+    page = Page(folder / "before.html")
+    boxes, tables = page.boxes(), page.data["graphs"][0]
+    (lane,) = (lane for lane in tables["lanes"] if lane[0] == "attention.0")
+    row = [b for b in boxes if lane[2] <= b["at"][1] < lane[2] + lane[4]]
+    names = [page.texts[box["name"]] for box in row]
+    turning = ["view_as_complex", "mul.Tensor", "view_as_real"]
+    for k in (k for k, name in enumerate(names) if name == turning[0]):
+        assert row[k - 1]["kind"] == "kernel" and "rsqrt" in names[k - 1]
+        assert names[k : k + 3] == turning
+    assert names.count("mul.Tensor") == 2  # of the queries and of the keys
+    others = [row for row in tables["aten"] if row["name"] != "mm"]
+    assert others[0]["name"] == "mul.Tensor" and "decoder.py:10" in others[0]["line"]
+    assert [len(row["steps"]) for row in others if row["name"] in turning] == [4, 4, 4]
+    assert not any("complex" in row["reason"] for row in tables["unfused"])
+    (rewritten,) = Page(folder / "after.html").data["graphs"][0]["rewritten"]
+    assert (rewritten["rule"], rewritten["times"]) == ("turn_in_reals", 4)
 
 
 def test_outputs_stand_behind_blocks_that_run() -> None:

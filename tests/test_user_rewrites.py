@@ -167,6 +167,21 @@ def test_a_pattern_may_ask_for_shapes() -> None:
     assert missed(log) == ["scaled_by_product: the program has 8.0, where the pattern has 4.0"]
 
 
+def test_dims_that_count_from_either_end_are_told_apart() -> None:
+    """-1 is the last of the broadcast dims here, and 1 is not, though the first operand has two."""
+    rule = rule_of(
+        lambda x, y: F.cosine_similarity(x, y, dim=-1) * 2.0,
+        lambda x, y: 2.0 * F.cosine_similarity(x, y, dim=-1),
+        (4, 4), (3, 4, 4),
+    )  # fmt: skip
+    x, y = rand(4, 4), rand(3, 4, 4)
+    for dim, times in ((-1, 1), (1, 0)):
+        program = lambda x, y, d=dim: F.cosine_similarity(x, y, dim=d) * 2.0  # noqa: E731
+        got, log = rewrites(rule, program, x, y)
+        assert len(fired(log)) == times
+        torch.testing.assert_close(got, program(x, y))
+
+
 def test_dynamic_sizes_compile_once() -> None:
     rule = rule_of(halves, halves_at_once, (4, 8))
     with rule:
@@ -426,7 +441,9 @@ def test_sixteen_bits_and_what_check_says() -> None:
 
 
 def other_sigmoid(x: Tensor, cap: float) -> Tensor:
-    return (2 * torch.sigmoid(2 * (x / cap)) - 1) * cap
+    """The same calls, from another text: torch's own key does not tell them apart."""
+    twice = 2 * torch.sigmoid(2 * (x / cap))
+    return cap * (twice - 1)
 
 
 def test_a_kept_graph_is_of_its_rule(caches: Any) -> None:
