@@ -194,8 +194,9 @@ def traced(function: Callable[..., Any], values: Sequence[Any]) -> tuple[fx.Grap
             results.append(_called("replacement", function, arguments))
         return results[-1]
 
+    given = [values[i] for i in places]
     with among_fakes([v for v in values if is_tensor(v)]):
-        graph = make_fx(run, pre_dispatch=True)(*(values[i] for i in places)).graph
+        graph = _called("replacement", make_fx(run, pre_dispatch=True), given).graph
     graph.eliminate_dead_code()
     for node in graph.nodes:
         # of what tracing notes its value alone: its line is where it will stand
