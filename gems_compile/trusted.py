@@ -49,7 +49,8 @@ def why_far(rule: Rewriting, dtype: str, device: torch.device) -> tuple[str | No
             return f"in {dtype} {told}", ""
         worst = max(worst, far / allowed if allowed else 0.0)
     same = not any(_difference(g, p).any() for g, p in zip(got, plain, strict=True))
-    return None, "the same bits" if same else f"within rounding ({worst:.2f} of what is allowed)"
+    near = f"within rounding ({worst:.2f} of what is allowed)"
+    return None, "the same numbers" if same else near
 
 
 def _names(rule: Rewriting, given: Sequence[Any]) -> list[str]:
