@@ -28,6 +28,24 @@ log = logging.getLogger("gems_compile")
 
 PART = "getitem"  # the word of one of several results
 
+#: other names that PyTorch has for an op, of the same overloads and arguments
+_SAME_AS = {
+    "aten.absolute": "aten.abs",
+    "aten.clip": "aten.clamp",
+    "aten.concat": "aten.cat",
+    "aten.concatenate": "aten.cat",
+    "aten.divide": "aten.div",
+    "aten.greater": "aten.gt",
+    "aten.greater_equal": "aten.ge",
+    "aten.less": "aten.lt",
+    "aten.less_equal": "aten.le",
+    "aten.multiply": "aten.mul",
+    "aten.negative": "aten.neg",
+    "aten.not_equal": "aten.ne",
+    "aten.subtract": "aten.sub",
+    "aten.true_divide": "aten.div",
+}
+
 #: their dims count the result's, which has one more
 _COUNT_NEW_DIM = frozenset({"aten::unsqueeze", "aten::stack"})
 
@@ -151,7 +169,8 @@ def _one_call(node: fx.Node, numbers: dict[fx.Node, _Place]) -> _Kind | None:
     rank = ranks.pop() if len(ranks) == 1 else None  # broadcast, dims count another one's
     given = dict(zip((a.name for a in op._schema.arguments), node.args, strict=False))
     given |= node.kwargs
-    word, found, kept = str(op), [], 0
+    name, _, overload = str(op).rpartition(".")
+    word, found, kept = f"{_SAME_AS.get(name, name)}.{overload}", [], 0
     for argument in op._schema.arguments:
         value = given.get(argument.name, argument.default_value)
         leaves = value if _holds_nodes(value) else [value]

@@ -17,6 +17,7 @@ from warmcheck import results, said
 
 import gems_compile
 from gems_compile.kernels import mathlib
+from gems_compile.lowering import calls
 from gems_compile.lowering.whole_graphs import FROM_CACHE, KEPT
 
 pytestmark = gems_only
@@ -43,6 +44,18 @@ def test_a_chain_is_found_however_it_is_spelt(program: Callable) -> None:
     assert (fired(log), missed(log)) == (["by_sigmoid"], [])
     torch.testing.assert_close(got, program(x))
     assert log.fired[0].because == "the test wants it" and ".py:" in log.fired[0].source
+
+
+def test_names_that_are_one_op_have_one_schema() -> None:
+    for other, name in calls._SAME_AS.items():
+        ops = [getattr(torch.ops.aten, n.removeprefix("aten.")) for n in (other, name)]
+        for overload in set(ops[0].overloads()) - {"out", "Tensor_out", "Scalar_out", "names"}:
+            given = [
+                [(a.name, str(a.type)) for a in getattr(op, overload)._schema.arguments]
+                for op in ops
+                if overload in op.overloads()
+            ]
+            assert len(given) == 2 and given[0] == given[1], (other, overload)
 
 
 def test_the_replacement_is_what_runs() -> None:
