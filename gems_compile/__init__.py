@@ -11,6 +11,7 @@ name below is loaded when it is first used.
     enabled_ops   the ops that ``enable`` has replaced
     ops           each declared op as a function: ``gems_compile.ops.gelu(x)``
     pointwise     a decorator: a Triton function on tiles becomes an op that fuses
+    rewrite       a decorator: a function stands for a chain of calls wherever that is compiled
     llm           the ops of language models: ``gems_compile.llm.rms_norm(x, weight)``
     modules       the same as modules: ``gems_compile.modules.RMSNorm(4096)``
     Config        the settings, see docs/options.md
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .dumping import dump
     from .eager import disable, enable, enabled_ops, ops, use_gems
     from .explain import explain
+    from .rewriting import rewrite
 
     __version__: str
     vendor_name: str
@@ -50,6 +52,7 @@ __all__ = [
     "ops",
     "pointwise",
     "reports",
+    "rewrite",
     "use_gems",
     "vendor_name",
 ]
@@ -65,6 +68,7 @@ _HOME = {
     "ops": "eager",
     "pointwise": "authoring",
     "reports": "backend",
+    "rewrite": "rewriting",
     "use_gems": "eager",
 }
 #: names that are modules

@@ -13,7 +13,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 
-from . import telling
+from . import registered, telling
 from .collection import WhileDynamoTraces, no_collection
 from .config import Config, cache_bytes, cache_dir, told, vendor
 from .dynamo import Breaks, Recompile, recompile, tell
@@ -172,7 +172,7 @@ class _Front:
 
     def _through_cache(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Through the cache of whole graphs; compiled without it where that fails."""
-        key = tag(self.config, self.options, inputs)
+        key = tag(self.config, self.options, inputs, self.rewrites)
         lookup = Lookup(Graph, key, self._revive, self.owner.fresh)
         try:
             with lookup.active():
@@ -311,6 +311,7 @@ def _rewrite(gm: GraphModule, session: Session | None, which: bool | str, write:
     from .lowering.masks import lay_out_masks, read_constant_masks
     from .lowering.rewrite import rewrite_dynamo_graph
     from .lowering.rewrites import MEMORY, TABLE
+    from .lowering.user_rewrites import rewrite_for_users
 
     if which == "memory":
         from .kernels.served import serve_with
@@ -319,7 +320,8 @@ def _rewrite(gm: GraphModule, session: Session | None, which: bool | str, write:
         serve_with(serve)  # linear_cross_entropy stays a call, within which our kernels run
     if session is not None:
         session.dynamo(gm, "dynamo.txt")
-    rewrites = rewrite_dynamo_graph(gm, MEMORY if which == "memory" else TABLE, write)
+    rewrites = rewrite_for_users(gm, registered.active(memory=which == "memory"), write)
+    rewrites.extend(rewrite_dynamo_graph(gm, MEMORY if which == "memory" else TABLE, write=write))
     rewrites.extend(read_constant_masks(gm, write))
     lay_out_masks(gm)
     rewrites.extend(share_keys(gm, write))

@@ -23,6 +23,11 @@ class AuthoringError(GemsError, TypeError):
     """A function that ``gems_compile.pointwise`` cannot take, or a call that it cannot serve."""
 
 
+class RewriteError(GemsError, ValueError):
+    """Two functions that ``gems_compile.rewrite`` cannot take as pattern and replacement, or whose
+    numbers differ."""
+
+
 class ArgumentError(GemsError, ValueError):
     """An argument that a function of ``gems_compile.llm`` does not take."""
 

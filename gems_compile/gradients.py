@@ -34,12 +34,13 @@ def facts_of_backward(name: str, backward: Any, tensors: Sequence[str]) -> tuple
             f"{name}: its backward {backward!r} is neither a pointwise op nor a function of "
             "tensors; a function of triton.jit needs @gems_compile.pointwise above it"
         )
-    return backward, _contents(backward, set())
+    return backward, contents(backward)
 
 
-def _contents(function: Any, seen: set[int]) -> Any:
+def contents(function: Any, seen: set[int] | None = None) -> Any:
     """What a Python function does, as far as it can be told: its source, that of the functions it
     calls, and the ops and numbers that it names."""
+    seen = set() if seen is None else seen
     if not isinstance(function, FunctionType) or id(function) in seen:
         return repr(getattr(function, "op", getattr(function, "__qualname__", type(function))))
     seen.add(id(function))
@@ -50,7 +51,7 @@ def _contents(function: Any, seen: set[int]) -> Any:
     used = inspect.getclosurevars(function)
     named = {**used.globals, **used.nonlocals}
     return text, [
-        (key, _contents(what, seen))
+        (key, contents(what, seen))
         if callable(what)
         else (key, repr(what) if isinstance(what, (bool, int, float, str)) else "")
         for key, what in sorted(named.items())

@@ -25,7 +25,9 @@ from .lowering.decompose import added_rules
 from .lowering.load import binaries, library_digest
 from .lowering.options import Options
 from .lowering.report import Report
+from .lowering.rewrite import RewriteLog
 from .lowering.saved import Saved, kernel_keys
+from .registered import digests
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +86,12 @@ def _why_not_there(folder: str | None) -> str | None:
     return why
 
 
-def tag(config: Config, options: Options, inputs: Sequence[Any]) -> str:
+def tag(
+    config: Config, options: Options, inputs: Sequence[Any], rewrites: RewriteLog | None = None
+) -> str:
     """A digest of what decides about a graph's code, beyond what torch puts into its keys: the
-    program, what it is called with, torch's version and settings."""
+    program, what it is called with, torch's version and settings. ``rewrites``: what was done to
+    the program; a user's own have another digest when their functions change."""
     facts = {
         "sources": sources_digest(),
         "kernels": library_digest(),
@@ -94,6 +99,7 @@ def tag(config: Config, options: Options, inputs: Sequence[Any]) -> str:
         "versions": [sys.version_info[:2], torch.__version__, torch.version.git_version],
         "options": repr(replace(options, cache_dir=None, cache_bytes=0, threads=None)),
         "rewrites": config.rewrites,
+        "users": [] if rewrites is None else digests(rewrites),
         "tf32": torch.backends.cudnn.allow_tf32,
         "precision": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),

@@ -24,7 +24,7 @@ from .words import Reading, read_aten, read_dynamo
 
 log = logging.getLogger("gems_compile")
 
-_COMMUTATIVE = frozenset({"add", "mul"})
+COMMUTATIVE = frozenset({"add", "mul", "aten.add.Tensor", "aten.mul.Tensor"})
 _INHERITED = ("stack_trace", "nn_module_stack", "fwd_nn_module_stack", "source_fn_stack", "custom")
 
 
@@ -39,6 +39,13 @@ class Var:
 class Term:
     word: str
     args: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A number, dtype or the like of a pattern that was run; what it must be is checked later."""
+
+    value: Any
 
 
 @dataclass(frozen=True)
@@ -228,7 +235,7 @@ class _Matcher:
         if isinstance(tree, Var):
             if tree.name not in bound:
                 yield {**bound, tree.name: value}, readings
-            elif bound[tree.name] is value:
+            elif bound[tree.name] is value or (_is_number(value) and bound[tree.name] == value):
                 yield state
         elif isinstance(tree, Either):
             for option in tree.options:
@@ -244,8 +251,11 @@ class _Matcher:
                 return
             covered = (bound, {**readings, value: reading})
             yield from self._match_all(tree.args, reading.args, covered)
-            if tree.word in _COMMUTATIVE and not reading.in_place:
+            if tree.word in COMMUTATIVE and len(tree.args) == 2 and not reading.in_place:
                 yield from self._match_all(tree.args, reading.args[::-1], covered)
+        elif isinstance(tree, Constant):
+            if not isinstance(value, fx.Node):
+                yield state
         elif type(tree) is type(value) and tree == value:
             yield state
 
@@ -272,6 +282,10 @@ class _Matcher:
         if between > sum(map(is_barrier, nodes - {root})):
             return "an in-place op or a change of mode stands between the first op and the last"
         return match.rule.check(match)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
 def is_barrier(node: fx.Node) -> bool:
@@ -419,7 +433,10 @@ _BODIES = frozenset({"tag_activation_checkpoint", "invoke_subgraph", "wrap"})
 
 
 def rewrite_dynamo_graph(
-    gm: fx.GraphModule, table: Sequence[Rewrite] | None = None, write: Write = unwritten
+    gm: fx.GraphModule,
+    table: Sequence[Rewrite] | None = None,
+    reader: Callable[[fx.Node], Reading | None] = read_dynamo,
+    write: Write = unwritten,
 ) -> RewriteLog:
     """Rewrite a Dynamo graph in place, before AOTAutograd sees it: training and inference alike.
 
@@ -434,9 +451,9 @@ def rewrite_dynamo_graph(
     if any(map(is_foreign, gm.graph.nodes)):
         return RewriteLog()
     register_torch_ops()
-    found = apply_rewrites(gm, table, read_dynamo, write)
+    found = apply_rewrites(gm, table, reader, write)
     for body in bodies(gm):
-        found.extend(rewrite_dynamo_graph(body, table, write))
+        found.extend(rewrite_dynamo_graph(body, table, reader, write))
     if found.fired:
         gm.recompile()
     return found

@@ -1,8 +1,12 @@
-"""Explanations made by hand: a small one, one of 5,000 nodes, one whose texts would be markup."""
+"""Explanations made by hand: a small one, one of 5,000 nodes, one whose texts would be markup; and
+what a page of one knows."""
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from gems_compile.dynamo import Recompile
@@ -160,3 +164,18 @@ def hostile() -> Any:
         break_lines={HOSTILE: (HOSTILE,)},
         recompiles=(Recompile(0, *(HOSTILE,) * 6, older=(HOSTILE,)),),
     )
+
+
+class Page:
+    """A page's file, read."""
+
+    def __init__(self, path: Path) -> None:
+        self.text = path.read_text(encoding="utf-8")
+        (found,) = re.findall(
+            r'<script type="application/json"[^>]*>(.*?)</script>', self.text, re.S
+        )
+        self.data: Any = json.loads(found)
+        self.texts: list[str] = self.data["texts"]
+
+    def boxes(self, graph: int = 0) -> list[Any]:
+        return self.data["graphs"][graph]["boxes"]

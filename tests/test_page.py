@@ -16,7 +16,7 @@ from helpers import BACKEND, DEVICE, gems_only, rand
 from torch import nn
 
 if BACKEND == "gems":
-    from explanations import HOSTILE, SOURCE, aten, hostile, large, small
+    from explanations import HOSTILE, SOURCE, Page, aten, hostile, large, small
 
     import gems_compile
     from gems_compile import page
@@ -25,21 +25,6 @@ if BACKEND == "gems":
     from gems_compile.summary import GraphSummary
 
 pytestmark = gems_only
-
-
-class Page:
-    """A page's file, read."""
-
-    def __init__(self, path: Path) -> None:
-        self.text = path.read_text(encoding="utf-8")
-        (found,) = re.findall(
-            r'<script type="application/json"[^>]*>(.*?)</script>', self.text, re.S
-        )
-        self.data: Any = json.loads(found)
-        self.texts: list[str] = self.data["texts"]
-
-    def boxes(self, graph: int = 0) -> list[Any]:
-        return self.data["graphs"][graph]["boxes"]
 
 
 def written(explanation: Any, path: Path, times: Any = None) -> Page:
