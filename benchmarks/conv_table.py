@@ -10,8 +10,8 @@ from torch import Tensor
 
 from benchmarks.op_cases import Case, Given, Sizes
 from gems_compile import eager
+from gems_compile.calls.one_op import aten_name
 from gems_compile.kernels.op import Call, T, call
-from gems_compile.one_op import aten_name
 
 LAST = "-last"  # in a label: images in channels-last
 

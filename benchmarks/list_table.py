@@ -7,8 +7,8 @@ from typing import Any
 
 from benchmarks.op_cases import Case, Sizes, by_size
 from gems_compile import eager
+from gems_compile.calls.lists import foreach
 from gems_compile.kernels.op import T, call
-from gems_compile.lists import foreach
 
 #: layers of a matrix and a vector each
 LAYERS = 12

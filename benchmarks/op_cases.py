@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.group import spell
 from gems_compile import eager
+from gems_compile.calls.one_op import aten_name
 from gems_compile.kernels.op import OPS, Call, T, call
-from gems_compile.one_op import aten_name
 
 SEED = 1234
 FAMILIES = ("pointwise", "reduction", "scan", "softmax", "norm", "loss", "indexing", "layout")

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks.table import Row
-from gems_compile.worth import FOLDER, WITH_DIM, Measured, Table, path_of, read_table
+from gems_compile.calls.worth import FOLDER, WITH_DIM, Measured, Table, path_of, read_table
 
 HOW = "time of ATen's call over ours, steady calls, host time included"
 #: times ATen's speed that a kernel has on the device at least, where its call is faster: else ATen

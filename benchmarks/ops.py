@@ -29,7 +29,7 @@ from benchmarks.op_cases import FAMILIES, Case, chosen, without_cases
 from benchmarks.op_timing import MODES, Copies, Setting, measure
 from benchmarks.processes import ROOT
 from benchmarks.table import Row, number
-from gems_compile import varying
+from gems_compile.calls import varying
 from gems_compile.errors import UnknownOp
 
 HEAD = ["op", "size", "eager us", "gems us", "x eager", "x FlagGems", "GB/s", "of a copy"]

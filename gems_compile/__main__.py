@@ -83,7 +83,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
 def _demo(add: Add) -> None:
     def run(args: Any) -> int:
-        from .demo import main as demo
+        from .commands.demo import main as demo
 
         return demo(None if args.no_dump else args.dump, args.json)
 
@@ -100,7 +100,7 @@ def _demo(add: Add) -> None:
 def _doctor(add: Add) -> None:
     def run(args: Any) -> int:
         with Waiting("The self-test compiles and runs"):
-            from .doctor import examine, main
+            from .commands.doctor import examine, main
 
             found = examine()
         return main(args.json, found)
@@ -110,7 +110,7 @@ def _doctor(add: Add) -> None:
 
 def _explain(add: Add) -> None:
     def run(args: Any) -> int:
-        from .script import main as explain
+        from .commands.script import main as explain
 
         return explain(args.script, args.args, args.backend, args.json, args.html, args.why)
 
@@ -145,7 +145,7 @@ def _page(add: Add) -> None:
 def _ops(add: Add) -> None:
     def run(args: Any) -> int:
         with Waiting("The ops are looked up"):
-            from .catalogue import main as catalogue
+            from .commands.catalogue import main as catalogue
         return catalogue(args.json, args.markdown, args.only)
 
     command = add("ops", run, "what eager mode can serve, and what it does by default")
@@ -158,7 +158,7 @@ def _ops(add: Add) -> None:
 def _targets(add: Add) -> None:
     def run(args: Any) -> int:
         with Waiting("The devices are looked up"):
-            from .targets import listed, main
+            from .commands.targets import listed, main
 
             found = listed()
         return main(args.json, found)
@@ -180,7 +180,7 @@ def _cache(add: Add) -> None:
 
 def _bench(add: Add) -> None:
     def run(args: Any) -> int:
-        from .bench import main as bench
+        from .commands.bench import main as bench
 
         return bench(args.name, args.args, args.json)
 

@@ -13,10 +13,12 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 
-from . import registered, telling
+from . import registered
 from .collection import WhileDynamoTraces, no_collection
 from .config import Config, cache_bytes, cache_dir, told, vendor
 from .dynamo import Breaks, Recompile, recompile, tell
+from .insight import logs
+from .insight.rewritten import written_out
 from .kernels.target import current_target
 from .late import Boxed, Late
 from .lowering.channels_last import Decision
@@ -31,12 +33,11 @@ from .lowering.report import Report
 from .lowering.rewrite import Write, unwritten
 from .lowering.saved import Saved, as_text
 from .lowering.whole_graphs import NOT_KEPT, Kept, Lookup
-from .rewritten import written_out
 from .second_order import Program, with_second_order
 from .warm import Graph, tag, why_off
 
 if TYPE_CHECKING:
-    from .dump_files import Session
+    from .insight.dump_files import Session
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ class _Front:
             compiled = self._through_aot(gm, inputs, _plain)
         self.told = True
         for report in self.reports:
-            telling.tell(report)
+            logs.tell(report)
         return compiled if self.program is None else with_second_order(compiled, self.program)
 
     def _through_cache(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -246,7 +247,7 @@ class _Front:
             )
         self._add(report)
         if self.told:  # a backward, when it first ran
-            telling.tell(report)
+            logs.tell(report)
         random = self.program is not None and self.program.random
         return run, partial(write, kind=kind, random=random)
 
@@ -286,7 +287,7 @@ def _dump_session(
 ) -> Session | None:
     if config.dump is None:
         return None
-    from .dump_files import Session
+    from .insight.dump_files import Session
 
     return Session(config.dump, told(config, mode, options))
 
@@ -298,7 +299,7 @@ def _verifier(config: Config) -> Callable[..., Any] | None:
     if looks_at_memory() is None:
         _tell_once("verify compares nothing: this torch has no way to look at a kernel's memory")
         return None
-    from .verify import Verifier
+    from .insight.verify import Verifier
 
     if config.cudagraphs:
         _tell_once("verify sees every launch: nothing is captured in CUDA graphs")
@@ -377,7 +378,7 @@ def _compile_one(
         if verify is not None:
             begun.watch = partial(verify, folder=None if dump is None else dump.path)
         if dump is None:
-            waiting = Late(partial(telling.loaded, begun.load, report), otherwise)
+            waiting = Late(partial(logs.loaded, begun.load, report), otherwise)
             late.add(waiting)
             return waiting.boxed(holder), partial(as_text, begun)
         run = begun.load()

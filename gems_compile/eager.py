@@ -19,24 +19,24 @@ from typing import Any
 
 import torch
 
-from .aten_kernel import CALLED_WITH_NUMBERS_ALONE, companions
-from .attention import ATTENTION
+from .calls.aten_kernel import CALLED_WITH_NUMBERS_ALONE, companions
+from .calls.attention import ATTENTION
+from .calls.counting import SIZED
+from .calls.forms import Form, forms_of
+from .calls.lists import foreach
+from .calls.one_op import Handler, aten_name
+from .calls.optimizers import optimizers
+from .calls.worth import on_unasked
 from .config import vendor
-from .counting import SIZED
 from .errors import UnknownOp, nearest
-from .forms import Form, forms_of
 from .kernels import load_ops
 from .kernels.composed import COMPOSED, UPDATING
 from .kernels.draws import DRAWS
 from .kernels.factories import FACTORIES
 from .kernels.op import OPS, Op
 from .kernels.target import Target, current_target
-from .lists import foreach
 from .lowering.overload import find_overload
-from .one_op import Handler, aten_name
-from .optimizers import optimizers
 from .selection import Names, PathLike, Record, Selection, selection
-from .worth import on_unasked
 
 log = logging.getLogger(__name__)
 

@@ -20,14 +20,14 @@ from . import page
 from .backend import Gems
 from .config import vendor
 from .dynamo import Recompile, Watch
+from .insight.summary import ATEN, FREE, GraphSummary, summarize
 from .kernels.target import current_target
 from .lowering.copies import once
 from .lowering.whole_graphs import NOT_KEPT
-from .summary import ATEN, FREE, GraphSummary, summarize
 from .tables import Table, as_text
 
 if TYPE_CHECKING:
-    from .script import Kept
+    from .commands.script import Kept
 
 MOST_ROWS = 25  # of one table; the data has all of them
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .calls.one_op import Handler
 from .config import vendor
 from .kernels import load_ops
 from .kernels.served import serve_with
 from .kernels.target import Target, current_target
-from .one_op import Handler
 
 _handlers: dict[str, Handler] = {}
 _lock = threading.Lock()

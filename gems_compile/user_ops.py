@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .calls.forms import OUT, Form, share_memory
+from .calls.one_call import compile_one, in_clean_thread
+from .calls.one_op import MAX_COMPILED, PLAIN, describe
+from .calls.varying import Family, Sizes, Variant, family_of
 from .config import Config, vendor
 from .errors import AuthoringError
-from .forms import OUT, Form, share_memory
 from .kernels.target import Target, current_target
-from .one_call import compile_one, in_clean_thread
-from .one_op import MAX_COMPILED, PLAIN, describe
-from .varying import Family, Sizes, Variant, family_of
 
 
 class UserOp:

@@ -115,8 +115,9 @@ def sources_digest() -> str:
     from . import __version__
 
     digest = hashlib.sha256(__version__.encode())
-    for package in ("gems_compile", "gems_compile.lowering"):
-        (folder,) = sys.modules[package].__path__
+    (own,) = sys.modules[__package__].__path__
+    (lowering,) = sys.modules[f"{__package__}.lowering"].__path__
+    for folder in (own, os.path.join(own, "calls"), os.path.join(own, "insight"), lowering):
         for name in sorted(os.listdir(folder)):
             if name.endswith(".py"):
                 digest.update(name.encode())

@@ -1,6 +1,6 @@
 """ATen overloads that the declared ones make up: eager mode takes them apart by torch's rules, or
-by its own (``gems_compile.rules``), and compiles what that gives into one kernel, or two. Under
-``torch.compile`` AOTAutograd does the same, by torch's.
+by its own (``gems_compile.calls.rules``), and compiles what that gives into one kernel, or two.
+Under ``torch.compile`` AOTAutograd does the same, by torch's.
 
 A call that comes to anything else than declared ops is ATen's.
 """

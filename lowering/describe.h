@@ -1,4 +1,4 @@
-/* What a kernel of one eager call is compiled for: as describe() in gems_compile/one_op.py, which
+/* What a kernel of one eager call is compiled for: as describe() in gems_compile/calls/one_op.py, which
    takes a microsecond a tensor for it. Getters and methods of tensors are called as the C functions
    that they are, as nothing is looked up then. */
 

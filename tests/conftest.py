@@ -48,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--any-sizes"):
-        importlib.import_module("gems_compile.varying").OWN_SIZES = 0
+        importlib.import_module("gems_compile.calls.varying").OWN_SIZES = 0
     # what is collected depends on them, so the modules of tests ask when they are imported
     if config.getoption("--quick"):
         os.environ["GEMS_TEST_QUICK"] = "1"

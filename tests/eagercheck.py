@@ -13,7 +13,7 @@ from torch import Tensor
 
 import gems_compile
 from gems_compile import eager
-from gems_compile.attention import ATTENTION
+from gems_compile.calls.attention import ATTENTION
 from gems_compile.kernels.target import current_target
 
 

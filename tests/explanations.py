@@ -11,8 +11,8 @@ from typing import Any
 
 from gems_compile.dynamo import Recompile
 from gems_compile.explain import Explanation
-from gems_compile.rewritten import NearMiss, Rewritten
-from gems_compile.summary import Call, Edge, GraphSummary, NodeFact
+from gems_compile.insight.rewritten import NearMiss, Rewritten
+from gems_compile.insight.summary import Call, Edge, GraphSummary, NodeFact
 
 SOURCE = 'import triton\n\n@triton.jit\ndef fused_add_gelu(x_ptr):  # "why"\n    return 1.5\n'
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><!--<script>&amp;\u2028"

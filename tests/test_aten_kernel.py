@@ -12,7 +12,7 @@ from helpers import DEVICE, assert_same_metadata
 
 import gems_compile
 from gems_compile import eager
-from gems_compile.aten_kernel import BY_TENSOR, CALLED_WITH_NUMBERS, ByTensor, companions
+from gems_compile.calls.aten_kernel import BY_TENSOR, CALLED_WITH_NUMBERS, ByTensor, companions
 
 aten = torch.ops.aten
 DTYPES = (torch.bfloat16, torch.float32, torch.int32, torch.int64)

@@ -34,7 +34,10 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import gems_compile
-from gems_compile.attention import ATTENTION, completed, why_native
+from gems_compile.calls.attention import ATTENTION, completed, why_native
+from gems_compile.calls.one_op import _compiled, in_clean_thread
+from gems_compile.calls.operands import layout_of
+from gems_compile.calls.sized import Steps
 from gems_compile.config import Config
 from gems_compile.kernels.fused import register_torch_ops
 from gems_compile.kernels.target import INTERPRETER, current_target
@@ -43,9 +46,6 @@ from gems_compile.lowering.decompose import whole_table
 from gems_compile.lowering.ir import Declined, Value
 from gems_compile.lowering.pipeline import compile_graph
 from gems_compile.lowering.source import Source
-from gems_compile.one_op import _compiled, in_clean_thread
-from gems_compile.operands import layout_of
-from gems_compile.sized import Steps
 
 CPU = "_scaled_dot_product_flash_attention_for_cpu"
 on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="the overload is a CPU's")

@@ -14,9 +14,9 @@ from helpers import BACKEND, DEVICE, gems_only
 
 if BACKEND == "gems":
     import gems_compile
-    from gems_compile import bench, doctor, script, targets
     from gems_compile.__main__ import main
     from gems_compile.backend import gems
+    from gems_compile.commands import bench, doctor, script, targets
     from gems_compile.kernels import target
     from gems_compile.lowering import progress
 
@@ -171,7 +171,7 @@ def test_the_scripts_failure_is_the_exit_code(program: str, word: str, says: str
     assert main(["explain", program, "gems", word]) == 1
     printed = capsys.readouterr()
     assert printed.err.splitlines()[-1] == says
-    assert "runpy" not in printed.err and "gems_compile/script.py" not in printed.err
+    assert "runpy" not in printed.err and "gems_compile/commands/script.py" not in printed.err
     assert "compiled by gems" in printed.out
 
 

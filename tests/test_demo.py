@@ -14,7 +14,7 @@ from helpers import BACKEND, gems_only
 
 if BACKEND == "gems":
     from gems_compile import __main__ as command
-    from gems_compile import demo
+    from gems_compile.commands import demo
 
 pytestmark = gems_only
 SMALL = {
@@ -140,7 +140,8 @@ def test_the_doctor_command(tmp_path: Path) -> None:
 
 
 def test_a_failing_self_test_is_the_exit_code(monkeypatch, capsys) -> None:
-    from gems_compile import backend, doctor
+    from gems_compile import backend
+    from gems_compile.commands import doctor
 
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("no compiler today")

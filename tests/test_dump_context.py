@@ -17,8 +17,8 @@ if BACKEND == "gems":
     from gems_compile.backend import Gems
     from gems_compile.config import Config, told
     from gems_compile.errors import OptionError
-    from gems_compile.layers import Stretch, stretches
-    from gems_compile.plan import in_bytes
+    from gems_compile.insight.layers import Stretch, stretches
+    from gems_compile.insight.plan import in_bytes
 
 pytestmark = gems_only
 

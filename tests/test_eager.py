@@ -17,7 +17,8 @@ from opcheck import FROM_FORWARD, RANDOM, calls, make, overload, tensors
 from torch import Tensor, nn
 
 import gems_compile
-from gems_compile import eager, one_op
+from gems_compile import eager
+from gems_compile.calls import one_op
 from gems_compile.kernels.op import OPS
 from gems_compile.kernels.target import current_target
 

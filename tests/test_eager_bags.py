@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import gems_compile
-from gems_compile import bags
-from gems_compile.composed import composed_graph
+from gems_compile.calls import bags
+from gems_compile.calls.composed import composed_graph
+from gems_compile.calls.one_op import compile_one
 from gems_compile.config import Config
 from gems_compile.kernels.target import compile_target, current_target
 from gems_compile.lowering import bag_kernels
 from gems_compile.lowering.pipeline import compile_graph
 from gems_compile.lowering.whole import WHOLE
-from gems_compile.one_op import compile_one
 
 aten = torch.ops.aten
 FORWARD, ONLY = "_embedding_bag", "_embedding_bag_forward_only"

@@ -21,14 +21,14 @@ from test_images import OVERLAP, PATCHES, assert_as_good, made, step
 from torch import Tensor, nn
 
 import gems_compile
+from gems_compile.calls.convolutions import convolution_graph
+from gems_compile.calls.one_op import compile_one
 from gems_compile.config import Config
-from gems_compile.convolutions import convolution_graph
 from gems_compile.kernels.target import INTERPRETER, compile_target, current_target
 from gems_compile.lowering import depthwise_kernels
 from gems_compile.lowering.depthwise import take_depthwise
 from gems_compile.lowering.pipeline import compile_graph
 from gems_compile.lowering.whole import WHOLE
-from gems_compile.one_op import compile_one
 
 aten = torch.ops.aten
 FORWARD, BACKWARD = "convolution", "convolution_backward"

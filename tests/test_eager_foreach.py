@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import gems_compile
-from gems_compile import eager, lists, varying
+from gems_compile import eager
+from gems_compile.calls import lists, varying
+from gems_compile.calls.one_op import aten_name
 from gems_compile.kernels.target import current_target
-from gems_compile.one_op import aten_name
 
 SHAPES = [(3, 5), (7,), (), (65, 33), (2, 3, 4)]
 FORMS = [n for n, f in eager._forms().items() if str(f.functional) in lists.foreach()]

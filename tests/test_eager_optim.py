@@ -15,9 +15,9 @@ from torch.nn import Parameter
 
 import gems_compile
 from gems_compile import eager
-from gems_compile.one_op import aten_name
-from gems_compile.optimizers import optimizers
-from gems_compile.varying import MAX_NUMBERS
+from gems_compile.calls.one_op import aten_name
+from gems_compile.calls.optimizers import optimizers
+from gems_compile.calls.varying import MAX_NUMBERS
 
 SHAPES = [(5, 7), (7,), (33, 65), ()]
 NAMES = [str(form.overload) for form in optimizers()]

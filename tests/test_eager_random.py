@@ -16,7 +16,8 @@ from opcheck import check_call, instantiate, overload, tensors
 from torch import Tensor
 
 import gems_compile
-from gems_compile import eager, forms
+from gems_compile import eager
+from gems_compile.calls import forms
 from gems_compile.kernels.draws import DIGITS, DRAWS, Bits
 from gems_compile.kernels.op import OPS
 

@@ -18,7 +18,8 @@ from opcheck import FULL, SEED, tensors
 from torch import Tensor
 
 import gems_compile
-from gems_compile import eager, long_scans
+from gems_compile import eager
+from gems_compile.calls import long_scans
 from gems_compile.kernels.sorting import LONGEST
 from gems_compile.lowering import pipeline
 

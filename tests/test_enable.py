@@ -15,9 +15,10 @@ from helpers import DEVICE, assert_same, rand
 from opcheck import overload
 
 import gems_compile
-from gems_compile import eager, one_op, varying
-from gems_compile.attention import ATTENTION
-from gems_compile.counting import SIZED
+from gems_compile import eager
+from gems_compile.calls import one_op, varying
+from gems_compile.calls.attention import ATTENTION
+from gems_compile.calls.counting import SIZED
 from gems_compile.errors import UnknownOp
 from gems_compile.kernels.composed import COMPOSED
 from gems_compile.kernels.draws import DRAWS
@@ -324,7 +325,7 @@ def test_a_result_laid_out_otherwise_is_atens(monkeypatch: Any) -> None:
 
 def test_what_is_worth_a_kernel(monkeypatch: Any) -> None:
     """The rule of the default on a GPU, by what measurements may say."""
-    from gems_compile import worth
+    from gems_compile.calls import worth
     from gems_compile.kernels.target import compile_target
 
     rows = {
@@ -355,8 +356,8 @@ def test_what_is_worth_a_kernel(monkeypatch: Any) -> None:
 
 
 def test_the_measurements() -> None:
+    from gems_compile.calls.worth import on_unasked, table_of
     from gems_compile.kernels.target import compile_target
-    from gems_compile.worth import on_unasked, table_of
 
     measured = table_of("nvidia:sm90").ops
     assert set(measured) <= {eager.aten_name(o) for o in eager._declared().values()}

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 if BACKEND == "gems":
     import gems_compile
-    from gems_compile import dump_files as dump
     from gems_compile import tables
     from gems_compile.backend import Gems
+    from gems_compile.insight import dump_files as dump
+    from gems_compile.insight.summary import ATEN, FREE, FUSED
     from gems_compile.lowering import pipeline
-    from gems_compile.summary import ATEN, FREE, FUSED
 
 pytestmark = gems_only
 

@@ -21,15 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import gems_compile
-from gems_compile import eager, forms, one_op
+from gems_compile import eager
+from gems_compile.calls import forms, one_op
+from gems_compile.calls.lists import foreach
+from gems_compile.calls.optimizers import optimizers
+from gems_compile.calls.ordering import ORDERING
 from gems_compile.kernels.composed import COMPOSED
 from gems_compile.kernels.draws import DRAWS
 from gems_compile.kernels.factories import FACTORIES
 from gems_compile.kernels.op import OPS
 from gems_compile.kernels.target import current_target
-from gems_compile.lists import foreach
-from gems_compile.optimizers import optimizers
-from gems_compile.ordering import ORDERING
 
 Sample = tuple[tuple[Any, ...], dict[str, Any]]
 aten = torch.ops.aten

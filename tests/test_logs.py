@@ -17,10 +17,11 @@ from helpers import BACKEND, gems_only, rand
 
 if BACKEND == "gems":
     import gems_compile
-    from gems_compile import dynamo, telling
+    from gems_compile import dynamo
     from gems_compile.backend import Gems
     from gems_compile.dynamo import Breaks, Watch, in_words
     from gems_compile.explain import Explanation
+    from gems_compile.insight import logs
     from gems_compile.lowering import private
     from gems_compile.lowering.report import Report
     from gems_compile.lowering.source import Source
@@ -96,9 +97,9 @@ def test_without_logs_nothing_is_summarized(monkeypatch, caplog) -> None:
     def fails(*_: object) -> None:
         raise AssertionError("somebody asked")
 
-    monkeypatch.setattr(telling, "in_a_line", fails)
-    monkeypatch.setattr(telling, "in_detail", fails)
-    monkeypatch.setattr(telling, "artifacts", fails)
+    monkeypatch.setattr(logs, "in_a_line", fails)
+    monkeypatch.setattr(logs, "in_detail", fails)
+    monkeypatch.setattr(logs, "artifacts", fails)
     torch.compile(lambda x: x.sin() + 1, backend=Gems())(rand(4, 4))
     assert messages(caplog, logging.WARNING) == []
 
@@ -107,7 +108,7 @@ def test_what_cannot_be_told_stops_no_compile(monkeypatch, caplog) -> None:
     def fails(*_: object) -> None:
         raise ValueError("no words")
 
-    monkeypatch.setattr(telling, "in_a_line", fails)
+    monkeypatch.setattr(logs, "in_a_line", fails)
     x = rand(4, 4)
     with caplog.at_level(logging.INFO, "gems_compile"):
         got = torch.compile(lambda x: x.sin() + 1, backend=Gems())(x)
@@ -179,17 +180,17 @@ def test_a_graph_from_the_cache_is_told_of_by_its_counts() -> None:
     report = Report("3_inference", nodes=7, launches=2, aten_calls=1, cache="from the cache")
     report.graph, report.kind = 3, "inference"
     line = "graph 3_inference: 7 nodes -> 2 launches, 1 ATen calls, 0.00 s, cache: from the cache"
-    assert telling.in_a_line(report) == line
+    assert logs.in_a_line(report) == line
     source = Source("fused_sin", "# the kernel's text", [], 1)
     report.sources = [source]
-    texts = {name: text for name, _, text in telling.artifacts(report)}
+    texts = {name: text for name, _, text in logs.artifacts(report)}
     plan = texts["gems_3_inference_plan"]
     assert "graph 3 inference: 7 nodes -> 2 launches" in plan
     assert "The cache of whole graphs has counts alone" in plan and "need no call" not in plan
     kernel = texts[f"gems_3_inference_kernel_fused_sin_{source.key[:8]}"]
     assert kernel == "# the kernel's text"
     assert json.loads(texts["gems_3_inference_report"])["numbers"]["launches"] == 2
-    assert list(telling.in_detail(report)) == ["seconds: "]
+    assert list(logs.in_detail(report)) == ["seconds: "]
 
 
 def artifacts_of(log: str) -> dict[str, str]:

@@ -16,19 +16,10 @@ import pytest
 import torch
 from helpers import gems_only
 
-from gems_compile import one_op
+from gems_compile.calls import one_op
 from gems_compile.kernels.dropout import number_drawn
 from gems_compile.lowering import native, private
-from gems_compile.lowering.runs import (
-    ADDRESS,
-    GRID,
-    INT32,
-    INT64,
-    TENSOR,
-    Launch,
-    Operand,
-    Run,
-)
+from gems_compile.lowering.runs import ADDRESS, GRID, INT32, INT64, TENSOR, Launch, Operand, Run
 
 pytestmark = gems_only
 needs_compiler = pytest.mark.skipif(

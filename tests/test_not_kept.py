@@ -15,9 +15,9 @@ from warmcheck import entries, results, said
 
 import gems_compile
 from gems_compile.backend import Gems
+from gems_compile.insight.summary import summarize
 from gems_compile.lowering import load, pipeline, whole_graphs
 from gems_compile.lowering.whole_graphs import FRESH, FROM_CACHE, KEPT
-from gems_compile.summary import summarize
 
 pytestmark = [gems_only, pytest.mark.usefixtures("caches")]
 

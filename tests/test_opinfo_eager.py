@@ -23,7 +23,8 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_map
 
 import gems_compile
-from gems_compile import eager, varying
+from gems_compile import eager
+from gems_compile.calls import varying
 
 DTYPES = ("float32", "bfloat16", "int64", "float16", "int32", "uint8", "bool", "complex64")
 DTYPES = DTYPES[:3] if QUICK else DTYPES

@@ -16,8 +16,9 @@ from eagercheck import nothing_left  # noqa: F401
 from helpers import DEVICE
 from opcheck import SEED
 
-from gems_compile import eager, one_op, varying
-from gems_compile.worth import Measured, path_of, read_table
+from gems_compile import eager
+from gems_compile.calls import one_op, varying
+from gems_compile.calls.worth import Measured, path_of, read_table
 
 ops = pytest.importorskip("benchmarks.ops", reason="the benchmarks are not installed")
 op_cases = pytest.importorskip("benchmarks.op_cases")

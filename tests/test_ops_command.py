@@ -12,11 +12,12 @@ import torch
 from eagercheck import every_op, nothing_left  # noqa: F401
 
 import gems_compile
-from gems_compile import catalogue, eager
+from gems_compile import eager
 from gems_compile.__main__ import main
+from gems_compile.calls.worth import Measured, table_of
+from gems_compile.commands import catalogue
 from gems_compile.kernels.op import OPS
 from gems_compile.kernels.target import compile_target, current_target
-from gems_compile.worth import Measured, table_of
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "ops.md"
 

@@ -21,8 +21,8 @@ if BACKEND == "gems":
     import gems_compile
     from gems_compile import page
     from gems_compile.explain import Explanation
+    from gems_compile.insight.summary import GraphSummary
     from gems_compile.page import data, layout
-    from gems_compile.summary import GraphSummary
 
 pytestmark = gems_only
 

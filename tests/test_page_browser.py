@@ -14,7 +14,7 @@ if BACKEND == "gems":
     from explanations import hostile, large, small
 
     from gems_compile.explain import Explanation
-    from gems_compile.summary import GraphSummary
+    from gems_compile.insight.summary import GraphSummary
 
 pytestmark = gems_only
 

@@ -10,7 +10,7 @@ from helpers import DEVICE, gems_only
 from test_runs import two_scales
 
 from gems_compile.backend import Gems
-from gems_compile.summary import summarize
+from gems_compile.insight.summary import summarize
 
 pytestmark = gems_only
 

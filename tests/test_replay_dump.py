@@ -17,7 +17,7 @@ from wrongly import make_wrong, one_more
 
 from gems_compile.backend import Gems
 from gems_compile.errors import VerifyError
-from gems_compile.replay import main as replay
+from gems_compile.insight.replay import main as replay
 
 pytestmark = gems_only
 

@@ -14,12 +14,13 @@ from torch import fx, nn
 
 if BACKEND == "gems":
     import gems_compile
-    from gems_compile import backend, rewritten
+    from gems_compile import backend
     from gems_compile.backend import Gems
-    from gems_compile.dump_files import rewrites_text
+    from gems_compile.insight import rewritten
+    from gems_compile.insight.dump_files import rewrites_text
+    from gems_compile.insight.rewritten import alike, plain, without_numbers, written_out
     from gems_compile.lowering.grouped import share_keys
     from gems_compile.lowering.masks import read_constant_masks
-    from gems_compile.rewritten import alike, plain, without_numbers, written_out
 
 pytestmark = gems_only
 

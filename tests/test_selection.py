@@ -14,7 +14,8 @@ from eagercheck import nothing_left, ours, replaceable  # noqa: F401
 from helpers import DEVICE, rand
 
 import gems_compile
-from gems_compile import eager, one_op
+from gems_compile import eager
+from gems_compile.calls import one_op
 from gems_compile.errors import OptionError, UnknownOp
 from gems_compile.kernels.target import compile_target
 

@@ -12,8 +12,8 @@ from helpers import DEVICE, assert_same_metadata, ints, rand
 from torch import Tensor
 
 import gems_compile
+from gems_compile.calls.ordering import MOST
 from gems_compile.kernels.sorting import LONGEST
-from gems_compile.ordering import MOST
 
 NAN, INF = float("nan"), float("inf")
 

@@ -17,8 +17,9 @@ from opcheck import tensors
 from torch import Tensor
 
 import gems_compile
-from gems_compile import eager, one_op, varying
-from gems_compile.varying import MAX_NUMBERS, OWN_SIZES, family_of
+from gems_compile import eager
+from gems_compile.calls import one_op, varying
+from gems_compile.calls.varying import MAX_NUMBERS, OWN_SIZES, family_of
 
 pytestmark = gems_only
 

@@ -17,11 +17,11 @@ from wrongly import make_wrong
 
 import gems_compile
 from gems_compile.backend import Gems
-from gems_compile.compare import Judge, as_eager
 from gems_compile.errors import GemsError, VerifyError
+from gems_compile.insight.compare import Judge, as_eager
+from gems_compile.insight.reference_text import functions
+from gems_compile.insight.replay import main as replay
 from gems_compile.lowering.binding import bind
-from gems_compile.reference_text import functions
-from gems_compile.replay import main as replay
 
 pytestmark = gems_only
 

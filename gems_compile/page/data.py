@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-from ..rewritten import SAME, without_numbers
-from ..summary import grouped
+from ..insight.rewritten import SAME, without_numbers
+from ..insight.summary import grouped
 from . import layout
 
 Data = Mapping[str, Any]

@@ -1,0 +1,1 @@
+"""The commands of ``python -m gems_compile``, a module each."""
