@@ -178,8 +178,13 @@ def test_more_sizes_than_are_remembered(monkeypatch: Any) -> None:
         for n in range(33, 60):
             x = rand(n)
             assert_same(x.exp(), torch.special.expm1(x) + 1)
-    row = eager.stats()["exp"]
-    assert row["native"] == 0 and row["compiled"] <= OWN_SIZES + 2, row
+        for _ in range(2):
+            torch.ones(2, dtype=torch.complex64, device=DEVICE).exp()
+        row = eager.stats()["exp"]
+        assert (row["ours"], row["native"]) == (27, 2) and row["compiled"] <= OWN_SIZES + 2, row
+        for n in range(60, 66):  # it is forgotten, too, and counted
+            rand(n).exp()
+    assert eager.stats()["exp"] == row | {"ours": 33}
 
 
 def test_a_layout_that_eager_returns_otherwise_is_noticed(monkeypatch: Any) -> None:

@@ -109,8 +109,9 @@ class Handler:
 
     def counts(self) -> dict[str, int]:
         """``ours`` and ``native`` calls so far, and ``compiled`` variants."""
-        met = {id(v): v for v in [*list(self.variants.values()), self._full]}
-        variants = met.values()
+        shared = [v for family in list(self._families.values()) for v in family.shared()]
+        every = [*list(self.variants.values()), *shared, self._full]
+        variants = {id(v): v for v in every}.values()
         return {
             "ours": sum(v.calls for v in variants if v.run is not None),
             "native": sum(v.calls for v in variants if v.run is None) + self.left,
@@ -207,7 +208,7 @@ class Handler:
         with self._lock:
             if key in self.variants:
                 return self.variants[key]
-            if len(self.variants) >= MAX_VARIANTS and not self._forget_shared():
+            if len(self.variants) >= MAX_VARIANTS and not self._forget():
                 return self._full
             why = self._why_atens(args, kwargs, tensors)
             family = Family()
@@ -228,12 +229,14 @@ class Handler:
             self.variants[key] = variant
         return variant
 
-    def _forget_shared(self) -> int:
-        """Forget which sizes shared kernels were called with; returns how many those were."""
-        shared = [key for key, variant in self.variants.items() if variant.shared]
-        for key in shared:
-            del self.variants[key]
-        return len(shared)
+    def _forget(self) -> int:
+        """Forget what is soon found again: which calls were ATen's, and which sizes shared kernels
+        were called with; returns how many those were."""
+        found = [key for key, v in self.variants.items() if v.shared or v.run is None]
+        for key in found:
+            variant = self.variants.pop(key)
+            self.left += 0 if variant.shared else variant.calls
+        return len(found)
 
     def _why_atens(
         self, args: Sequence[Any], kwargs: dict[str, Any], tensors: Sequence[Tensor]

@@ -111,6 +111,10 @@ class Family:
         self._multiple: list[bool] = []
         self._shared: list[tuple[Callable[[Sequence[Tensor]], bool], Variant]] = []
 
+    def shared(self) -> list[Variant]:
+        """What serves calls of several sizes."""
+        return [found for _, found in self._shared]
+
     def served_by(self, tensors: Sequence[Tensor]) -> Variant | None:
         """What was compiled for sizes among which these are, or None."""
         for fits, found in self._shared:
@@ -217,8 +221,6 @@ class Sizes:
                 wanted.append(f"t[{k}].stride({d}) == {show(size_of(stride))}")
         wanted += [f"({show(guard.expr)})" for guard in self.env.guards]
         lines = ["def fits(t):", *self._learnt, f"return {' and '.join(wanted)}"]
-        made: dict[str, Any] = {}
-        exec(
-            "\n    ".join(lines), {"math": math, "torch": torch}, made
-        )  # of numbers and symbols alone
+        made: dict[str, Any] = {"math": math, "torch": torch}
+        exec("\n    ".join(lines), made)  # of numbers and symbols alone
         return made["fits"]

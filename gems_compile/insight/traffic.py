@@ -7,7 +7,7 @@ counts once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,15 +17,44 @@ from torch.utils._pytree import tree_leaves
 
 from ..lowering.convolutions import hint
 from ..lowering.graph import is_view
-from ..lowering.indexing import is_static
-from ..lowering.ir import BITS, Value
+from ..lowering.indexing import is_static, size_of
+from ..lowering.ir import BITS, Value, base_of
 from ..lowering.packed import is_unpacked
 
 Sizes = Mapping[Any, int]
 
 
+#: ops that read of their first tensor what their places name
+PICKING = {
+    "aten.embedding.default",
+    "aten.gather.default",
+    "aten.index.Tensor",
+    "aten.index_select.default",
+    "aten.take.default",
+}
+
+
+def read_by(members: Iterable[Value], inputs: Sequence[Value], sizes: Sizes) -> int:
+    """What a kernel of ``members`` reads of its inputs: of one that only views or gathers show, no
+    more than they show."""
+    shown: dict[Value, dict[Value, int]] = {v: {} for v in inputs}
+    for member in members:
+        for operand in member.inputs:
+            base = base_of(operand)
+            if base not in shown:
+                continue
+            picks = member.kind == "gather" and operand is member.args[0]
+            part = member if picks else operand
+            shown[base][part] = _elements(part.shape, _strides(part), sizes)
+    total = 0
+    for v in shown:
+        whole = _elements(v.shape, v.strides, sizes)
+        total += min(whole, sum(shown[v].values()) or whole) * BITS[v.dtype] // 8
+    return total
+
+
 def of_values(values: Iterable[Value], sizes: Sizes) -> int:
-    """Of what a kernel reads, or writes."""
+    """Of whole tensors."""
     return sum(_elements(v.shape, v.strides, sizes) * BITS[v.dtype] // 8 for v in values)
 
 
@@ -33,6 +62,13 @@ def _elements(shape: Iterable[Any], strides: Iterable[Any], sizes: Sizes) -> int
     return math.prod(
         _number(n, sizes) for n, s in zip(shape, strides, strict=True) if not _is_zero(s)
     )
+
+
+def _strides(v: Value) -> Sequence[Any]:
+    """Of a view those that its FakeTensor has, 0 along dims that repeat; a kernel knows no others."""
+    val = None if v.node is None else v.node.meta.get("val")
+    known = isinstance(val, Tensor) and val.ndim == v.ndim
+    return [size_of(s) for s in val.stride()] if known else v.strides
 
 
 def _number(size: Any, sizes: Sizes) -> int:
@@ -47,8 +83,11 @@ def of_node(node: Node) -> tuple[int, int]:
     """(Bytes that its op reads, bytes that it writes) as a call of ATen; none of a view."""
     if is_view(node) or is_unpacked(node):
         return 0, 0
-    read = sum(_of_tensors(n.meta.get("val")) for n in node.all_input_nodes)
-    return read, _of_tensors(node.meta.get("val"))
+    operands, written = node.all_input_nodes, _of_tensors(node.meta.get("val"))
+    read = [_of_tensors(n.meta.get("val")) for n in operands]
+    if str(node.target) in PICKING:
+        read[0] = min(read[0], written)
+    return sum(read), written
 
 
 def _of_tensors(val: Any) -> int:
