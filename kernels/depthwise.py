@@ -9,6 +9,20 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def joined(first, second, dtype: tl.constexpr):
+    """Two results side by side as one number: rounded to ``dtype``, the first one's bits below."""
+    bits: tl.constexpr = dtype.primitive_bitwidth
+    narrow: tl.constexpr = tl.uint16 if bits == 16 else tl.uint32
+    wide: tl.constexpr = tl.uint32 if bits == 16 else tl.uint64
+    low = first.to(dtype).to(narrow, bitcast=True).to(wide)
+    high = second.to(dtype).to(narrow, bitcast=True).to(wide)
+    return low | (high << bits)
+
 
 def define(library: Any) -> None:
     """Register these on a torch Library. ``last``: images lie in channels-last, and the weight as

@@ -20,7 +20,7 @@ from typing import Any
 from ..kernels.target import Target
 from .image_kernels import NARROW
 from .indexing import ceil_div, is_static
-from .ir import Declined, Value
+from .ir import BITS, Declined, Value
 from .schedule import power_of_two
 from .source import WAIT, Lines, Source, whole_kernel
 
@@ -209,43 +209,39 @@ def convolution(v: Value, target: Target) -> Source:
             for p, m in columns:
                 tap = k * w.across.taps + m
                 add(f"total{o}_{p} = tl.fma({name}, w{tap}, total{o}_{p})")
-    _store(text, lanes)
+    _store(text, lanes, BITS[v.dtype])
     params = [("x", "in", x), ("weight", "in", weight)]
     params += [("bias", "in", b) for b in bias]
     params.append(("out", "out", v))
     grid = ceil_div(lanes, LANES)
-    return whole_kernel("depthwise_convolution", text, params, grid, WARPS, target.waits)
+    imports = ("depthwise",)
+    name = "depthwise_convolution"
+    return whole_kernel(name, text, params, grid, WARPS, target.waits, imports, lanes=True)
 
 
-def _store(text: _Text, lanes: int) -> None:
-    """Two results side by side are one piece of memory, unless channels lie between them."""
+def _store(text: _Text, lanes: int, bits: int) -> None:
+    """Two results side by side are one number, where all such pairs begin at even places."""
     w, (down, across), add = text.windows, text.tile, text.add
-    pairs = across == 2 and not w.last
-    if pairs:
-        add(f"twice = {text.program} * {2 * LANES} + tl.arange(0, {2 * LANES})")
-        add("lane = twice // 2")
-        if lanes % LANES:
-            add(f"here = lane < {lanes}")
-        text.place_lanes("lane")
-    start = "image * {0} + (tile_down * {1} + tile_across * {2}) * {3}"
     made_down, made_across = w.down.made, w.across.made
+    pairs = across == 2 and not w.last and made_across % 2 == 0
     size, pixel = made_down * made_across, w.channels if w.last else 1
-    more = (" + c" if w.last else "") + (" + twice % 2" if pairs else "")
-    place = start.format(size * pixel, down * made_across, across, pixel)
-    add(f"at = out + ({place}{more})")
+    place = f"(tile_down * {down * made_across} + tile_across * {across}) * {pixel}"
+    add(f"at = out + (image * {size * pixel} + {place}{' + c' if w.last else ''})")
     for o in range(down):
         for p in range(1 if pairs else across):
             tests = ["here"] if lanes % LANES else []
             if w.down.beyond(down, o):
                 tests.append(f"(tile_down < {-(-(made_down - o) // down)})")
-            if pairs and w.across.beyond(across, 1):
-                tests.append(f"(tile_across * 2 + twice % 2 < {made_across})")
-            elif not pairs and w.across.beyond(across, p):
+            if w.across.beyond(across, p):
                 tests.append(f"(tile_across < {-(-(made_across - p) // across)})")
-            value = f"tl.interleave(total{o}_0, total{o}_1)" if pairs else f"total{o}_{p}"
-            where = f"at + {(o * made_across + p) * pixel}"
+            where, value = f"at + {(o * made_across + p) * pixel}", f"total{o}_{p}"
+            if pairs:
+                where = f"({where}).to(tl.pointer_type(tl.uint{2 * bits}))"
+                value = f"depthwise.joined(total{o}_0, total{o}_1, out.dtype.element_ty)"
+            else:
+                value = f"{value}.to(out.dtype.element_ty)"
             mask = f", mask={' & '.join(tests)}" if tests else ""
-            add(f"tl.store({where}, {value}.to(out.dtype.element_ty){mask})")
+            add(f"tl.store({where}, {value}{mask})")
 
 
 def weight_parts(v: Value, target: Target) -> Source:
@@ -290,7 +286,8 @@ def weight_parts(v: Value, target: Target) -> Source:
         add(f"tl.store({where}, tl.sum(total{k}, 0), mask=c < {w.channels})")
     params = [("gradient", "in", gradient), ("x", "in", x), ("out", "out", v)]
     grid = shares * blocks
-    return whole_kernel("depthwise_weight_parts", text, params, grid, WARPS, target.waits)
+    name = "depthwise_weight_parts"
+    return whole_kernel(name, text, params, grid, WARPS, target.waits, lanes=True)
 
 
 def together(w: Windows) -> int:

@@ -132,10 +132,14 @@ def whole_kernel(
     warps: int,
     waits: bool,
     imports: Sequence[str] = (),
+    lanes: bool = False,
 ) -> Source:
-    """A kernel that is written as a whole, of its body; ``imports`` are modules of ``kernels``."""
+    """A kernel that is written as a whole, of its body; ``imports`` are modules of ``kernels``.
+    ``lanes``: see ``worker.each_lane_its_own``."""
     signature = {n: "i64" if role == "size" else POINTER[t.dtype] for n, role, t in params}
     meta = {"name": name, "signature": signature, "constants": {}, "num_warps": warps}
+    if lanes:
+        meta["lanes"] = True
     begin = preamble([], [*imports, "dependents"] if waits else imports)
     head = f"{begin}\n\n@triton.jit\ndef {name}({', '.join(signature)}):\n"
     return Source(name, head + lines.text, params, grid, meta)

@@ -65,10 +65,11 @@ def _elements(shape: Iterable[Any], strides: Iterable[Any], sizes: Sizes) -> int
 
 
 def _strides(v: Value) -> Sequence[Any]:
-    """Of a view those that its FakeTensor has, 0 along dims that repeat; a kernel knows no others."""
+    """Of a view those of its FakeTensor, which are 0 along dims that repeat."""
     val = None if v.node is None else v.node.meta.get("val")
-    known = isinstance(val, Tensor) and val.ndim == v.ndim
-    return [size_of(s) for s in val.stride()] if known else v.strides
+    if not isinstance(val, Tensor) or val.ndim != v.ndim:
+        return v.strides
+    return [size_of(s) for s in val.stride()]
 
 
 def _number(size: Any, sizes: Sizes) -> int:
