@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.op_cases import Case, Given, Sizes
 from gems_compile import eager
-from gems_compile.calls.one_op import aten_name
+from gems_compile.calls.one_call import aten_name
 from gems_compile.kernels.op import Call, T, call
 
 LAST = "-last"  # in a label: images in channels-last

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.group import spell
 from gems_compile import eager
-from gems_compile.calls.one_op import aten_name
+from gems_compile.calls.one_call import aten_name
 from gems_compile.kernels.op import OPS, Call, T, call
 
 SEED = 1234

@@ -14,7 +14,7 @@ from benchmarks.op_cases import (
     reduction,
 )
 from gems_compile import eager
-from gems_compile.calls.one_op import aten_name
+from gems_compile.calls.one_call import aten_name
 from gems_compile.kernels.op import Call, T, call
 
 F32, I64, BOOL = "float32", "int64", "bool"

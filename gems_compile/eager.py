@@ -24,7 +24,8 @@ from .calls.attention import ATTENTION
 from .calls.counting import SIZED
 from .calls.forms import Form, forms_of
 from .calls.lists import foreach
-from .calls.one_op import Handler, aten_name
+from .calls.one_call import aten_name
+from .calls.one_op import Handler
 from .calls.optimizers import optimizers
 from .calls.worth import on_unasked
 from .config import vendor

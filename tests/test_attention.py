@@ -35,7 +35,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import gems_compile
 from gems_compile.calls.attention import ATTENTION, completed, why_native
-from gems_compile.calls.one_op import _compiled, in_clean_thread
+from gems_compile.calls.one_call import _compiled, in_clean_thread
 from gems_compile.calls.operands import layout_of
 from gems_compile.calls.sized import Steps
 from gems_compile.config import Config

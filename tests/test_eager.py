@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import gems_compile
 from gems_compile import eager
-from gems_compile.calls import one_op
+from gems_compile.calls import one_call
 from gems_compile.kernels.op import OPS
 from gems_compile.kernels.target import current_target
 
@@ -187,7 +187,7 @@ def test_gradcheck(name: str) -> None:
     with gems_compile.use_gems(only=[name, *backward]):
         assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
     if name not in ATENS:
-        assert ours(one_op.aten_name(fn)), whys(one_op.aten_name(fn))
+        assert ours(one_call.aten_name(fn)), whys(one_call.aten_name(fn))
 
 
 def _smallest_sample(name: str) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:

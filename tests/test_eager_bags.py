@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensorMode
 import gems_compile
 from gems_compile.calls import bags
 from gems_compile.calls.composed import composed_graph
-from gems_compile.calls.one_op import compile_one
+from gems_compile.calls.one_call import compile_one
 from gems_compile.config import Config
 from gems_compile.kernels.target import compile_target, current_target
 from gems_compile.lowering import bag_kernels

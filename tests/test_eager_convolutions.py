@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import gems_compile
 from gems_compile.calls.convolutions import convolution_graph
-from gems_compile.calls.one_op import compile_one
+from gems_compile.calls.one_call import compile_one
 from gems_compile.config import Config
 from gems_compile.kernels.target import INTERPRETER, compile_target, current_target
 from gems_compile.lowering import depthwise_kernels

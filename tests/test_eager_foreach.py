@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 import gems_compile
 from gems_compile import eager
 from gems_compile.calls import lists, varying
-from gems_compile.calls.one_op import aten_name
+from gems_compile.calls.one_call import aten_name
 from gems_compile.kernels.target import current_target
 
 SHAPES = [(3, 5), (7,), (), (65, 33), (2, 3, 4)]

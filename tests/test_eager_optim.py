@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 import gems_compile
 from gems_compile import eager
-from gems_compile.calls.one_op import aten_name
+from gems_compile.calls.one_call import aten_name
 from gems_compile.calls.optimizers import optimizers
 from gems_compile.calls.varying import MAX_NUMBERS
 

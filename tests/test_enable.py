@@ -302,7 +302,7 @@ def test_a_failing_kernel_is_atens_and_strict_mode_raises(monkeypatch: Any, capl
     a = rand(4)
     layouts = [one_op.layout_of(a)]
     monkeypatch.setattr(
-        one_op, "compile_one", lambda *_: one_op.Variant(_breaks, True, "", layouts)
+        one_op, "compile_one", lambda *_: varying.Variant(_breaks, True, "", layouts)
     )
     with gems_compile.use_gems(only=["exp"]), pytest.raises(RuntimeError, match="no such luck"):
         a.exp()
@@ -316,7 +316,7 @@ def test_a_failing_kernel_is_atens_and_strict_mode_raises(monkeypatch: Any, capl
 
 def test_a_result_laid_out_otherwise_is_atens(monkeypatch: Any) -> None:
     monkeypatch.setattr(
-        one_op, "compile_one", lambda *_: one_op.Variant(_breaks, True, "", [("another",)])
+        one_op, "compile_one", lambda *_: varying.Variant(_breaks, True, "", [("another",)])
     )
     with gems_compile.use_gems(only=["exp"]):
         rand(4).exp()

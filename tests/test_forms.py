@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 import gems_compile
 from gems_compile import eager
-from gems_compile.calls import forms, one_op
+from gems_compile.calls import forms, one_call
 from gems_compile.calls.lists import foreach
 from gems_compile.calls.optimizers import optimizers
 from gems_compile.calls.ordering import ORDERING
@@ -337,12 +337,12 @@ def test_composed(name: str, dtype: torch.dtype) -> None:
         except (RuntimeError, TypeError):  # not in this dtype
             continue
         taken += 1
-        before = ours(one_op.aten_name(fn))
+        before = ours(one_call.aten_name(fn))
         with gems_compile.use_gems(only=[name]):
             got = fn(*own[0], **own[1])
         if isinstance(want, bool):
             assert got is want
-        served += ours(one_op.aten_name(fn)) > before
+        served += ours(one_call.aten_name(fn)) > before
         got, want = tensors((got, own)), tensors((want, sample))  # with what was written
         assert len(got) == len(want)
         exact = exactly(fn, wide, want)
@@ -353,7 +353,7 @@ def test_composed(name: str, dtype: torch.dtype) -> None:
     if not taken and DEVICE == "cuda":
         pytest.skip("ATen refuses all samples there")
     if dtype == torch.float32:
-        assert served, whys(one_op.aten_name(fn))
+        assert served, whys(one_call.aten_name(fn))
 
 
 # what writes -------------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ def test_writes(name: str) -> None:
     if why := eager.why_not_replaced(name, current_target()):
         pytest.skip(why)
     form, served, refused = eager._forms()[name], 0, 0
-    aten_name = one_op.aten_name(form.overload)
+    aten_name = one_call.aten_name(form.overload)
     for k, sample in enumerate(samples(str(form.functional))):
         if k >= 3 and served:
             break

@@ -154,16 +154,16 @@ def test_other_modes(mode: str, monkeypatch: Any) -> None:
 
 def test_a_call_of_atens_has_no_times(monkeypatch: Any) -> None:
     monkeypatch.setattr(
-        one_op, "compile_one", lambda *_: one_op.Variant(None, False, "no such luck")
+        one_op, "compile_one", lambda *_: varying.Variant(None, False, "no such luck")
     )
     row = op_timing.measure(CASES["gelu-34"], SETTING, COPIES)
     assert row["status"] == "ATen's: no such luck" and "ratio" not in row
 
 
 def test_wrong_numbers_are_not_timed(monkeypatch: Any) -> None:
-    def wrong(*_: Any) -> one_op.Variant:
+    def wrong(*_: Any) -> varying.Variant:
         layout = one_op.layout_of(torch.empty(34))
-        return one_op.Variant(lambda given: [given[0] * 2], True, "", [layout])
+        return varying.Variant(lambda given: [given[0] * 2], True, "", [layout])
 
     monkeypatch.setattr(one_op, "compile_one", wrong)
     row = op_timing.measure(CASES["gelu-34"], SETTING, COPIES)

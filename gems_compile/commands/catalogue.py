@@ -92,7 +92,7 @@ def entries(only: Iterable[str] = ()) -> list[Entry]:
 
 def _entry(name: str, target: Target | None) -> Entry:
     from .. import eager
-    from ..calls.one_op import aten_name
+    from ..calls.one_call import aten_name
 
     spelt, form, op = aten_name(eager._overloads()[name]), eager._forms().get(name), eager._op(name)
     table = table_of(STANDARD if target is None else target.label)
