@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -121,12 +120,7 @@ class Rewriting:
         self.add()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def check(self, device: str | torch.device | None = None) -> dict[str, str]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .calls.forms import OUT, Form, share_memory
 from .calls.one_call import compile_one, in_clean_thread
-from .calls.one_op import MAX_COMPILED, PLAIN, describe
+from .calls.one_op import MAX_COMPILED
+from .calls.operands import PLAIN, describe
 from .calls.varying import Family, Sizes, Variant, family_of
 from .config import Config, vendor
 from .errors import AuthoringError

@@ -1,5 +1,5 @@
-/* What a kernel of one eager call is compiled for: as describe() in gems_compile/calls/one_op.py, which
-   takes a microsecond a tensor for it. Getters and methods of tensors are called as the C functions
+/* What a kernel of one eager call is compiled for: as describe() in gems_compile/calls/operands.py,
+   which takes a microsecond a tensor for it. Getters and methods of tensors are called as the C functions
    that they are, as nothing is looked up then. */
 
 #define DESCRIBER "gems_native.describer"
@@ -101,7 +101,7 @@ static PyObject *describe(PyObject *self, PyObject *const *args, Py_ssize_t give
 }
 
 static PyMethodDef describe_method = {
-    "describe", (PyCFunction)(void (*)(void))describe, METH_FASTCALL, "See one_op.describe."};
+    "describe", (PyCFunction)(void (*)(void))describe, METH_FASTCALL, "See operands.describe."};
 
 /* describer(TensorBase, Tensor, Parameter): the function; it lives as long as the process. */
 static PyObject *describer(PyObject *self, PyObject *args)

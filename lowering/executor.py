@@ -29,6 +29,7 @@ from .runs import ADDRESS, GRID, NUMBERS, TENSOR, Launch, Operand, Runs
 from .scratch import Slab, plan_scratch
 from .seeds import Seeds
 from .source import NUMBER, Source
+from .symbols import Symbols
 from .translate import Program
 from .widths import Widths
 
@@ -61,7 +62,7 @@ class Writer:
         self.constants: dict[str, Any] = {}
         self.lines: list[str] = []
         self.uses: dict[str, int] = {}  # variable -> last line that uses it
-        self.symbols: dict[str, str] = {}  # symbol or whole expression -> text
+        self.symbols = Symbols()
         self.aligned: dict[Value, str] = {}  # input or ATen's view -> variable that kernels read
         self.kept: set[str] = set()  # variables that are not tensors to free
         self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -90,21 +91,8 @@ class Writer:
         self.constants[name] = value
         return name
 
-    def size(self, size: Any) -> str:
-        """A size as Python: a literal, an input, or an expression of symbols."""
-        if isinstance(size, int):
-            return str(int(size))
-        text = str(size)
-        if text in self.symbols:
-            return self.symbols[text]
-        from sympy import Symbol
-        from torch.utils._sympy.printers import PythonPrinter
-
-        missing = [str(s) for s in size.free_symbols if str(s) not in self.symbols]
-        if missing:
-            raise KeyError(f"no input tells the value of {missing[0]}")
-        named = {s: Symbol(self.symbols[str(s)], integer=True) for s in size.free_symbols}
-        return f"({PythonPrinter().doprint(size.xreplace(named))})"
+    def size(self, size: Size) -> str:
+        return self.symbols.text(size)
 
     def sizes(self, sizes: Sequence[Size]) -> str:
         inner = ", ".join([self.size(s) for s in sizes])
@@ -235,30 +223,12 @@ class Writer:
     def _learn_symbols(self, node: Node) -> None:
         val, name = node.meta.get("val"), self.names[node]
         if isinstance(val, torch.SymInt):
-            self.symbols.setdefault(str(size_of(val)), name)
+            self.symbols.note(val, name)
             self.kept.add(name)
         elif isinstance(val, torch.Tensor) and val.layout == torch.strided:
-            if is_static(*val.shape, *val.stride()):
-                return
-            for k, size in enumerate(val.shape):
-                self._learn(size, name, f".shape[{k}]", whole=True)
-            for k, stride in enumerate(val.stride()):
-                self._learn(stride, name, f".stride({k})", whole=False)
-
-    def _learn(self, length: Any, name: str, where: str, whole: bool) -> None:
-        """What stands there is this length: a symbol, a multiple of one, or else, if ``whole``, an
-        expression that is known as such."""
-        expr = size_of(length)
-        if is_static(expr):
-            return
-        by, symbol = expr.as_coeff_Mul()
-        found = [(expr, "")] if whole or expr.is_Symbol else []
-        found += [(symbol, f" // {by}")] if symbol.is_Symbol and by != 1 else []
-        for known, divided in found:
-            if str(known) not in self.symbols:
-                learnt = f"n{len(self.symbols)}"
-                self.add(f"{learnt} = {self.use(name)}{where}{divided}")
-                self.symbols[str(known)] = learnt
+            for line in self.symbols.learn(val, name):
+                self.use(name)
+                self.add(line)
 
     def read_by_kernel(self, value: Value) -> bool:
         if not hasattr(self, "_inputs"):
@@ -369,7 +339,7 @@ class Writer:
         self._settle(node, name)
         val = node.meta.get("val")
         if isinstance(val, torch.SymInt) and not is_static(size_of(val)):
-            self.symbols.setdefault(str(size_of(val)), name)
+            self.symbols.note(val, name)
             self.kept.add(name)
 
     def named(self, node: Node, name: str) -> None:

@@ -234,7 +234,7 @@ def number_drawn() -> Callable[[int, int], int] | None:
 
 
 def describe() -> Callable[..., bool] | None:
-    """``one_op.describe`` natively; None where that cannot be."""
+    """``operands.describe`` natively; None where that cannot be."""
     return None if _current is None else _current.describe
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import gems_only
 
-from gems_compile.calls import one_op
+from gems_compile.calls import operands
 from gems_compile.kernels.dropout import number_drawn
 from gems_compile.lowering import native, private
 from gems_compile.lowering.runs import ADDRESS, GRID, INT32, INT64, TENSOR, Launch, Operand, Run
@@ -331,7 +331,7 @@ def test_calls_are_described_as_in_python(name: str) -> None:
     describe, values = native.describe(), DESCRIBED[name]()
     for given in (values, list(values), dict(enumerate(values)).values()):
         (parts, tensors), (ours, theirs) = ([], []), ([], [])
-        assert describe(given, ours, theirs) == one_op.describe(given, parts, tensors)
+        assert describe(given, ours, theirs) == operands.describe(given, parts, tensors)
         assert ours == parts and [*map(type, ours)] == [*map(type, parts)]
         assert [*map(id, theirs)] == [*map(id, tensors)]
 

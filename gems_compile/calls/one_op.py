@@ -10,13 +10,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from ..config import Config
 from ..kernels.composed import UPDATING
@@ -30,7 +29,7 @@ from .attention import ATTENTION
 from .forms import Form, places, share_memory
 from .lists import count_versions
 from .one_call import Variant, aten_name, compile_one, in_clean_thread, inside, takes_any_sizes
-from .operands import layout_of, takes_lazily_negated, why_native
+from .operands import describe, layout_of, takes_lazily_negated, why_native
 from .rules import ON_HOST
 from .varying import Family, Numbers, Sizes, family_of
 from .whole import Whole
@@ -44,7 +43,6 @@ MAX_COMPILED = 256
 MAX_VARIANTS = 4096
 
 NUMBERS = (bool, int, float, complex)
-PLAIN = (Tensor, Parameter)
 
 
 class Watcher(Protocol):
@@ -247,7 +245,7 @@ class Handler:
             why = "its operands are numbers"
         if why is None and self.least is not None:
             why = why_not_worth(self.name, args, self.target)
-        return why or self._numbers.why_not(describe, args, kwargs)
+        return why or self._numbers.why_not(args, kwargs)
 
     def _why_native(self, tensors: Sequence[Tensor], options: dict[str, Any]) -> str | None:
         tensors = attention.read(tensors) if self.overload in ATTENTION else tensors
@@ -332,34 +330,3 @@ class Handler:
 
 def _arguments(overload: torch._ops.OpOverload) -> Sequence[Any]:
     return overload._schema.arguments
-
-
-# describing a call -------------------------------------------------------------------------------
-
-
-def describe(values: Iterable[Any], parts: list[Any], tensors: list[Tensor]) -> bool:
-    """Append what a kernel is compiled for; False if one of the values is no plain tensor. It is
-    the same in C, in describe.h."""
-    for value in values:
-        kind = type(value)
-        if kind is Tensor or kind is Parameter:
-            parts += (
-                value.dtype,
-                value.shape,
-                value.stride(),
-                value.get_device(),
-                value.data_ptr() & 15,
-            )
-            tensors.append(value)
-        elif kind is float:
-            parts.append(value.hex())  # 0.0 equals -0.0 and 1, and a NaN not even itself
-        elif kind is list or kind is tuple:
-            parts.append(len(value))
-            if not describe(value, parts, tensors):
-                return False
-        elif isinstance(value, Tensor):
-            return False
-        else:
-            parts.append(kind)
-            parts.append(value)
-    return True

@@ -1,15 +1,19 @@
 """Which operands, and options of a factory, no kernel of eager mode takes, whatever the op is; how
-tensors lie in memory."""
+tensors lie in memory; what a kernel is compiled for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..kernels.target import Target
+
+#: tensors whose calls are ours
+PLAIN = (Tensor, Parameter)
 
 
 def why_native(tensors: Sequence[Tensor], target: Target, options: dict[str, Any]) -> str | None:
@@ -71,3 +75,34 @@ def takes_lazily_negated(overload: torch._ops.OpOverload) -> bool:
         torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
         and torch._C._dispatch_kernel_for_dispatch_key_is_fallthrough(name, key)
     )
+
+
+# describing a call -------------------------------------------------------------------------------
+
+
+def describe(values: Iterable[Any], parts: list[Any], tensors: list[Tensor]) -> bool:
+    """Append what a kernel is compiled for; False if one of the values is no plain tensor. It is
+    the same in C, in describe.h."""
+    for value in values:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            parts += (
+                value.dtype,
+                value.shape,
+                value.stride(),
+                value.get_device(),
+                value.data_ptr() & 15,
+            )
+            tensors.append(value)
+        elif kind is float:
+            parts.append(value.hex())  # 0.0 equals -0.0 and 1, and a NaN not even itself
+        elif kind is list or kind is tuple:
+            parts.append(len(value))
+            if not describe(value, parts, tensors):
+                return False
+        elif isinstance(value, Tensor):
+            return False
+        else:
+            parts.append(kind)
+            parts.append(value)
+    return True

@@ -5,7 +5,7 @@ all, in which those that differ are run-time arguments, as Dynamo's automatic dy
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..lowering.indexing import size_of
 from ..lowering.private import some_size
+from .operands import describe
 
 #: Calls compiled for their own sizes before sizes become arguments: models have few kinds of an op,
 #: for which constants make the better kernel; where lengths vary there is no end of them. With 0
@@ -28,8 +29,8 @@ MULTIPLE = 16
 
 
 def family_of(parts: Sequence[Any]) -> Any:
-    """What calls of one family have in common, of a description (see ``one_op.describe``): all but
-    sizes and strides; of these which are 0 or 1, their order, and about how large the call is."""
+    """What calls of one family have in common, of what ``operands.describe`` says: all but sizes
+    and strides; of these which are 0 or 1, their order, and about how large the call is."""
     common: list[Any] = []
     largest = 0
     for part in parts:
@@ -76,12 +77,7 @@ class Numbers:
         }
         self._met: dict[Any, set[Any]] = {}
 
-    def why_not(
-        self,
-        describe: Callable[[Iterable[Any], list[Any], list[Tensor]], bool],
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
-    ) -> str | None:
+    def why_not(self, args: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
         """Why a call with numbers that calls like it did not have is ATen's, or None."""
         parts: list[Any] = [*kwargs]
         numbers: list[Any] = []
@@ -93,11 +89,11 @@ class Numbers:
             return None
         describe(values, parts, [])
         met = self._met.setdefault(family_of(parts), set())
-        met.add(tuple(map(repr, numbers)))  # 0.0 equals -0.0, and a NaN not even itself
-        if len(met) <= MAX_NUMBERS:
-            return None
-        met.discard(tuple(map(repr, numbers)))
-        return "its number is another each time"
+        these = tuple(map(repr, numbers))  # 0.0 equals -0.0, and a NaN not even itself
+        if these not in met and len(met) == MAX_NUMBERS:
+            return "its number is another each time"
+        met.add(these)
+        return None
 
 
 class Family:
@@ -123,9 +119,9 @@ class Family:
         return None
 
     def compile(
-        self, tensors: Sequence[Tensor], compile: Callable[[Sizes | None], Variant]
+        self, tensors: Sequence[Tensor], make: Callable[[Sizes | None], Variant]
     ) -> Variant:
-        """What ``compile`` makes of a call, for any sizes if there were many, and that can be."""
+        """What ``make`` makes of a call, for any sizes if there were many, and that can be."""
         lengths = [n for t in tensors for n in (*t.shape, *t.stride())]
         if not self._met:
             self._met, self._varies = lengths, [not OWN_SIZES] * len(lengths)
@@ -135,7 +131,7 @@ class Family:
             self._multiple[k] &= n % MULTIPLE == 0
         if self._own >= OWN_SIZES and self._tries < SHARED and any(self._varies):
             sizes = Sizes(tensors, self._varies, self._multiple)
-            found = compile(sizes)
+            found = make(sizes)
             if found.run is not None:
                 found.shared = True
                 self._shared.append((sizes.condition(), found))
@@ -143,7 +139,7 @@ class Family:
                 return found
             self._tries = SHARED  # no kernel takes other sizes
         self._own += 1
-        return compile(None)
+        return make(None)
 
 
 class Sizes:
