@@ -19,15 +19,17 @@ from torch import Tensor
 import gems_compile
 from gems_compile import eager
 from gems_compile.calls import one_op, varying
-from gems_compile.calls.varying import MAX_NUMBERS, OWN_SIZES, family_of
+from gems_compile.calls.varying import MAX_NUMBERS, family_of
 
 pytestmark = gems_only
+
+OWN_SIZES = 4
 
 
 @pytest.fixture(autouse=True)
 def own_sizes_first(monkeypatch: Any) -> None:
-    """Whatever the run of the tests asks for."""
-    monkeypatch.setattr(varying, "OWN_SIZES", OWN_SIZES or 4)
+    """Also where ``--any-sizes`` is asked for."""
+    monkeypatch.setattr(varying, "OWN_SIZES", OWN_SIZES)
 
 
 def sizes(count: int = 10, step: int = 1) -> list[tuple[int, int]]:

@@ -208,18 +208,19 @@ class Handler:
                 return self.variants[key]
             if len(self.variants) >= MAX_VARIANTS and not self._forget():
                 return self._full
-            why = self._why_atens(args, kwargs, tensors)
-            family = Family()
-            if why is None and self._any_sizes:
-                family = self._families.setdefault(family_of(key), family)
-            variant = family.served_by(tensors) if why is None else Variant(None, False, why)
+            family, variant = None, None
+            if why := self._why_atens(args, kwargs, tensors):
+                variant = Variant(None, False, why)
+            elif self._any_sizes:
+                family = self._families.setdefault(family_of(key), Family())
+                variant = family.served_by(tensors)
             if variant is None:
                 if self.target.device == "cuda" and torch.cuda.is_current_stream_capturing():
                     return Variant(None, False, "a CUDA graph is captured: no module can be loaded")
                 if self._compiled >= MAX_COMPILED:
                     return self._full
                 make = partial(self._compile, keyset, args, kwargs, tensors)
-                variant = family.compile(tensors, make)
+                variant = make(None) if family is None else family.compile(tensors, make)
                 self._compiled += variant.run is not None
                 if self._compiled == MAX_COMPILED and variant.run is not None:
                     log.info("%s: %s; new ones run as ATen", self.name, self._full.why)
