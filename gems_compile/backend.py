@@ -310,9 +310,8 @@ def _rewrite(gm: GraphModule, session: Session | None, which: bool | str, write:
     """Rewrite Dynamo's graph in place; the RewriteLog."""
     from .lowering.grouped import share_keys
     from .lowering.masks import lay_out_masks, read_constant_masks
-    from .lowering.rewrite import rewrite_dynamo_graph
+    from .lowering.rewrite import RewriteLog, rewrite_dynamo_graph
     from .lowering.rewrites import MEMORY, TABLE
-    from .lowering.user_rewrites import rewrite_for_users
 
     if which == "memory":
         from .kernels.served import serve_with
@@ -321,7 +320,11 @@ def _rewrite(gm: GraphModule, session: Session | None, which: bool | str, write:
         serve_with(serve)  # linear_cross_entropy stays a call, within which our kernels run
     if session is not None:
         session.dynamo(gm, "dynamo.txt")
-    rewrites = rewrite_for_users(gm, registered.active(memory=which == "memory"), write)
+    rewrites = RewriteLog()
+    if rules := registered.active(memory=which == "memory"):
+        from .lowering.user_rewrites import rewrite_for_users  # 7 ms that nobody else waits for
+
+        rewrites = rewrite_for_users(gm, rules, write)
     rewrites.extend(rewrite_dynamo_graph(gm, MEMORY if which == "memory" else TABLE, write=write))
     rewrites.extend(read_constant_masks(gm, write))
     lay_out_masks(gm)
