@@ -60,6 +60,7 @@ class Emitter:
         self.radix: dict[tuple[str, ...], Index] = {}  # atoms of an axis -> the place along it
         self.reductions: dict[Value, str] = {}  # reduction -> its name in the kernel
         self.results: dict[Value, str] = {}  # reduction -> register of its result
+        self.after: dict[str, int] = {}  # register of a row -> the level it is known from, if not 0
         self.online = find_online(group) if looped else {}
         self.running: dict[Pair, str] = {}  # operand -> name of its running maximum and sum
         self.names: dict[Any, str] = {}  # buffer or size expression -> kernel parameter
@@ -198,7 +199,7 @@ class Emitter:
                 raise EmitError(f"{v!r} is read in another place than its own")
             return self.results[v]
         wide = self._varies(*coords) or cond in self.body.wide
-        section = self._section(wide, level if wide else self.level(v))
+        section = self._section(wide, level if wide else self._known_from(v, coords, cond))
         if self.walked and cond is None and self._is_fixed(v, coords):
             section = ("once", 0)
         key = (v, tuple(coords), cond, section)
@@ -209,6 +210,15 @@ class Emitter:
                 self.body.wide.add(register)
             self.memo[key] = register
         return register
+
+    def _known_from(self, v: Value, coords: Sequence[Index], cond: str | None) -> int:
+        """The level at which v can be computed there: of an element that a gather picks, not before
+        its place is known, which may be a reduction's result."""
+        level = self.level(v)
+        if self.after:
+            registers = [atom for place in coords for atom in place.atoms]
+            level = max([level, *(self.after.get(r, 0) for r in (*registers, cond or ""))])
+        return level
 
     def _over_rows(self, v: Value) -> bool:
         """Whether v adds up the rows that a program walks over."""
@@ -257,11 +267,17 @@ class Emitter:
         computes: Value | None = None,
         prefix: str = "t",
     ) -> str:
-        register = f"{prefix}{self.counter}"
-        self.counter += 1
+        register = self.new_register(section, prefix)
         self.body.sections.setdefault(section, []).append(
             Instr("line", register, text, tuple(indices), computes=computes)
         )
+        return register
+
+    def new_register(self, section: tuple[str, int], prefix: str = "t") -> str:
+        register = f"{prefix}{self.counter}"
+        self.counter += 1
+        if section[0] == "row" and section[1]:
+            self.after[register] = section[1]
         return register
 
     def _load(
@@ -273,8 +289,7 @@ class Emitter:
         index, within = self.address(v, coords), cond
         if cond is not None and lies_inside(v, coords, self):
             cond = None
-        register = f"t{self.counter}"
-        self.counter += 1
+        register = self.new_register(section)
         self.body.sections.setdefault(section, []).append(
             Instr("load", register, name, (index,), cond=cond, dtype=v.dtype, within=within)
         )

@@ -254,8 +254,7 @@ def fold(
         emitter.body.folds[atom] = x.shape[axis]
         register = emitter.eval(x, _at(coords, axis, Index({atom: 1})), None, level)
         register = _wide(emitter, x, register, have, section)
-        name = f"t{emitter.counter}"
-        emitter.counter += 1
+        name = emitter.new_register(section)
         step = Instr("fold", name, r.op, (Index({atom: 1}),), cond=register, dtype=have)
         emitter.body.sections.setdefault(section, []).append(step)
     text = emitter.rounded(name, r.dtype, have, r)

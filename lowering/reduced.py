@@ -81,5 +81,6 @@ def finish_reduction(emitter: Emitter, r: Value) -> None:
     text = emitter.rounded(name, r.dtype, have, r)
     if r.dtype == "bool" and have != "bool":
         text = f"({name} != 0)"
-    same = text == name
-    emitter.results[r] = name if same else emitter.line(section, text, computes=r)
+    if text == name:
+        emitter.after[name] = section[1]
+    emitter.results[r] = name if text == name else emitter.line(section, text, computes=r)

@@ -76,8 +76,7 @@ def emit_scan(
     if computing_dtype(x.dtype) != hold:
         register = emitter.line(section, f"{register}.to(tl.{hold})")
         body.wide.add(register)
-    name = f"s{emitter.counter}"
-    emitter.counter += 1
+    name = emitter.new_register(section, "s")
     place = emitter._known(coords[v.params[0]])
     if body.looped:
         carry = Instr("carry", name, v.op, dtype=hold)

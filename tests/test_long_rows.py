@@ -196,3 +196,22 @@ def test_few_rows_keep_a_gpu_busy(rows: int, warps: int) -> None:
     graph = trace(lambda x: torch.logsumexp(x, -1), x)
     (source,) = compile_graph(graph, [], options(target=target))[1].sources
     assert source.meta["num_warps"] == warps
+
+
+PICKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "at a place": lambda x, y: y.gather(-1, x.argmax(-1, keepdim=True)),
+    "at a computed place": lambda x, y: y.gather(-1, (x > 0).sum(-1, keepdim=True) // 2),
+    "and then a reduction": lambda x, y: (y - y.gather(-1, x.argmax(-1, keepdim=True))).amax(-1),
+    "of what is computed": lambda x, y: (y * 2).gather(-1, x.argmin(-1, keepdim=True)) + 1,
+    "twice": lambda x, y: y.gather(-1, (y.gather(-1, x.argmax(-1, True)) > 0).long() + 3),
+}
+
+
+@pytest.mark.parametrize("name", PICKS)
+@pytest.mark.parametrize("length", [70001, 20000])
+def test_elements_are_picked_behind_the_loop_that_finds_them(name: str, length: int) -> None:
+    rows = 3 if length > 50000 and DEVICE == "cpu" else ROWS
+    x, y = rand(rows, length), rand(rows, length)
+    got, report = lower(PICKS[name], x, y, alone=True)
+    assert report.aten_calls == 0
+    assert torch.equal(got[0], PICKS[name](x, y))

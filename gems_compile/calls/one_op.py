@@ -299,11 +299,12 @@ class Handler:
             out = self._aten(keyset, args, kwargs)
             if self.overload in ATTENTION and variant.run is not None:
                 variant.run = attention.completed(variant.run, out)
-            if variant.layouts is None and variant.run is not None:
-                variant.layouts = [layout_of(t) for t in variant.run(list(tensors))]
         except Whole as why:
             self._leave(variant, str(why))
             return
+        else:
+            if variant.layouts is None:
+                self._layouts_by_a_run(variant, tensors)
         finally:
             inside.off = False
         if self.overload in ON_HOST or variant.layouts is None:
@@ -311,6 +312,14 @@ class Handler:
         eager = [layout_of(t) for t in ([out] if variant.single else out)]
         if eager != list(variant.layouts):
             self._leave(variant, f"ATen returns {eager}, its meta {variant.layouts}")
+
+    def _layouts_by_a_run(self, variant: Variant, tensors: Sequence[Tensor]) -> None:
+        if variant.run is None:
+            return
+        try:
+            variant.layouts = [layout_of(t) for t in variant.run(list(tensors))]
+        except Exception as error:
+            self._give_up(variant, error)
 
     def _leave(self, variant: Variant, why: str) -> None:
         """Calls of this description are ATen's from now on."""
@@ -322,7 +331,7 @@ class Handler:
         if isinstance(error, Whole):
             self._leave(variant, str(error))
             return
-        first = variant.calls == 1 and not isinstance(error, torch.OutOfMemoryError)
+        first = variant.calls <= 1 and not isinstance(error, torch.OutOfMemoryError)
         if not first or Config.from_call().strict:
             raise error
         log.warning("%s runs as ATen: its kernel failed: %s", self.name, error)
