@@ -335,12 +335,17 @@ def batch_norm_training(
     rstd = b.rsqrt(b.add(var, eps, 1))
     y = _normalize(b, x, mean, rstd, weight, bias)
     flat_mean, flat_var = b.squeeze(mean, others), b.squeeze(var, others)
-    unbiased = (
-        b.mul(flat_var, count / (count - 1)) if type(count) is int and count > 1 else flat_var
-    )
+    unbiased = _unbiased(b, flat_var, count)
     new_mean = _running(b, running_mean, flat_mean, momentum)
     new_var = _running(b, running_var, unbiased, momentum)
     return y, flat_mean, b.squeeze(rstd, others), new_mean, new_var
+
+
+def _unbiased(b: Any, var: Any, count: Any) -> Any:
+    """var * count / (count - 1); of one element var, which is 0."""
+    if type(count) is int:
+        return b.mul(var, count / (count - 1)) if count > 1 else var
+    return b.div(b.mul(var, b.size_number(count)), b.size_number(count - 1))
 
 
 def _running(b: Any, old: Any, new: Any, momentum: float) -> Any:

@@ -78,6 +78,7 @@ def _fresh_state():
     caller), but only while deterministic algorithms are on.
     """
     torch._dynamo.reset()
+    _compile_nested_frames()
     torch.manual_seed(0)
     before = torch.get_deterministic_debug_mode()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -85,6 +86,14 @@ def _fresh_state():
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
     torch.set_deterministic_debug_mode(before)
+
+
+def _compile_nested_frames() -> None:
+    """torch keeps one switch for all threads that leaves frames below a graph break to Python while
+    a function of fullgraph=True runs; two threads that call such functions can leave it on."""
+    frames = torch._C._dynamo.eval_frame
+    if hasattr(frames, "set_eval_frame_override"):  # torch 2.11
+        frames.set_eval_frame_override(torch._dynamo.eval_frame._EvalFrameOverride.NONE)
 
 
 @pytest.fixture(autouse=True)
