@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Pair, assert_same, check, compile_, graphs, ints, no_new_graph, rand
+from helpers import DEVICE, Pair, assert_same, check, compile_, graphs, ints, no_new_graph, rand
 from torch import nn
 
 LENGTHS = (5, 17, 900)
@@ -89,6 +89,14 @@ def test_automatic_dynamic_in_training():
     with no_new_graph():
         for n in (17, 300):
             pair(rand(3, n, 4, grad=True), rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.BatchNorm2d])
+def test_running_statistics(norm):
+    """Of batches of several sizes: the variance that is kept is the unbiased one."""
+    pair = Pair(norm(6).to(DEVICE), dynamic=True)
+    for length in LENGTHS[:2]:
+        pair(rand(length, 6, *((5, 3) if norm is nn.BatchNorm2d else ())), rtol=1e-4, atol=1e-5)
 
 
 def test_two_dynamic_sizes():
