@@ -58,6 +58,24 @@ def test_a_small_table_is_read_once() -> None:
     assert call[1] == 3 * ROW + 24 * 8
 
 
+def test_what_a_loss_picks() -> None:
+    """Of logits, which are cast and shifted, one a row: where its target is."""
+    logits, target = rand(48, 64, dtype=torch.bfloat16), ints(48, high=64)
+
+    def picked(x: Tensor, t: Tensor) -> Tensor:
+        wide = x.float() - 2
+        return wide.gather(-1, t[:, None]).exp() * 3
+
+    (call,) = moved(picked, logits, target)
+    assert call[1:3] == (48 * 2 + 48 * 8, 48 * 4)
+
+
+def test_what_is_picked_and_read_in_full() -> None:
+    x, t = rand(48, 64), ints(48, high=64)
+    (call,) = moved(lambda x, t: x.exp() + x.gather(-1, t[:, None]), x, t)
+    assert call[1] == 48 * 64 * 4 + 48 * 8
+
+
 def test_parts_that_a_product_made() -> None:
     """Each reader of a joint projection reads its own third."""
     linear = torch.nn.Linear(32, 96, bias=False).to(rand(1).device)

@@ -414,7 +414,7 @@ def _launch(
         _distinct(map(source_line, nodes)),
         _distinct(map(module_path, nodes)),
         tuple(part.numel(part.domain) for part in parts),
-        traffic.read_by(group.members, inputs, sizes),
+        traffic.read_by(group.members, inputs, group.stored, sizes),
         traffic.of_values(outputs, sizes),
         sum(sum(traffic.of_node(n)) for n in dict.fromkeys([*map(_op, nodes), *others])),
         places,

@@ -34,23 +34,70 @@ PICKING = {
 }
 
 
-def read_by(members: Iterable[Value], inputs: Sequence[Value], sizes: Sizes) -> int:
-    """What a kernel of ``members`` reads of its inputs: of one that only views or gathers show, no
-    more than they show."""
-    shown: dict[Value, dict[Value, int]] = {v: {} for v in inputs}
-    for member in members:
-        for operand in member.inputs:
-            base = base_of(operand)
-            if base not in shown:
-                continue
-            picks = member.kind == "gather" and operand is member.args[0]
-            part = member if picks else operand
-            shown[base][part] = _elements(part.shape, _strides(part), sizes)
+def read_by(
+    members: Sequence[Value], inputs: Sequence[Value], stored: Sequence[Value], sizes: Sizes
+) -> int:
+    """What a kernel of ``members`` that stores some reads of its inputs: of one that only views or
+    gathers show, no more than they show; nor of one that is computed where a gather looks."""
+    asked = _Asked(members, inputs, stored, sizes)
     total = 0
-    for v in shown:
-        whole = _elements(v.shape, v.strides, sizes)
-        total += min(whole, sum(shown[v].values()) or whole) * BITS[v.dtype] // 8
+    for v in dict.fromkeys(inputs):
+        whole = asked.whole(v)
+        total += min(whole, asked.of(v) or whole) * BITS[v.dtype] // 8
     return total
+
+
+class _Asked:
+    """How many elements of a value a kernel needs."""
+
+    def __init__(
+        self,
+        members: Sequence[Value],
+        inputs: Sequence[Value],
+        stored: Sequence[Value],
+        sizes: Sizes,
+    ) -> None:
+        self.stored, self.sizes = set(stored), sizes
+        self.users: dict[Value, list[tuple[Value, Value]]] = {}  # base -> (user, what it is shown)
+        self.known: dict[Value, int] = {}
+        met, todo = set(members) | set(inputs), list(members)
+        while todo:
+            member = todo.pop()
+            for operand in member.inputs:
+                base = base_of(operand)
+                self.users.setdefault(base, []).append((member, operand))
+                if base not in met:  # computed where it is read
+                    met.add(base)
+                    todo.append(base)
+
+    def whole(self, v: Value) -> int:
+        return _elements(v.shape, _strides(v), self.sizes)
+
+    def of(self, v: Value) -> int:
+        """Of an operand or a member; 0 if nothing reads it."""
+        if v not in self.known:
+            shown: dict[Value, int] = {}
+            for user, operand in self.users.get(v, ()):
+                part = user if _picks(user, operand) else operand
+                shown[part] = max(shown.get(part, 0), self._shown(user, operand))
+            self.known[v] = sum(shown.values())
+        return self.known[v]
+
+    def _shown(self, user: Value, operand: Value) -> int:
+        """Of an operand to a user, which is computed in full, or where those look that read it."""
+        if _picks(user, operand):
+            return self._computed(user)
+        part = self.whole(operand)
+        return min(part, self._computed(user)) if user.kind in ("pointwise", "cast") else part
+
+    def _computed(self, v: Value) -> int:
+        return (
+            self.whole(v) if v in self.stored else min(self.whole(v), self.of(v) or self.whole(v))
+        )
+
+
+def _picks(user: Value, operand: Value) -> bool:
+    return user.kind == "gather" and operand is user.args[0]
 
 
 def of_values(values: Iterable[Value], sizes: Sizes) -> int:
