@@ -17,6 +17,7 @@ from .parts import (
     parts_of,
     parts_wanted,
     pays,
+    row_shares,
 )
 from .views import Affine, Expand, Flip, Permute, Reshape, Slice, View
 
@@ -26,6 +27,10 @@ class Builder:
 
     def __init__(self, multiprocessors: int = 0) -> None:
         self.multiprocessors = multiprocessors  # 0: reductions are never split
+
+    def hint(self, size: Size) -> int | None:
+        """What a size was when the graph was traced, if that is known."""
+        return size if is_static(size) else None
 
     # pointwise -----------------------------------------------------------------------------
 
@@ -81,22 +86,21 @@ class Builder:
         """Reduce ``axes``, which stay with size 1.
 
         Few rows, or many rows under few columns, are reduced in two steps unless ``split`` is
-        false: parts side by side, then the parts.
+        false: parts side by side, then the parts. Shares are parts that need not be of one size.
         """
         axes = normalize_axes(axes, x.ndim)
-        parts = 1
+        parts, shares = 1, 1
         if split and op in SPLITTABLE:
-            across = contiguous_axis(x) not in axes
-            parts = (
-                parts_wanted(x, axes, self.multiprocessors) if across else self.row_parts(x, axes)
-            )
-        if parts == 1:
+            wanted = row_shares if contiguous_axis(x) in axes else parts_wanted
+            shares = wanted(x, axes, self.multiprocessors, self.hint)
+            parts = self.row_parts(x, axes) if shares == 1 else 1
+        if parts == shares == 1:
             return self._reduce(op, x, axes, dtype)
         hold = dtype or x.dtype
         wider = {"sum": "int64", "prod": "int64"}.get(op, hold)
         wide = "float32" if hold in SIXTEEN_BIT else (hold if hold in FLOATING else wider)
-        if contiguous_axis(x) not in axes:
-            whole = self._reduce(op, self._partial(op, x, axes, parts, wide), (0,), hold)
+        if shares > 1:
+            whole = self._reduce(op, self._partial(op, x, axes, shares, wide), (0,), hold)
         else:
             cut, inner, outer = self.split(x, axes, parts)
             found, outer = self.side_by_side(self._reduce(op, cut, inner, wide), outer)
@@ -175,7 +179,7 @@ class Builder:
         """In how many parts of one size, about ``longest`` at the most, a reduction should run:
         what ``split`` takes."""
         axes = normalize_axes(axes, x.ndim)
-        wanted = parts_wanted(x, axes, self.multiprocessors)
+        wanted = parts_wanted(x, axes, self.multiprocessors, self.hint)
         if wanted == 1 or not is_static(*x.shape):
             return 1
         if longest is not None:
@@ -190,7 +194,9 @@ class Builder:
             return 1
         length, many = count_of(x, axes), self.multiprocessors
         rows, row = product(x.shape) // max(1, length), length * _loaded_bits(x) // 8
-        return parts_wanted(x, axes, many) if many and pays(rows, row, passes, many) else 1
+        if not many or not pays(rows, row, passes, many):
+            return 1
+        return parts_wanted(x, axes, many, self.hint)
 
     def sum_of_parts(self, x: Value, axes: Sequence[int]) -> Value:
         """The sum of few parts, in one step."""

@@ -35,6 +35,7 @@ class Loops:
     parallel: list[str]
     reduced: list[str]
     shares: int
+    rowwise: bool  # its shares are of rows along memory
     sweeps: bool
     far: bool
     aligned: Aligned | None
@@ -107,12 +108,13 @@ class Loops:
             last = length // block * block
             self._ends_of_row(steps, length, last)
             self._run(steps, block, last)
+        elif self.rowwise:
+            self.lines.add("whole = first + tl.maximum(end - first, 0) // RBLOCK * RBLOCK")
+            self._run(steps, "first", "whole")
+            self._steps("whole, end", steps)
         elif self.shares or not is_static(length) or length < block:
             bounds = "first, end" if self.shares else f"0, {self.body_size(length)}"
-            self.lines.add(f"for start in {self._range(bounds)}:")
-            self.lines.depth += 1
-            self._step_at("start", steps, masked=True)
-            self.lines.depth -= 1
+            self._steps(bounds, steps)
         else:  # only the last step looks where the row ends
             whole = length // block * block
             self._run(steps, 0, whole)
@@ -120,12 +122,19 @@ class Loops:
                 self._step_at(str(whole), steps, masked=True)
         self.level = None
 
+    def _steps(self, bounds: str, steps: Sequence[Instr]) -> None:
+        """A loop of steps that look where the row ends."""
+        self.lines.add(f"for start in {self._range(bounds)}:")
+        self.lines.depth += 1
+        self._step_at("start", steps, masked=True)
+        self.lines.depth -= 1
+
     def _range(self, bounds: str) -> str:
         if self.tile.stages > 1:
             return f"tl.range({bounds}, RBLOCK, num_stages={self.tile.stages})"
         return f"range({bounds}, RBLOCK)"
 
-    def _run(self, steps: Sequence[Instr], first: int, last: int) -> None:
+    def _run(self, steps: Sequence[Instr], first: int | str, last: int | str) -> None:
         """Whole steps from first to last."""
         self.lines.add(f"for start in {self._range(f'{first}, {last}')}:")
         self.lines.depth += 1

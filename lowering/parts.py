@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from .indexing import Size, is_static, product
@@ -10,6 +10,9 @@ from .schedule import CACHED, COLUMNS, MAX_PERSISTENT, SWEPT_BY_TWO, sweeps_toge
 
 if TYPE_CHECKING:
     from .ir import Value
+
+#: what a size was when the graph was traced, or None
+Hint = Callable[[Size], "int | None"]
 
 #: the longest row of a kernel that walks over rows and reduces their columns beside
 MAX_SWEPT_ROW = 2 * SWEPT_BY_TWO
@@ -21,6 +24,10 @@ BY_PROGRAM, IN_CACHE, BEYOND, BY_PARTS = 40_000, 33_000, 21_000, 28_000
 LAUNCH = 3
 #: shares of the rows are whole steps of a loop over columns
 STEP = 64
+#: rows so few that one in uneven shares is worth it, where no number of parts cuts them evenly
+FEW_ROWS = 16
+#: elements of a row that a program reduces at the least
+LEAST_OF_A_ROW = 2048
 
 
 def normalize_axes(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
@@ -35,7 +42,7 @@ def count_of(x: Value, axes: Sequence[int]) -> Size:
 SPLITTABLE = {"sum", "amax", "amin", "prod", "any", "all"}
 
 
-def parts_wanted(x: Value, axes: Sequence[int], multiprocessors: int) -> int:
+def parts_wanted(x: Value, axes: Sequence[int], multiprocessors: int, hint: Hint) -> int:
     """In how many parts a reduction should run to keep the GPU busy; 1 where it does anyway."""
     if not multiprocessors or not axes:
         return 1
@@ -45,10 +52,29 @@ def parts_wanted(x: Value, axes: Sequence[int], multiprocessors: int) -> int:
     if along is None:  # not known, as where strides depend on sizes
         return 1
     if along not in axes:
-        return column_parts(kept, reduced, _is_stored(x), multiprocessors)
+        return column_parts(kept, reduced, _is_stored(x), multiprocessors, hint)
     if not is_static(*x.shape) or kept >= 2 * multiprocessors or reduced <= MAX_PERSISTENT:
         return 1
-    return parts_of(x, axes, -(-4 * multiprocessors // kept), reduced // 2048)
+    return parts_of(x, axes, -(-4 * multiprocessors // kept), reduced // LEAST_OF_A_ROW)
+
+
+def row_shares(x: Value, axes: Sequence[int], multiprocessors: int, hint: Hint) -> int:
+    """In how many shares few long rows should be reduced that are of unknown length, or that no
+    number of parts cuts evenly; 1 where the GPU is busy anyway, or even parts will do."""
+    if not multiprocessors or contiguous_axis(x) not in axes:
+        return 1
+    length = hint(count_of(x, axes))
+    rows = hint(product(s for k, s in enumerate(x.shape) if k not in axes))
+    if not length or not rows or rows >= 2 * multiprocessors or length <= MAX_PERSISTENT:
+        return 1
+    wanted = min(-(-4 * multiprocessors // rows), length // LEAST_OF_A_ROW)
+    if is_static(*x.shape) and (rows > FEW_ROWS or _cuts_evenly(x, axes, wanted)):
+        return 1
+    return max(1, wanted)
+
+
+def _cuts_evenly(x: Value, axes: Sequence[int], wanted: int) -> bool:
+    return 2 * parts_of(x, axes, wanted, count_of(x, axes) // LEAST_OF_A_ROW) >= wanted
 
 
 def pays(rows: int, row: int, passes: int, multiprocessors: int) -> bool:
@@ -60,10 +86,16 @@ def pays(rows: int, row: int, passes: int, multiprocessors: int) -> bool:
     return passes * (whole - row * each / BY_PARTS) > LAUNCH
 
 
-def column_parts(columns: Size, reduced: Size, stored: bool, multiprocessors: int) -> int:
+def column_parts(
+    columns: Size, reduced: Size, stored: bool, multiprocessors: int, hint: Hint
+) -> int:
     """Shares of the rows, which need not be of one size. What a kernel stores as well
     (``stored``) wants more programs than what it only adds up."""
-    if not is_static(columns) or (is_static(reduced) and reduced < 512):
+    if not is_static(columns):
+        columns, about = hint(columns), hint(reduced)
+        if not columns or not about or about < 512:
+            return 1
+    if is_static(reduced) and reduced < 512:
         return 1
     programs = -(-columns // COLUMNS)
     if programs >= 2 * multiprocessors:

@@ -54,9 +54,10 @@ from .schedule import needs_loop
 from .small import Joined, join, joined_source, may_join
 from .source import Source
 from .stores import store_copies
+from .symbols import hints_of
 from .tiling import Tiling
 from .translate import Program, Translator, op_of
-from .tune import Tuner, hints_of
+from .tune import Tuner
 from .updates import take_updates_apart
 from .whole import whole_source
 

@@ -29,12 +29,14 @@ from .schedule import (
     column_tile,
     looped_row_tile,
     pointwise_tile,
+    row_share_tile,
     row_tile,
     sweep_tile,
     transpose_tile,
 )
 from .source import NUMBER, POINTER, WAIT, Lines, Source, preamble
 from .square import axes_of, square_prologue
+from .sweep import shares_rows
 from .walk import for_every_row, render_sweep, sweep_prologue
 from .writes import render_put
 
@@ -63,6 +65,7 @@ class Renderer(Accumulators, Loops):
         self.merged: dict[str, str | None] = {}  # atom -> atom it became, None when it vanished
         self.lines = Lines()
         self.shares, self.sweeps = self.group.shares, self.group.sweeps
+        self.rowwise = shares_rows(self.group)
         self.parallel = self._order(self.group.parallel)
         self.reduced = list(self.group.reduced)
         self._collapse(self.parallel)
@@ -140,6 +143,8 @@ class Renderer(Accumulators, Loops):
             return pointwise_tile(rows, self.multiprocessors, elements_of_a_thread(self, rows))
         if self.group.column:
             reduced = self.group.reduced_length
+            if self.rowwise:
+                return row_share_tile(reduced, self.body.looped)
             return column_tile(rows, reduced, self.shares, self.body.looped, self._loaded_bytes())
         draws = "random" in self.body.modules
         if self.sweeps:
@@ -257,13 +262,18 @@ class Renderer(Accumulators, Loops):
         return simplify(blocks * max(1, self.shares))
 
     def _share_bounds(self, rows: Size) -> None:
-        """Define where the program's share of the rows begins and ends."""
+        """Define where the program's share of the rows begins and ends; of one along memory, at
+        whole steps, whose loads are vectors."""
+        step = self.tile.r if self.rowwise and self.body.looped else 1
+        together = self.shares * step
         if is_static(rows):
-            share = str(-(-rows // self.shares))
+            share = str(-(-rows // together) * step)
         else:
-            share = f"(({self.body_size(rows)} + {self.shares - 1}) // {self.shares})"
+            whole = f" * {step}" if step > 1 else ""
+            share = f"((({self.body_size(rows)} - 1) // {together} + 1){whole})"
         self.lines.add(f"first = {SHARE} * {share}")
-        self.lines.add(f"end = tl.minimum(first + {share}, {self.body_size(rows)})")
+        # no sum here is beyond the row, whose places may be as many as 32 bits count
+        self.lines.add(f"end = first + tl.minimum({share}, {self.body_size(rows)} - first)")
 
     def _unravel(self, var: str, atoms: Sequence[str]) -> None:
         """Define the atoms as the digits of ``var``."""
@@ -277,7 +287,7 @@ class Renderer(Accumulators, Loops):
 
     def _reduced_vars(self, masked: bool = True) -> None:
         length = product(self.sizes[a] for a in self.reduced)
-        if self.shares and not self.sweeps:
+        if self.shares and not self.sweeps and (masked or not self.rowwise):
             self.lines.add("rmask = r < end")
             self.rmask = "rmask"
         elif masked and self.aligned is not None:

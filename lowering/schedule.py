@@ -158,6 +158,12 @@ def sweep_tile(reduced: int, loaded: int, shared: int) -> Tile:
     return Tile(together, length, warps, stages=max(1, min(3, stages)))
 
 
+def row_share_tile(reduced: Size, looped: bool) -> Tile:
+    """Of one row, along memory. ``reduced``: how long a share is, if that is known."""
+    length = 4096 if looped else power_of_two(reduced)
+    return Tile(1, length, warps=max(1, min(8, length // 512)))
+
+
 def columns_together(columns: Size, reduced: Size, shares: int = 0) -> int:
     """How many columns one program reduces; ``reduced`` long, in each of the shares of the rows.
 

@@ -27,9 +27,22 @@ def on_chip(group: Group) -> bool:
 
 
 def is_column(v: Value) -> bool:
-    """Whether the reduction runs across memory: its operand's contiguous axis is kept."""
+    """Whether the reduction runs across memory, its operand's contiguous axis being kept, or is one
+    of shares: whose programs reduce what any number of them do."""
+    return v.kind == "partial" or not is_along(v)
+
+
+def is_along(v: Value) -> bool:
+    """Whether the reduction runs along memory, or in no way that is known."""
     axis = contiguous_axis(v.args[0])
-    return axis is not None and axis not in v.params
+    return axis is None or axis in v.params
+
+
+def shares_rows(group: Group) -> bool:
+    """Whether the group's programs reduce shares of rows that lie along memory."""
+    return bool(group.shares and group.column) and any(
+        m.kind == "partial" and is_along(m) for m in group.members
+    )
 
 
 def why_not_sweep(group: Group, v: Value, frame: Frame, readers: Readers) -> str | None:

@@ -1,4 +1,5 @@
-"""What the symbols of a graph's sizes are in a call: texts of the function that makes it."""
+"""What the symbols of a graph's sizes are in a call, as texts of the function that makes it, and
+what they were when it was traced."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .graph import value_of
 from .indexing import Size, is_static, size_of
 
 
@@ -58,3 +60,22 @@ class Symbols:
             if str(known) not in self.known:
                 learnt = self.known[str(known)] = f"n{len(self.known)}"
                 yield f"{learnt} = {text}"
+
+
+def hints_of(graph: torch.fx.Graph) -> dict[Any, int]:
+    """What the symbols of a graph's inputs were when it was traced."""
+    found: dict[Any, int] = {}
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            continue
+        val = value_of(node)
+        sizes = (*val.shape, *val.stride()) if isinstance(val, torch.Tensor) else (val,)
+        for size in sizes:
+            if isinstance(size, torch.SymInt) and size.node.has_hint():
+                expr = size_of(size)
+                if is_static(expr):
+                    continue
+                by, symbol = expr.as_coeff_Mul()
+                if symbol.is_Symbol:
+                    found[symbol] = int(size.node.hint) // int(by)
+    return found

@@ -22,6 +22,7 @@ from .overload import name_of
 from .parts import normalize_axes
 from .repeats import Repeats
 from .spelling import parameters
+from .symbols import hints_of
 from .view_ops import VIEWS, negative_zero
 from .views import Permute, Reshape
 from .whole import WHOLE, lower_whole
@@ -85,6 +86,7 @@ class Translator:
     # one node ------------------------------------------------------------------------------
 
     def run(self, graph: torch.fx.Graph) -> Program:
+        self.builder.graph = graph
         for node in graph.nodes:
             if node.op == "output":
                 continue
@@ -353,6 +355,15 @@ class _Recorder(Builder):
         super().__init__(multiprocessors)
         self.values = values
         self.origin: Node | None = None
+        self.graph: torch.fx.Graph | None = None
+
+    @functools.cached_property
+    def hints(self) -> dict[Any, int]:
+        return hints_of(self.graph) if self.graph is not None else {}
+
+    def hint(self, size: Size) -> int | None:
+        known = size if is_static(size) else size.xreplace(self.hints)
+        return int(known) if is_static(known) or known.is_number else None
 
     def reduce(
         self,

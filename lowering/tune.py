@@ -21,9 +21,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .alike import in_the_tile_of
 from .choices import Choice, Choices, spelled
-from .graph import value_of
 from .group import Group
-from .indexing import Size, is_static, size_of
+from .indexing import Size, is_static
 from .ir import BITS, Value
 from .load import CompileError, Loading, kernel_folder
 from .options import Options
@@ -310,25 +309,6 @@ def timer(device: torch.device, number: Hints) -> Times | None:
             raise Untimed("the GPU's memory is full") from e
 
     return times
-
-
-def hints_of(graph: torch.fx.Graph) -> dict[Any, int]:
-    """What the symbols of a graph's inputs were when it was traced."""
-    found: dict[Any, int] = {}
-    for node in graph.nodes:
-        if node.op != "placeholder":
-            continue
-        val = value_of(node)
-        sizes = (*val.shape, *val.stride()) if isinstance(val, torch.Tensor) else (val,)
-        for size in sizes:
-            if isinstance(size, torch.SymInt) and size.node.has_hint():
-                expr = size_of(size)
-                if is_static(expr):
-                    continue
-                by, symbol = expr.as_coeff_Mul()
-                if symbol.is_Symbol:
-                    found[symbol] = int(size.node.hint) // int(by)
-    return found
 
 
 def bandwidth(device: torch.device) -> float:

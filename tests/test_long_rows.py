@@ -215,3 +215,54 @@ def test_elements_are_picked_behind_the_loop_that_finds_them(name: str, length: 
     got, report = lower(PICKS[name], x, y, alone=True)
     assert report.aten_calls == 0
     assert torch.equal(got[0], PICKS[name](x, y))
+
+
+# shares -------------------------------------------------------------------------------------------
+
+
+WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda x: x.sum(),
+    "mean of squares": lambda x: (x * x - 1).mean(),
+    "largest": lambda x: x.amax(),
+    "smallest of rows": lambda x: (x * 2).amin(-1),
+    "rows": lambda x: x.sum(-1, keepdim=True) * 2,
+    "any": lambda x: (x > 4).any(),
+    "variance": lambda x: x.var(),
+    "outer dims": lambda x: x.unflatten(-1, (-1, 1)).sum((-1, -2)),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_rows_of_any_length_in_shares(name: str) -> None:
+    """One row keeps a GPU busy, whatever its length; also one that has fewer elements than there
+    are shares."""
+    wanted = WHOLE[name]
+    x = rand(2, 70001)
+    how = options(target=dataclasses.replace(options().target, multiprocessors=132))
+    run, report = compile_graph(trace(wanted, x, dynamic=True), [x], how)
+    assert report.aten_calls == 0
+    assert any("whole = first" in s.text for s in report.sources)
+    for shape in ((2, 70001), (3, 5), (2, 4096), (7, 2 * 4096 + 1), (1, 200_003)):
+        x = rand(*shape)
+        (got,) = run([x])
+        assert_same_values(got, wanted(x), name, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prime_length_in_shares() -> None:
+    """No number of parts cuts it evenly."""
+    x = rand(10 * 2**17 + 1)  # 1310721 is 3 * 436907
+    got, report = lower(lambda x: (x * 3).sum(), x, multiprocessors=132)
+    assert report.launches == 2 and report.sources[0].grid == 528
+    assert_same_values(got[0], (x * 3).sum(), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [2**31 - 2**15, 2**31 + 5])
+def test_shares_of_a_row_that_32_bits_hardly_count(length: int) -> None:
+    """The kernel of a short row, and that in 64 bits."""
+    x = torch.ones(70001, dtype=torch.int8, device=DEVICE)
+    run, report = compile_graph(trace(lambda x: x.sum(), x, dynamic=True), [x], options())
+    assert any("whole = first" in s.text for s in report.sources)
+    for n in (len(x), length):
+        (got,) = run([torch.ones(n, dtype=torch.int8, device=DEVICE)])
+        assert got.item() == n

@@ -17,8 +17,8 @@ from ..lowering.group import Plan
 from ..lowering.indexing import size_of
 from ..lowering.ir import Value
 from ..lowering.report import Report
+from ..lowering.symbols import hints_of
 from ..lowering.translate import Program
-from ..lowering.tune import hints_of
 from .reference_text import References, Sizes, shown
 from .references import Reference, find_references, names_of
 from .runnable import TENSOR, spelled

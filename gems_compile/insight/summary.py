@@ -21,7 +21,7 @@ from ..lowering.ir import Value
 from ..lowering.render import kernel_name
 from ..lowering.report import Report
 from ..lowering.source import Source
-from ..lowering.tune import hints_of
+from ..lowering.symbols import hints_of
 from . import traffic
 from .flow import read_by
 from .rewritten import NearMiss, Rewritten, fired, missed
