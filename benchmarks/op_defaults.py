@@ -8,12 +8,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks.table import Row
-from gems_compile.calls.worth import FOLDER, WITH_DIM, Measured, Table, path_of, read_table
+from gems_compile.calls.worth import (
+    FOLDER,
+    LEAST_ON_DEVICE,
+    WITH_DIM,
+    Measured,
+    Table,
+    path_of,
+    read_table,
+)
 
 HOW = "time of ATen's call over ours, steady calls, host time included"
-#: times ATen's speed that a kernel has on the device at least, where its call is faster: else ATen
-#: lost its time on the host, which waited for the device, say
-LEAST_ON_DEVICE = 0.97
 
 
 def measured(rows: Sequence[Row]) -> Measured:
@@ -37,7 +42,8 @@ def measured(rows: Sequence[Row]) -> Measured:
 
 
 def gains(row: Row) -> bool:
-    """Whether a call is at least as fast as ATen's, and its kernel no slower."""
+    """Whether a call is at least as fast as ATen's, and its kernel no slower: else ATen lost its
+    time on the host, which waited for the device, say."""
     return row["ratio"] >= 1 and row.get("kernel_ratio", 1.0) >= LEAST_ON_DEVICE
 
 
@@ -74,6 +80,27 @@ def write(rows: Iterable[Row], where: dict[str, str], folder: Path = FOLDER) -> 
     for op in dict.fromkeys(row["op"] for row in rows):
         ops[op] = measured([row for row in rows if row["op"] == op])
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text_of(facts, ops))
+    return path
+
+
+def write_any_sizes(
+    rows: Iterable[Row], where: dict[str, str], which: str, folder: Path = FOLDER
+) -> Path:
+    """Add to this target's table how kernels for any sizes did, ``which`` being arguments."""
+    path = path_of(where["target"], folder)
+    table = read_table(path)
+    ops = dict(table.ops)
+    found: dict[str, float] = {}
+    for row in rows:
+        known = ops.get(row["op"])
+        if row["status"] != "ok" or not row["shared"] or known is None or known.least is None:
+            continue
+        if _elements(row) >= known.least:
+            found[row["op"]] = min(row["ratio"], found.get(row["op"], row["ratio"]))
+    for op, ratio in found.items():
+        ops[op] = replace(ops[op], any_sizes={**ops[op].any_sizes, which: round(ratio, 2)})
+    facts = {"target": table.target, "measured": table.measured, "how": table.how}
     path.write_text(text_of(facts, ops))
     return path
 

@@ -50,7 +50,7 @@ class Setting:
     device: str = "cuda"
     seconds: float = 0.2  # of timing, of each side
     small: bool = False
-    any_sizes: bool = False  # with sizes as arguments of our kernels, not constants
+    any_sizes: str = ""  # which sizes are arguments of our kernels: all, or the first of a tensor
 
 
 # numbers ------------------------------------------------------------------------------------------
@@ -214,6 +214,10 @@ class Measured:
             return out, ""
         return out, next((v.why for v in reversed(handler.variants.values()) if v.why), "unknown")
 
+    def shared(self) -> bool:
+        """Whether the kernel takes other sizes, too."""
+        return any(v.shared for v in eager._state.handlers[self.case.overload].variants.values())
+
     def _served(self) -> int:
         return eager.stats().get(self.case.op, {}).get("ours", 0)
 
@@ -260,6 +264,8 @@ def measure(case: Case, setting: Setting, copies: Copies) -> Row:
         return row | {"status": f"failed: {type(error).__name__}: {str(error)[:300]}"}
     if row["status"] != "ok":
         return row
+    if setting.any_sizes:
+        row["shared"] = measured.shared()
     times: dict[str, list[float]] = {"eager": [], "gems": []}
     for _ in range(TURNS):
         for side, found in times.items():

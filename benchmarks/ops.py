@@ -48,7 +48,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", default=None, choices=("bfloat16", "float16", "float32"))
     add("--device", help="default: cuda where there is one, else cpu")
     add("--small", action="store_true", help="tiny shapes, for a CPU with TRITON_INTERPRET=1")
-    add("--any-sizes", action="store_true", help="kernels have sizes as arguments, not constants")
+    what = "kernels have sizes as arguments, not constants: all, or the first of each tensor"
+    add("--any-sizes", nargs="?", const="all", default="", choices=("all", "first"), help=what)
     add("--seconds", type=float, default=0.2, help="of timing, per case and side (default: 0.2)")
     add("--no-flag-gems", action="store_true", help="leave FlagGems out, where it is installed")
     add("--json", type=Path, help="write all rows to this file, a line each until all are there")
@@ -61,14 +62,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--write-table",
         action="store_true",
-        help="write what measured faster into gems_compile/defaults/; takes --mode call",
+        help="write what measured faster into gems_compile/defaults/; takes --mode call, or kernel "
+        "with --any-sizes, which then adds to the ops that are there",
     )
     add("--list", action="store_true", help="print the cases, and the ops that have none")
     options = parser.parse_args(argv)
-    if options.write_table and options.mode != "call":
-        parser.error(f"--write-table takes --mode call, not {options.mode}: see --help")
-    if options.write_table and options.any_sizes:
-        parser.error("--write-table is of kernels for their own sizes, not --any-sizes: see --help")
+    wanted = "kernel" if options.any_sizes else "call"
+    if options.write_table and options.mode != wanted:
+        what = " with --any-sizes" if options.any_sizes else ""
+        parser.error(f"--write-table{what} takes --mode {wanted}, not {options.mode}: see --help")
     return options
 
 
@@ -236,9 +238,10 @@ def run(
     return rows
 
 
-def read(files: Iterable[Path], mode: str, found: Iterable[Case]) -> list[Row]:
+def read(files: Iterable[Path], setting: Setting, found: Iterable[Case]) -> list[Row]:
     """The rows of a mode that such files hold, in the order of the cases; those of calls learn from
     those of kernels how they did on the device."""
+    mode = setting.mode
     places = {case.name: place for place, case in enumerate(found)}
     rows: list[Row] = []
     for file in files:
@@ -246,6 +249,7 @@ def read(files: Iterable[Path], mode: str, found: Iterable[Case]) -> list[Row]:
         whole = text.lstrip().startswith("[")
         rows += json.loads(text) if whole else map(json.loads, text.splitlines())
     rows = [row for row in rows if row["case"] in places]
+    rows = [row for row in rows if (row.get("any_sizes") or "") == setting.any_sizes]
     on_device = {row["case"]: row for row in rows if row["mode"] == "kernel"}
     picked = [row for row in rows if row["mode"] == mode]
     for row in picked:
@@ -260,7 +264,7 @@ def measured(
     first, count = options.part
     found = found[first - 1 :: count]
     rows = run(found, setting, where, options.json)
-    if options.write_table:
+    if options.write_table and not options.any_sizes:
         add_kernel_ratios(rows, found, setting)
     if has_flag_gems() and not options.no_flag_gems:
         print(add_flag_gems(rows, setting))
@@ -288,9 +292,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     setting = setting_of(options)
     if setting.any_sizes:
-        varying.OWN_SIZES = 0
+        varying.OWN_SIZES, varying.AT_ONCE = 0, setting.any_sizes
     if options.rows:
-        rows = read(options.rows, setting.mode, found)
+        rows = read(options.rows, setting, found)
         if not rows:
             print(f"--rows: no row of mode {setting.mode} there", file=sys.stderr)
             return 2
@@ -308,9 +312,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if drawing:
         print(plot(rows, drawing))
     if options.write_table:
-        from benchmarks.op_defaults import write
+        from benchmarks.op_defaults import write, write_any_sizes
 
-        print(f"table: {write(rows, where)}")
+        which = setting.any_sizes
+        print(f"table: {write_any_sizes(rows, where, which) if which else write(rows, where)}")
     return status
 
 

@@ -224,15 +224,47 @@ def test_parts(tmp_path: Path, capsys: Any) -> None:
 
 def test_kernels_for_any_sizes(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(varying, "OWN_SIZES", 4)  # which the command changes
+    monkeypatch.setattr(varying, "AT_ONCE", "all")
     found = tmp_path / "rows.json"
-    assert run("--ops", "gelu-34", "--any-sizes", "--no-flag-gems", "--json", str(found)) == 0
+    which = "--any-sizes", "first", "--no-flag-gems", "--json", str(found)
+    assert run("--ops", "gelu-34", *which) == 0
     (row,) = json.loads(found.read_text())
-    assert row["any_sizes"] and row["status"] == "ok"
+    assert (row["any_sizes"], row["shared"], row["status"]) == ("first", True, "ok")
     (handler,) = (h for h in eager._state.handlers.values() if h.name == "gelu")
     assert [v.shared for v in handler.variants.values()] == [True]
     with pytest.raises(SystemExit):
         run("--any-sizes", "--mode", "call", "--write-table")
-    assert "not --any-sizes" in capsys.readouterr().err
+    assert "--write-table with --any-sizes takes --mode kernel, not call" in capsys.readouterr().err
+
+
+def test_a_table_of_kernels_for_any_sizes(tmp_path: Path) -> None:
+    """The slowest of the calls that are ours; what is not there, or takes no other sizes, stays."""
+    table = {
+        "target": "nvidia:sm90", "measured": "a GPU", "how": "so",
+        "ops": {
+            "gelu": {"least": 1000, "ratios": {"4": 0.5}},
+            "add.Tensor": {"least": None},
+            "mul.Tensor": {"least": 0},
+        },
+    }  # fmt: skip
+    path = tmp_path / "nvidia-sm90.json"
+    path.write_text(json.dumps(table))
+
+    def row(op: str, elements: int, ratio: float, shared: bool = True) -> dict[str, Any]:
+        facts = {"op": op, "elements": elements, "ratio": ratio, "shared": shared}
+        return {**facts, "status": "ok"}
+
+    rows = [row("gelu", 10, 0.1), row("gelu", 2000, 0.926), row("gelu", 4000, 1.2)]
+    rows += [row("add.Tensor", 10, 0.1), row("mul.Tensor", 10, 0.2, shared=False)]
+    rows += [row("exp", 10, 0.1), {**row("mul.Tensor", 10, 0.2), "status": "failed: so"}]
+    where = {"target": "nvidia:sm90"}
+    assert op_defaults.write_any_sizes(rows, where, "all", tmp_path) == path
+    op_defaults.write_any_sizes(rows[2:3], where, "first", tmp_path)
+    found = read_table(path)
+    assert found.ops["gelu"].any_sizes == {"all": 0.93, "first": 1.2}
+    assert found.ops["gelu"].ratios == {"4": 0.5} and found.measured == "a GPU"
+    assert not found.ops["add.Tensor"].any_sizes and not found.ops["mul.Tensor"].any_sizes
+    assert set(found.ops) == set(table["ops"])
 
 
 def test_a_png(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ import gems_compile
 from gems_compile import eager
 from gems_compile.calls import one_op, varying
 from gems_compile.calls.varying import MAX_NUMBERS, family_of
+from gems_compile.kernels.target import current_target
 
 pytestmark = gems_only
 
@@ -49,6 +51,11 @@ def same_of(program: Callable[[int, int], Any], n: int, m: int, op: str) -> None
 
 def kernels(name: str) -> int:
     return eager.stats()[name]["compiled"]
+
+
+def handler_of(name: str) -> one_op.Handler:
+    (found,) = (h for h in eager._state.handlers.values() if h.name == name)
+    return found
 
 
 # sizes -------------------------------------------------------------------------------------------
@@ -291,6 +298,44 @@ def test_places_beyond_32_bits(monkeypatch: Any) -> None:
             y = x.bitwise_not()
             assert y[-1] == 248 and y[0] == 255 and ours("bitwise_not")
             del x, y
+
+
+@pytest.mark.parametrize(
+    ("name", "fn", "idle"),
+    [
+        ("argmax", lambda x: x.argmax(), True),
+        ("sum", lambda x: x.sum(), False),
+        ("max.dim", lambda x: x.max(0), True),
+    ],
+)
+def test_no_kernel_is_shared_that_leaves_a_gpu_idle(
+    name: str, fn: Callable[[Tensor], Any], idle: bool, monkeypatch: Any
+) -> None:
+    """One program for a long row: each length has a kernel of its own, of parts."""
+    if current_target().name == "interpreter":
+        target = dataclasses.replace(current_target(), multiprocessors=132)
+        monkeypatch.setattr(eager, "current_target", lambda vendor=None: target)
+    monkeypatch.setattr(varying, "OWN_SIZES", 1)
+    for n in (40_000, 50_000):
+        same_of(lambda n, m: fn(rand(n)), n, 0, name)
+    assert [v.shared for v in handler_of(name).variants.values() if v.run] == [False, not idle]
+
+
+def test_what_measured_slower_is_not_shared(monkeypatch: Any) -> None:
+    """Where the first size alone varies it may be, if that is faster."""
+    asked: list[str] = []
+
+    def worth(name: str, which: str, target: Any) -> bool:
+        asked.extend([which] * (name == "gelu"))
+        return which == "first"
+
+    monkeypatch.setattr(one_op, "worth_sharing", worth)
+    monkeypatch.setattr(varying, "OWN_SIZES", 1)
+    for n, m in ((33, 40), (34, 40), (34, 41), (35, 41)):
+        same_of(lambda n, m: F.gelu(rand(n, m)), n, m, "gelu")
+    variants = handler_of("gelu").variants.values()
+    assert [v.shared for v in variants] == [False, True, False, False]
+    assert asked == ["first", "all", "all"]
 
 
 def test_a_shared_kernel_that_fails(monkeypatch: Any) -> None:

@@ -30,7 +30,7 @@ from .one_node import OneCall, one_node_graph
 from .operands import layout_of
 from .rules import ON_HOST
 from .sized import Steps, program
-from .varying import Sizes, Variant
+from .varying import Sizes, Variant, why_idle
 
 SEED = "gems.seed.default"
 
@@ -117,6 +117,7 @@ def _compiled(
     from ..backend import lowering_options
     from ..lowering.graph import is_view
     from ..lowering.pipeline import compile_graph
+    from ..lowering.symbols import hints_of
     from ..lowering.translate import makes_nothing
 
     if isinstance(made, str):
@@ -127,6 +128,9 @@ def _compiled(
     # A pool of workers would take longer to start than one kernel to compile.
     options = replace(lowering_options(config, target), alone=True, threads=0)
     run, report = compile_graph(gm, inputs, options, f"eager_{aten_name(overload)}")
+    known = hints_of(gm.graph)
+    if known and (why_not := why_idle(report.plan, target.multiprocessors, known)):
+        return Variant(None, single, why_not)
     # what is absent, a saved buffer that a GPU needs not, a view of the result, a seed that the
     # host does not draw
     full = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.full.default)

@@ -33,7 +33,7 @@ from .operands import describe, layout_of, takes_lazily_negated, why_native
 from .rules import ON_HOST
 from .varying import Family, Numbers, Sizes, family_of
 from .whole import Whole
-from .worth import least_elements, why_not_worth
+from .worth import least_elements, why_not_worth, worth_sharing
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +220,11 @@ class Handler:
                 if self._compiled >= MAX_COMPILED:
                     return self._full
                 make = partial(self._compile, keyset, args, kwargs, tensors)
-                variant = make(None) if family is None else family.compile(tensors, make)
+                variant = (
+                    make(None)
+                    if family is None
+                    else family.compile(tensors, make, self._worth_sharing)
+                )
                 self._compiled += variant.run is not None
                 if self._compiled == MAX_COMPILED and variant.run is not None:
                     log.info("%s: %s; new ones run as ATen", self.name, self._full.why)
@@ -251,6 +255,9 @@ class Handler:
     def _why_native(self, tensors: Sequence[Tensor], options: dict[str, Any]) -> str | None:
         tensors = attention.read(tensors) if self.overload in ATTENTION else tensors
         return why_native(tensors, self.target, options if self._makes else {})
+
+    def _worth_sharing(self, which: str) -> bool:
+        return worth_sharing(self.name, which, self.target)
 
     def _compile(
         self,

@@ -5,20 +5,23 @@ all, in which those that differ are run-time arguments, as Dynamo's automatic dy
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..lowering.indexing import size_of
+from ..lowering.indexing import is_static, product, size_of
 from ..lowering.private import some_size
+from ..lowering.schedule import MAX_PERSISTENT
 from .operands import describe
 
 #: Calls compiled for their own sizes before sizes become arguments: models have few kinds of an op,
 #: for which constants make the better kernel; where lengths vary there is no end of them. With 0
-#: all sizes of the first call are arguments.
+#: sizes of the first call are arguments.
 OWN_SIZES = 4
+#: which of them: "all", or the "first" of each tensor
+AT_ONCE = "all"
 #: Shared kernels of one family. Each has conditions on sizes, which the next call may not meet.
 SHARED = 8
 #: Numbers with which calls that are alike otherwise are compiled. Where a number is another at each
@@ -119,17 +122,25 @@ class Family:
         return None
 
     def compile(
-        self, tensors: Sequence[Tensor], make: Callable[[Sizes | None], Variant]
+        self,
+        tensors: Sequence[Tensor],
+        make: Callable[[Sizes | None], Variant],
+        worth: Callable[[str], bool] = lambda which: True,
     ) -> Variant:
-        """What ``make`` makes of a call, for any sizes if there were many, and that can be."""
+        """What ``make`` makes of a call, for any sizes if there were many, and that can be and is
+        ``worth`` it: where "all" sizes vary, or the "first" of each tensor alone."""
         lengths = [n for t in tensors for n in (*t.shape, *t.stride())]
+        first = [d == 0 and t.ndim > 0 for t in tensors for d in range(2 * t.ndim)]
         if not self._met:
-            self._met, self._varies = lengths, [not OWN_SIZES] * len(lengths)
+            at_once = first if AT_ONCE == "first" else [True] * len(lengths)
+            self._met, self._varies = lengths, [not OWN_SIZES and yes for yes in at_once]
             self._multiple = [True] * len(lengths)
-        for k, (n, first) in enumerate(zip(lengths, self._met, strict=True)):
-            self._varies[k] |= n != first
+        for k, (n, met) in enumerate(zip(lengths, self._met, strict=True)):
+            self._varies[k] |= n != met
             self._multiple[k] &= n % MULTIPLE == 0
-        if self._own >= OWN_SIZES and self._tries < SHARED and any(self._varies):
+        others = any(v and not f for v, f in zip(self._varies, first, strict=True))
+        may = self._own >= OWN_SIZES and self._tries < SHARED and any(self._varies)
+        if may and (not OWN_SIZES or worth("all" if others else "first")):
             sizes = Sizes(tensors, self._varies, self._multiple)
             found = make(sizes)
             if found.run is not None:
@@ -140,6 +151,22 @@ class Family:
             self._tries = SHARED  # no kernel takes other sizes
         self._own += 1
         return make(None)
+
+
+def why_idle(plan: Any, multiprocessors: int, known: Mapping[Any, int]) -> str | None:
+    """Why a plan's kernels would leave most of a GPU idle, the symbols of sizes being what is
+    ``known``, or None. Where sizes are constants, long rows are cut in parts in more ways."""
+    for group in () if plan is None else plan.groups:
+        if not group.reduced:
+            continue
+        rows, length = (
+            product(group.sizes[a] for a in atoms) for atoms in (group.parallel, group.reduced)
+        )
+        rows, length = (n if is_static(n) else n.xreplace(known) for n in (rows, length))
+        shares = max(1, group.shares)
+        if rows * shares < multiprocessors // 4 and length > shares * MAX_PERSISTENT:
+            return f"{rows * shares} programs would reduce {length // shares} elements each"
+    return None
 
 
 class Sizes:

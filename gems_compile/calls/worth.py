@@ -36,6 +36,8 @@ ATTENTION = tuple(
     for suffix in ("", "_backward")
 )
 HEADS = (64, 128)
+#: times ATen's speed that a kernel has on the device at least
+LEAST_ON_DEVICE = 0.97
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Measured:
     least_across: of ``WITH_DIM``: as ``least``, over another dim than the last, where ATen reads
                   memory across rows
     ratios:       operand's shape -> time of ATen's call over ours
+    any_sizes:    which sizes are arguments, "all" or the "first" of each tensor -> least ratio of
+                  the kernels' times, of calls that are ours
     note:         what else was measured
     """
 
@@ -55,6 +59,7 @@ class Measured:
     longest: int | None = None
     least_across: int | None = None
     ratios: Mapping[str, float] = field(default_factory=dict)
+    any_sizes: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
 
     @property
@@ -102,6 +107,13 @@ def least_elements(name: str, target: Target) -> int:
     row = table_of(target.label).ops.get(name)
     sizes = () if row is None else (row.least, row.least_across)
     return min((size for size in sizes if size is not None), default=sys.maxsize)
+
+
+def worth_sharing(name: str, which: str, target: Target) -> bool:
+    """Whether an overload's kernel with sizes as arguments, "all" or the "first" of each tensor,
+    has not measured slower than ATen's."""
+    row = table_of(target.label).ops.get(name)
+    return row is None or row.any_sizes.get(which, 1.0) >= LEAST_ON_DEVICE
 
 
 def why_not_worth(name: str, args: Sequence[Any], target: Target) -> str | None:
