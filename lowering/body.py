@@ -62,6 +62,10 @@ class Window:
     length: int
 
 
+#: an atom -> how it comes from an index: "//" or "%", that, and the divisor
+Derived = dict[str, tuple[str, Index, Size]]
+
+
 @dataclass
 class Body:
     """The instructions of one kernel, by section: ("row", level), ("loop", level).
@@ -73,7 +77,7 @@ class Body:
     looped: bool
     window: Window | None = None  # the part of one atom that it runs over; None: all
     sections: dict[tuple[str, int], list[Instr]] = field(default_factory=dict)
-    derived: dict[str, tuple[str, Index, Size]] = field(default_factory=dict)
+    derived: Derived = field(default_factory=dict)
     params: list[tuple[str, str, Any]] = field(default_factory=list)  # (name, role, what)
     modules: set[str] = field(default_factory=set)
     #: texts of users' functions that it calls, each once
@@ -98,7 +102,7 @@ class Body:
         return self.window.first if self.window is not None and atom == self.window.atom else 0
 
 
-def loads_first(steps: Sequence[Instr], derived: dict[str, Any]) -> list[Instr]:
+def loads_first(steps: Sequence[Instr], derived: Derived) -> list[Instr]:
     """The steps, with loads (and what masks them) that wait for no other step in front.
 
     ``derived`` is the body's. The compiler moves no load across the branches of libdevice's
@@ -113,7 +117,7 @@ def loads_first(steps: Sequence[Instr], derived: dict[str, Any]) -> list[Instr]:
             loads += 1
         elif instr.kind != "line" or instr.out[0] not in "cm":  # coordinates, and masks of them
             continue
-        if _read(instr, derived) & made <= early:
+        if read_by(instr, derived) & made <= early:
             early.add(instr.out)
         elif instr.kind == "load":
             loads -= 1
@@ -122,10 +126,12 @@ def loads_first(steps: Sequence[Instr], derived: dict[str, Any]) -> list[Instr]:
     return sorted(steps, key=lambda i: i.out not in early or i.kind not in ("load", "line"))
 
 
-def _read(instr: Instr, derived: dict[str, Any]) -> set[str]:
-    """The registers that a load or a line reads, and the atoms."""
+def read_by(instr: Instr, derived: Derived) -> set[str]:
+    """The registers that an instruction reads, and the atoms; a store's value is its ``out``."""
     found = set() if instr.kind == "load" else set(re.findall(r"\w+", instr.text))
-    found.update([instr.cond] if instr.cond else [])
+    found.update(re.findall(r"\w+", instr.cond or ""))
+    if instr.kind in ("store", "put"):
+        found.add(instr.out)
     stack = list(instr.indices)
     while stack:
         for atom in stack.pop().atoms:

@@ -166,6 +166,8 @@ class Emitter:
         if self._varies(index):
             self.wide_atoms.add(name)
             self.body.wide.add(name)
+        elif known_from := self._after(index):
+            self.after[name] = known_from
         return Index({name: 1})
 
     def _varies(self, *places: Index) -> bool:
@@ -214,11 +216,12 @@ class Emitter:
     def _known_from(self, v: Value, coords: Sequence[Index], cond: str | None) -> int:
         """The level at which v can be computed there: of an element that a gather picks, not before
         its place is known, which may be a reduction's result."""
-        level = self.level(v)
-        if self.after:
-            registers = [atom for place in coords for atom in place.atoms]
-            level = max([level, *(self.after.get(r, 0) for r in (*registers, cond or ""))])
-        return level
+        return max(self.level(v), self._after(*coords), self.after.get(cond or "", 0))
+
+    def _after(self, *places: Index) -> int:
+        if not self.after:
+            return 0
+        return max([self.after.get(atom, 0) for place in places for atom in place.atoms], default=0)
 
     def _over_rows(self, v: Value) -> bool:
         """Whether v adds up the rows that a program walks over."""

@@ -6,21 +6,19 @@ exchange through shared memory, before and after which all of them wait.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .body import Instr
-
-_REGISTER = re.compile(r"\b[a-z]+\d+\b")
+from .body import Derived, Instr, read_by
 
 
-def join_sums(steps: Sequence[Instr]) -> list[Instr]:
-    """The steps, with sums ended in pairs, as late as the first of their readers allows."""
+def join_sums(steps: Sequence[Instr], derived: Derived) -> list[Instr]:
+    """The steps, with sums ended in pairs, as late as the first of their readers allows; an atom
+    that is ``derived`` from a sum (a place's row) reads it."""
     out: list[Instr] = []
     open_: list[Instr] = []
     for instr in steps:
-        if open_ and {i.out for i in open_} & _read(instr):
+        if open_ and {i.out for i in open_} & read_by(instr, derived):
             out += _ended(open_)
             open_ = []
         if instr.kind == "end" and instr.text == "sum":
@@ -28,14 +26,6 @@ def join_sums(steps: Sequence[Instr]) -> list[Instr]:
         else:
             out.append(instr)
     return out + _ended(open_)
-
-
-def _read(instr: Instr) -> set[str]:
-    """The registers that an instruction needs; a store's is its ``out``."""
-    found = {instr.out} if instr.kind in ("store", "put") else set()
-    found.update(_REGISTER.findall(f"{instr.text} {instr.cond}"))
-    found.update(a for index in instr.indices for a in index.atoms)
-    return found
 
 
 def _ended(sums: Sequence[Instr]) -> list[Instr]:

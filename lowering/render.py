@@ -321,7 +321,7 @@ class Renderer(Accumulators, Loops):
             if flat:
                 steps = loads_first(steps, self.body.derived)
             elif not self.group.column:
-                steps = join_sums(shared_first(self, steps))
+                steps = join_sums(shared_first(self, steps), self.body.derived)
             for instr in steps:
                 self._instr(instr)
             steps = self.body.sections.get(("loop", level), [])

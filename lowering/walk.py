@@ -42,7 +42,7 @@ def render_sweep(renderer: Renderer, rows: Size) -> None:
         lines.add(f"xmask = x < {end}")
         renderer.xmask = "xmask"
     renderer._unravel("x", renderer.parallel)
-    for instr in join_sums(sections.get(("row", 0), ())):
+    for instr in join_sums(sections.get(("row", 0), ()), renderer.body.derived):
         renderer._instr(instr)
     lines.depth -= 1
     renderer.xmask, renderer.defined, renderer.outside_sweep = None, outside, True

@@ -203,12 +203,14 @@ PICKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "at a computed place": lambda x, y: y.gather(-1, (x > 0).sum(-1, keepdim=True) // 2),
     "and then a reduction": lambda x, y: (y - y.gather(-1, x.argmax(-1, keepdim=True))).amax(-1),
     "of what is computed": lambda x, y: (y * 2).gather(-1, x.argmin(-1, keepdim=True)) + 1,
+    "of all rows": lambda x, y: y.flatten()[x.flatten().argmax()[None]] * 2,
+    "of another shape": lambda x, y: y.flatten().gather(0, (x > 0).sum(-1)) - 1,
     "twice": lambda x, y: y.gather(-1, (y.gather(-1, x.argmax(-1, True)) > 0).long() + 3),
 }
 
 
 @pytest.mark.parametrize("name", PICKS)
-@pytest.mark.parametrize("length", [70001, 20000])
+@pytest.mark.parametrize("length", [70001, 20000, 33])
 def test_elements_are_picked_behind_the_loop_that_finds_them(name: str, length: int) -> None:
     rows = 3 if length > 50000 and DEVICE == "cpu" else ROWS
     x, y = rand(rows, length), rand(rows, length)
