@@ -91,8 +91,9 @@ class Builder:
         axes = normalize_axes(axes, x.ndim)
         parts, shares = 1, 1
         if split and op in SPLITTABLE:
-            wanted = row_shares if contiguous_axis(x) in axes else parts_wanted
-            shares = wanted(x, axes, self.multiprocessors, self.hint)
+            about = x, axes, self.multiprocessors, self.hint
+            along = contiguous_axis(x) in axes
+            shares = row_shares(*about, _loaded_bits(x)) if along else parts_wanted(*about)
             parts = self.row_parts(x, axes) if shares == 1 else 1
         if parts == shares == 1:
             return self._reduce(op, x, axes, dtype)

@@ -58,14 +58,17 @@ def parts_wanted(x: Value, axes: Sequence[int], multiprocessors: int, hint: Hint
     return parts_of(x, axes, -(-4 * multiprocessors // kept), reduced // LEAST_OF_A_ROW)
 
 
-def row_shares(x: Value, axes: Sequence[int], multiprocessors: int, hint: Hint) -> int:
+def row_shares(x: Value, axes: Sequence[int], multiprocessors: int, hint: Hint, bits: int) -> int:
     """In how many shares few long rows should be reduced that are of unknown length, or that no
-    number of parts cuts evenly; 1 where the GPU is busy anyway, or even parts will do."""
+    number of parts cuts evenly; 1 where the GPU is busy anyway, or even parts will do. ``bits``:
+    what is loaded for an element."""
     if not multiprocessors or contiguous_axis(x) not in axes:
         return 1
     length = hint(count_of(x, axes))
     rows = hint(product(s for k, s in enumerate(x.shape) if k not in axes))
     if not length or not rows or rows >= 2 * multiprocessors or length <= MAX_PERSISTENT:
+        return 1
+    if not pays(rows, length * bits // 8, 1, multiprocessors):
         return 1
     wanted = min(-(-4 * multiprocessors // rows), length // LEAST_OF_A_ROW)
     if is_static(*x.shape) and (rows > FEW_ROWS or _cuts_evenly(x, axes, wanted)):

@@ -8,6 +8,8 @@ from .indexing import Size, is_static
 
 #: the longest row that is held in registers
 MAX_PERSISTENT = 16384
+#: elements of a longer row that a program's step reads, where no cache asks for another number
+ROW_STEP = 4096
 #: elements of a column reduction held in registers by one program
 MAX_COLUMN_TILE = 8192
 #: bytes of an element's operands beyond which a column reduction's tile is a small one
@@ -101,7 +103,7 @@ def looped_row_tile(reduced: Size, loaded: int, again: int, online: bool, few: b
         warps = 16 if few else 4
         length = min(warps * 1024, power_of_two(reduced))
         return Tile(1, length, warps, each=max(1, length // (256 * warps)))
-    return Tile(1, min(4096, power_of_two(reduced)), warps=8)
+    return Tile(1, min(ROW_STEP, power_of_two(reduced)), warps=8)
 
 
 def row_tile(
@@ -160,7 +162,7 @@ def sweep_tile(reduced: int, loaded: int, shared: int) -> Tile:
 
 def row_share_tile(reduced: Size, looped: bool) -> Tile:
     """Of one row, along memory. ``reduced``: how long a share is, if that is known."""
-    length = 4096 if looped else power_of_two(reduced)
+    length = ROW_STEP if looped else power_of_two(reduced)
     return Tile(1, length, warps=max(1, min(8, length // 512)))
 
 

@@ -239,12 +239,12 @@ def test_rows_of_any_length_in_shares(name: str) -> None:
     """One row keeps a GPU busy, whatever its length; also one that has fewer elements than there
     are shares."""
     wanted = WHOLE[name]
-    x = rand(2, 70001)
+    x = rand(2, 700_001)
     how = options(target=dataclasses.replace(options().target, multiprocessors=132))
     run, report = compile_graph(trace(wanted, x, dynamic=True), [x], how)
     assert report.aten_calls == 0
     assert any("whole = first" in s.text for s in report.sources)
-    for shape in ((2, 70001), (3, 5), (2, 4096), (7, 2 * 4096 + 1), (1, 200_003)):
+    for shape in ((2, 70_001), (3, 5), (2, 4096), (7, 2 * 4096 + 1), (1, 200_003)):
         x = rand(*shape)
         (got,) = run([x])
         assert_same_values(got, wanted(x), name, rtol=1e-4, atol=1e-5)
@@ -262,7 +262,7 @@ def test_a_prime_length_in_shares() -> None:
 @pytest.mark.parametrize("length", [2**31 - 2**15, 2**31 + 5])
 def test_shares_of_a_row_that_32_bits_hardly_count(length: int) -> None:
     """The kernel of a short row, and that in 64 bits."""
-    x = torch.ones(70001, dtype=torch.int8, device=DEVICE)
+    x = torch.ones(700_001, dtype=torch.int8, device=DEVICE)
     run, report = compile_graph(trace(lambda x: x.sum(), x, dynamic=True), [x], options())
     assert any("whole = first" in s.text for s in report.sources)
     for n in (len(x), length):

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from opcheck import SEED
 from torch import Tensor
 
+from gems_compile.lowering import parts, schedule
+
 pytestmark = gems_only
 
 MOST = 20_000  # elements of a value
@@ -79,6 +81,12 @@ KINKED_OVER: list[Callable[[Tensor, Sequence[int], bool], Tensor]] = [
 ]
 
 
+KINKED_ALONG: list[Callable[[Tensor, int], Tensor]] = [
+    lambda x, d: x.gather(d, x.argmax(d, keepdim=True)),
+    lambda x, d: x.gather(d, x.argmin(d, keepdim=True)) - x,
+]
+
+
 @dataclass
 class Program:
     """``steps``: (what computes a value, the values it reads); inputs come first."""
@@ -121,7 +129,8 @@ def padded(draw: Any, x: Tensor, smooth: bool) -> Op:
 
 
 def along(draw: Any, x: Tensor, smooth: bool) -> Op:
-    op, dim = draw(st.sampled_from(ALONG)), draw(st.integers(0, x.ndim - 1))
+    op = draw(st.sampled_from(ALONG if smooth else ALONG + KINKED_ALONG))
+    dim = draw(st.integers(0, x.ndim - 1))
     return lambda x: op(x, dim)
 
 
@@ -194,14 +203,39 @@ def assert_near(got: Tensor, want: Tensor, exact: Tensor) -> None:
     assert error <= NEAR * scale + 4 * (want.double().cpu() - exact).abs().max().item()
 
 
+@pytest.fixture
+def all_rows_are_long(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Rows of more than 8 elements are looped over, in steps of 8, and cut in parts."""
+
+    def ask() -> None:
+        for module in (schedule, parts):
+            monkeypatch.setattr(module, "MAX_PERSISTENT", 8)
+        monkeypatch.setattr(schedule, "ROW_STEP", 8)
+        monkeypatch.setattr(parts, "LEAST_OF_A_ROW", 4)
+        monkeypatch.setattr(parts, "LAUNCH", -1e9)
+
+    return ask
+
+
 @pytest.mark.parametrize(("dynamic", "count"), [(False, 30), (True, 5)], ids=["static", "dynamic"])
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("multiprocessors", [0, 132])
+@pytest.mark.parametrize("long", [False, True], ids=["", "long"])
 def test_random_programs(
-    dynamic: bool, count: int, grad: bool, multiprocessors: int, monkeypatch
+    dynamic: bool,
+    count: int,
+    grad: bool,
+    multiprocessors: int,
+    long: bool,
+    all_rows_are_long: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As for a GPU with many multiprocessors too, for which reductions are cut in parts."""
+    """As for a GPU with many multiprocessors too, for which reductions are cut in parts; and as if
+    rows were long."""
     pretend_multiprocessors(monkeypatch, multiprocessors)
+    if long:
+        all_rows_are_long()
+        count = max(count // 2, 5)
 
     @seed(SEED + multiprocessors)
     @settings(
