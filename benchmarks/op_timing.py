@@ -20,7 +20,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -193,9 +193,12 @@ class Measured:
     def __call__(self) -> Any:
         return self.overload(*self.args, **self.kwargs)
 
-    def serving(self, side: str) -> contextlib.AbstractContextManager[Any]:
-        """With our kernel, or without: whoever enabled what."""
-        return gems_compile.use_gems(only=[self.case.overload] if side == "gems" else [])
+    def serving_ours(self) -> contextlib.AbstractContextManager[Any]:
+        """With our kernel, whoever enabled what."""
+        return gems_compile.use_gems(only=[self.case.overload])
+
+    def serving_atens(self) -> contextlib.AbstractContextManager[Any]:
+        return gems_compile.use_gems(only=[])
 
     def moved(self, out: Any) -> int:
         """Bytes of its tensors and results."""
@@ -204,7 +207,7 @@ class Measured:
 
     def ours(self) -> tuple[Any, str]:
         """The call with our kernel asked for; why it was ATen's all the same, or an empty text."""
-        with self.serving("gems"):
+        with self.serving_ours():
             handler = eager._state.handlers.get(self.case.overload)
             before = self._served()
             out = self()
@@ -223,7 +226,7 @@ class Measured:
 
     def check(self) -> tuple[str, int]:
         """What is wrong with our results, or "ok"; the bytes that a call moves."""
-        with self.serving("eager"):
+        with self.serving_atens():
             native = self()
         ours, why_not = self.ours()
         if why_not:
@@ -266,14 +269,9 @@ def measure(case: Case, setting: Setting, copies: Copies) -> Row:
         return row
     if setting.any_sizes:
         row["shared"] = measured.shared()
-    times: dict[str, list[float]] = {"eager": [], "gems": []}
-    for _ in range(TURNS):
-        for side, found in times.items():
-            with measured.serving(side):
-                us, row["how"] = microseconds(measured, setting, case.random)
-            found.append(us)
-    for side, found in times.items():
-        row[f"{side}_us"] = statistics.median(found)
+    row |= in_turns(
+        measured, setting, {"eager_us": measured.serving_atens, "gems_us": measured.serving_ours}
+    )
     row["ratio"] = row["eager_us"] / row["gems_us"]
     if case.whole and setting.mode != "host":
         row["gbps"] = moved / row["gems_us"] / 1e3
@@ -281,11 +279,28 @@ def measure(case: Case, setting: Setting, copies: Copies) -> Row:
     return row
 
 
+def in_turns(
+    measured: Measured,
+    setting: Setting,
+    sides: Mapping[str, Callable[[], contextlib.AbstractContextManager[Any]]],
+) -> Row:
+    """Each side's microseconds, the median of its turns; and how they were found."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    how = ""
+    for _ in range(TURNS):
+        for name, serving in sides.items():
+            with serving():
+                us, how = microseconds(measured, setting, measured.case.random)
+            times[name].append(us)
+    return {**{name: statistics.median(found) for name, found in times.items()}, "how": how}
+
+
 # FlagGems -----------------------------------------------------------------------------------------
 
 
 def flag_gems_rows(names: Sequence[str], setting: Setting) -> Iterator[Row]:
-    """Microseconds of FlagGems' kernels, in this process; wrong numbers have no time."""
+    """Microseconds of FlagGems' kernels and of ours, in turns in this process: in two, small calls
+    differ by a microsecond whoever serves them. Wrong numbers have no time."""
     import flag_gems
 
     known = cases(setting.small)
@@ -300,8 +315,8 @@ def flag_gems_rows(names: Sequence[str], setting: Setting) -> Iterator[Row]:
             if why := measured.why_wrong(out, native, native):
                 row["flag_gems"] = f"wrong: {why}"
             else:
-                with flag_gems.use_gems():
-                    row["flag_gems_us"], _ = microseconds(measured, setting, measured.case.random)
+                sides = {"flag_gems_us": flag_gems.use_gems, "beside_us": measured.serving_ours}
+                row |= in_turns(measured, setting, sides)
         except Exception as error:
             row["flag_gems"] = f"failed: {type(error).__name__}: {str(error)[:300]}"
         yield row

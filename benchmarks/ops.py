@@ -123,7 +123,7 @@ def add_flag_gems(rows: list[Row], setting: Setting) -> str:
     for row in rows:
         row.update(by_case.get(row["case"], {}))
         if "flag_gems_us" in row:
-            row["over_flag_gems"] = row["flag_gems_us"] / row["gems_us"]
+            row["over_flag_gems"] = row["flag_gems_us"] / row["beside_us"]
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
         return f"FlagGems ended with status {done.returncode}: {last}"
