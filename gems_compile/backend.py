@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -162,10 +162,7 @@ class _Front:
 
     def compiled(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """What runs in place of Dynamo's graph."""
-        if self.off is None:
-            compiled = self._through_cache(gm, inputs)
-        else:
-            compiled = self._through_aot(gm, inputs, _plain)
+        compiled = (self._through_cache if self.off is None else self._unkept)(gm, inputs)
         self.told = True
         for report in self.reports:
             logs.tell(report)
@@ -183,11 +180,23 @@ class _Front:
             failed = e
         if failed is not None:
             self._forget()
-            compiled = self._through_aot(gm, inputs, _plain)  # what is wrong here, too, raises
+            compiled = self._unkept(gm, inputs)  # what is wrong here, too, raises
             lookup.said = f"{NOT_KEPT}{type(failed).__name__}: {failed}"
             log.warning("the cache of whole graphs is not used: %s", failed)
         self._say(lookup.said)
         return compiled
+
+    def _unkept(self, gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Without the cache of whole graphs. Where one of torch's rules that take ops apart fails,
+        as those for Inductor may without the rest of it, the ops stay whole and are ATen's."""
+        try:
+            return self._through_aot(gm, inputs, _plain)
+        except (AttributeError, ImportError, NameError) as e:
+            if self.config.strict:
+                raise
+            log.warning("graph %d is not taken apart: %s: %s", self.number, type(e).__name__, e)
+            self._forget()
+            return self._through_aot(gm, inputs, _plain, {})
 
     def _failure(self) -> Exception | None:
         """Why a graph from the cache cannot run: a kernel that was missing does not compile."""
@@ -205,15 +214,21 @@ class _Front:
             report.cache = cache
 
     def _through_aot(
-        self, gm: GraphModule, inputs: Sequence[Any], compiler: Callable[[Any], Any]
+        self,
+        gm: GraphModule,
+        inputs: Sequence[Any],
+        compiler: Callable[[Any], Any],
+        rules: Mapping[Any, Callable[..., Any]] | None = None,
     ) -> Callable[..., Any]:
-        """AOTAutograd's function; ``compiler`` makes of ours what it takes."""
+        """AOTAutograd's function; ``compiler`` makes of ours what it takes. ``rules`` take ops
+        apart, instead of ours."""
+        rules = Decompositions(self.options.own_rng) if rules is None else rules
         with backward_at_once():
             return aot_autograd(
                 fw_compiler=compiler(partial(self._compile, "forward")),
                 bw_compiler=compiler(partial(self._compile, "backward")),
                 inference_compiler=compiler(partial(self._compile, "inference")),
-                decompositions=Decompositions(self.options.own_rng),
+                decompositions=rules,
                 partition_fn=partial(partition, options=self.options, decided=self.layouts.append),
                 keep_inference_input_mutations=True,
             )(gm, inputs)

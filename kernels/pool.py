@@ -24,7 +24,7 @@ def define(library: Any) -> None:
 
     max_pool2d:          x [..., H, W] -> (values, places): the maximum of each window, and which
                          of its elements that is, row by row
-    max_pool2d_backward: gradient, places -> the gradient of x [..., H, W]
+    max_pool2d_backward: gradient, places, [H, W] -> the gradient of x
     """
     import torch
 
@@ -51,11 +51,12 @@ def _room_for_values(x: Any, *how: Any) -> Any:
 def _room_for_gradient(gradient: Any, places: Any, size: Any, *how: Any) -> Any:
     import torch
 
-    strides = gradient.new_empty(size).stride()
+    shape = (*gradient.shape[:-2], *size)
+    strides = gradient.new_empty(shape).stride()
     if gradient.ndim == 4 and gradient.is_contiguous(memory_format=torch.channels_last):
-        _, c, h, w = size
+        _, c, h, w = shape
         strides = (h * w * c, 1, w * c, c)
-    return gradient.new_empty_strided(size, strides)
+    return gradient.new_empty_strided(shape, strides)
 
 
 def _atens(kernel: Any, stride: Any, padding: Any, ceil: bool) -> tuple[Any, ...]:
@@ -162,7 +163,7 @@ def _first_inside(b: Any, shape: Any, every: Any) -> Any:
         call(
             T(2, 3, 4, 5),
             T(2, 3, 4, 5, dtype="int8", low=0, high=3),
-            [2, 3, 8, 10],
+            [8, 10],
             [2, 2],
             [2, 2],
             [0, 0],
@@ -175,7 +176,7 @@ def max_pool2d_backward(
 ) -> Any:
     """For each element the sum, in float32, of what the windows were given that chose it."""
     axes = (gradient.ndim - 2, gradient.ndim - 1)
-    shape = [getattr(n, "expr", n) for n in size]
+    shape = [*gradient.shape[:-2], *(getattr(n, "expr", n) for n in size)]
     along = list(range(gradient.ndim - 2))
     rows, columns = (
         list(_windows_over(b, shape, gradient.shape[axis], axis, k, s, p))

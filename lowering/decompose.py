@@ -38,6 +38,7 @@ KEEP = {
     "native_batch_norm",
     "max_pool2d_with_indices",
     "max_pool2d_with_indices_backward",
+    "max_pool3d_with_indices",
     "avg_pool2d",
     "avg_pool2d_backward",
     "_adaptive_avg_pool2d",

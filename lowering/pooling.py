@@ -54,7 +54,7 @@ def _take(graph: fx.Graph, node: fx.Node) -> bool:
         parts[1].meta["val"] = node.meta["val"][1]
     for backward in backwards:
         given: Any = backward.args
-        size = list(value_of(args[0]).shape)
+        size = list(value_of(args[0]).shape[-2:])
         backward.target = torch.ops.gems.max_pool2d_backward.default
         backward.args = (given[0], parts[1], size, *how)
     return True
