@@ -88,7 +88,8 @@ def bind(
         kept=kept_in_channels_last,
         seed=drawer(device),
         settle=settle,
-        math=math,
+        math=math,  # these are sympy's and torch's names, in texts of sizes
+        torch=torch,
         Max=max,
         Min=min,
         Mod=operator.mod,

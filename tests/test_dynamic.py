@@ -99,6 +99,15 @@ def test_running_statistics(norm):
         pair(rand(length, 6, *((5, 3) if norm is nn.BatchNorm2d else ())), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "area"])
+def test_sizes_times_a_float(mode):
+    """Sizes of the result are products with a number that is none."""
+    pair = Pair(lambda x: F.interpolate(x * 2, scale_factor=1.7, mode=mode) + 1, dynamic=True)
+    pair(rand(2, 3, 5, 7, grad=True), rtol=1e-4, atol=1e-4)
+    with no_new_graph():
+        pair(rand(4, 3, 6, 11, grad=True), rtol=1e-4, atol=1e-4)
+
+
 def test_two_dynamic_sizes():
     pair = Pair(lambda x, y: (x[:, None] * y[None]).sum(-1).softmax(-1), dynamic=True)
     pair(rand(5, 4), rand(3, 4))
