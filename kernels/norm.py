@@ -352,7 +352,7 @@ def _running(b: Any, old: Any, new: Any, momentum: float) -> Any:
     return b.add(b.mul(new, momentum), b.mul(wide(b, old), 1.0 - momentum), 1)
 
 
-@composite("aten.native_batch_norm_backward.default")
+@composite("aten.native_batch_norm_backward.default", absent=True)
 def batch_norm_backward(
     b: Any,
     dy: Any,

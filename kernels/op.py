@@ -84,6 +84,8 @@ class Op:
     #: a cheaper body in float32, wrong by a few units in the last place, for a result of which
     #: only the rounding to 16 bits is seen
     quick: Any = None
+    #: whether an operand without elements, which is not the first, is one that is not there
+    absent: bool = False
     doc: str = field(default="", compare=False)
 
 
@@ -134,6 +136,7 @@ def _declarator(kind: str) -> Callable[..., Callable[[Any], Any]]:
         declines: Callable[..., str | None] | None = None,
         quick: Any = None,
         name: str | None = None,
+        absent: bool = False,
     ) -> Callable[[Any], Any]:
         def register(body: Any) -> Any:
             function = getattr(body, "fn", body)  # a jit function wraps the Python one
@@ -150,6 +153,7 @@ def _declarator(kind: str) -> Callable[..., Callable[[Any], Any]]:
                     index=tuple(index),
                     declines=declines,
                     quick=quick,
+                    absent=absent,
                     doc=function.__doc__ or "",
                 )
             )

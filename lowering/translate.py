@@ -157,7 +157,7 @@ class Translator:
         view, op = VIEWS.get(name), OPS.get(name)
         if view is None and op is None and name not in WRITES and name not in WHOLE:
             raise Declined("no kernel is declared for it")
-        self._check_tensors(node, val, composite=op is not None and op.kind == "composite")
+        self._check_tensors(node, val, op)
         args = map_arg(schema_args(node), self._operand)
         if name in WRITES:
             store = lower_store(self._for_node(node), node, args)
@@ -193,21 +193,23 @@ class Translator:
         value = self.program.of.get(node)
         val = node.meta.get("val")
         if id(val) not in self.fine and is_empty(val):
-            return None  # of a composite: see _check_tensors
+            return None  # absent: see _check_tensors
         if value is None or (isinstance(value, Value) and value.op == "opaque"):
             raise Declined(f"operand {node.name} is no plain tensor")
         return value
 
-    def _check_tensors(self, node: Node, val: Any, composite: bool) -> None:
-        """A composite's further operands and results may be empty, which says that they are absent
-        (the saved statistics of a batch norm in evaluation)."""
+    def _check_tensors(self, node: Node, val: Any, op: Op | None) -> None:
+        """A composite's further results may be empty, which says that they are absent; operands, of
+        some (the saved statistics of a batch norm in evaluation)."""
+        composite = op is not None and op.kind == "composite"
+        absent = op is not None and op.absent
         for k, tensor in enumerate(_tensors(val)):
             self._check(tensor, "result", composite and k > 0)
         for k, arg in enumerate(node.all_input_nodes):
             whole = arg.meta.get("val")
             if id(whole) not in self.fine:
                 for tensor in _tensors(whole):
-                    self._check(tensor, arg, composite and k > 0)
+                    self._check(tensor, arg, absent and k > 0)
 
     def _check(self, tensor: torch.Tensor, of: Node | str, may_be_empty: bool) -> None:
         if id(tensor) in self.fine or (may_be_empty and is_empty(tensor)):

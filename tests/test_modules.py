@@ -54,7 +54,7 @@ def samples(info: ModuleInfo, training: bool) -> Iterator[tuple[nn.Module, Modul
     random.Random(SEED).shuffle(found)
     for sample in found:
         made, given = sample.constructor_input, sample.forward_input
-        if given is None:
+        if given is None or _misdescribed(info, sample):
             continue
         try:
             module = info.module_cls(*made.args, **made.kwargs).to(DEVICE).train(training)
@@ -62,6 +62,12 @@ def samples(info: ModuleInfo, training: bool) -> Iterator[tuple[nn.Module, Modul
         except (RuntimeError, NotImplementedError, ValueError):  # of a CPU, say
             continue
         yield module, given
+
+
+def _misdescribed(info: ModuleInfo, sample: ModuleInput) -> bool:
+    """Whether torch's FakeTensor has another shape than the result, for all backends."""
+    lone = info.name == "nn.MultiLabelMarginLoss" and sample.forward_input.args[0].ndim == 1
+    return lone and sample.constructor_input.kwargs.get("reduction") == "none"
 
 
 @pytest.mark.parametrize(("info", "training", "dynamic"), CASES)

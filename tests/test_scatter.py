@@ -57,6 +57,12 @@ def test_tokens_of_a_mixture_of_experts(dtype: torch.dtype, dynamic: bool) -> No
     assert launches() == [(2, 0)]
 
 
+def test_no_places() -> None:
+    """Nothing is read, and a gradient of zeros."""
+    check(lambda x, i: (x * 2).gather(0, i) + 1, rand(3, 4, grad=True), ints(0, 4, high=3))
+    check(lambda x, i: x.index_select(0, i).sum(0) + x[0], rand(3, 4, grad=True), ints(0, high=3))
+
+
 def test_histogram() -> None:
     def fn(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         bins = (x * 10).long().clamp(0, 9).view(-1)
