@@ -39,6 +39,8 @@ KEEP = {
     "max_pool2d_with_indices",
     "max_pool2d_with_indices_backward",
     "max_pool3d_with_indices",
+    "max_unpool2d",  # of channels-last images torch's rule makes contiguous ones
+    "max_unpool3d",
     "avg_pool2d",
     "avg_pool2d_backward",
     "_adaptive_avg_pool2d",

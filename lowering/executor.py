@@ -64,6 +64,7 @@ class Writer:
         self.uses: dict[str, int] = {}  # variable -> last line that uses it
         self.symbols = Symbols()
         self.aligned: dict[Value, str] = {}  # input or ATen's view -> variable that kernels read
+        self.settled: dict[Value, str] = {}  # of those, views that ATen made
         self.kept: set[str] = set()  # variables that are not tensors to free
         self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.kernels: list[tuple[str, Group]] = []
@@ -137,7 +138,8 @@ class Writer:
             return whole if v.kind != "reduce" else self._reinterpret(whole, v, v, node)
         base = base_of(v)
         if base in self.names:
-            return self._reinterpret(self.use(self.names[base]), v, base, node)
+            whole = self.settled.get(base) or self.names[base]
+            return self._reinterpret(self.use(whole), v, base, node)
         raise KeyError(f"{v!r} is not in memory")
 
     def _reinterpret(self, whole: str, v: Value, base: Value, node: Node) -> str:
@@ -419,7 +421,7 @@ class Writer:
         if read or (leaves and target in CHOOSING):
             own = name
             if is_view(node):  # who it is returned to, or who views it, wants its base
-                own = self.aligned[value] = f"{name}s"
+                own = self.aligned[value] = self.settled[value] = f"{name}s"
                 self.ledger.share(own, name)
             strides = self.sizes([size_of(s) for s in val.stride()])
             self.add(f"{own} = settle({self.use(name)}, {strides})")

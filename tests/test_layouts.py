@@ -145,3 +145,29 @@ def test_lone_copies_that_leave_gaps_out(cut, dtype, ours):
     assert torch.equal(got, cut(x).neg()) and got.stride() == cut(x).neg().stride()
     (report,) = backend.reports
     assert (report.launches, report.aten_calls) == ((1, 0) if ours else (0, 1)), report.aten
+
+
+@torch.library.custom_op("gems_tests::laid_out_otherwise", mutates_args=())
+def laid_out_otherwise(x: torch.Tensor) -> torch.Tensor:
+    """A complex tensor with x's elements, not in the layout that its FakeTensor has."""
+    return torch.complex(x, x * 2).t().contiguous().t()
+
+
+@laid_out_otherwise.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape, dtype=torch.complex64)
+
+
+def test_a_view_of_what_aten_lays_out_otherwise() -> None:
+    """As torch 2.11's transforms of real numbers do: the gradient of ``irfft`` was read as if it
+    lay as promised."""
+    x = rand(3, 5)
+    real = lambda x: torch.view_as_real(laid_out_otherwise(x))[..., 0]  # noqa: E731
+    assert torch.equal(compile_(real)(x), x)
+    assert torch.equal(compile_(lambda x: real(x) * 2 + 1)(x), x * 2 + 1)
+
+
+def test_unpooled_images_stay_channels_last() -> None:
+    x = rand(2, 3, 6, 8).contiguous(memory_format=torch.channels_last)
+    values, places = F.max_pool2d(x, 2, return_indices=True)
+    check(lambda v, p: F.max_unpool2d(v, p, 2), values, places)
