@@ -96,6 +96,10 @@ def test_op(info: OpInfo) -> None:
                 pair(*args, grad=info.supports_autograd, **NEAR)
             except torch._dynamo.exc.TorchRuntimeError:  # Dynamo cannot trace it for any backend
                 continue
+            except torch._dynamo.exc.BackendCompilerFailed as e:
+                if "Cannot call numel() on tensor with symbolic sizes" not in str(e):
+                    raise
+                continue  # nor AOTAutograd, in torch's own C++: the gradient of trace in torch 2.11
             seen += 1
     if not seen:
         pytest.skip("eager mode has no sample with defined results")
