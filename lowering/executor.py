@@ -64,7 +64,7 @@ class Writer:
         self.uses: dict[str, int] = {}  # variable -> last line that uses it
         self.symbols = Symbols()
         self.aligned: dict[Value, str] = {}  # input or ATen's view -> variable that kernels read
-        self.settled: dict[Value, str] = {}  # of those, views that ATen made
+        self.settled: dict[Value, tuple[str, str]] = {}  # of those, ATen's views: and their strides
         self.kept: set[str] = set()  # variables that are not tensors to free
         self.placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.kernels: list[tuple[str, Group]] = []
@@ -138,8 +138,11 @@ class Writer:
             return whole if v.kind != "reduce" else self._reinterpret(whole, v, v, node)
         base = base_of(v)
         if base in self.names:
-            whole = self.settled.get(base) or self.names[base]
-            return self._reinterpret(self.use(whole), v, base, node)
+            whole = self.use(self.names[base])
+            if base in self.settled:  # a copy of it may be aligned alone: then it is the view still
+                own, strides = self.settled[base]
+                whole = f"{whole} if {whole}.stride() == {strides} else {self.use(own)}"
+            return self._reinterpret(whole, v, base, node)
         raise KeyError(f"{v!r} is not in memory")
 
     def _reinterpret(self, whole: str, v: Value, base: Value, node: Node) -> str:
@@ -419,11 +422,11 @@ class Writer:
         leaves = any(user.op == "output" for user in node.users)
         read = self.read_by_kernel(value) or value in self.viewed or value in self.products.read
         if read or (leaves and target in CHOOSING):
-            own = name
+            own, strides = name, self.sizes([size_of(s) for s in val.stride()])
             if is_view(node):  # who it is returned to, or who views it, wants its base
-                own = self.aligned[value] = self.settled[value] = f"{name}s"
+                own = self.aligned[value] = f"{name}s"
+                self.settled[value] = own, strides
                 self.ledger.share(own, name)
-            strides = self.sizes([size_of(s) for s in val.stride()])
             self.add(f"{own} = settle({self.use(name)}, {strides})")
 
     @property
