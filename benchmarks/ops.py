@@ -248,8 +248,8 @@ def read(files: Iterable[Path], setting: Setting, found: Iterable[Case]) -> list
         text = file.read_text()
         whole = text.lstrip().startswith("[")
         rows += json.loads(text) if whole else map(json.loads, text.splitlines())
-    rows = [row for row in rows if row["case"] in places]
-    rows = [row for row in rows if (row.get("any_sizes") or "") == setting.any_sizes]
+    alike = lambda row: (row.get("any_sizes") or "") == setting.any_sizes  # noqa: E731
+    rows = [row for row in rows if row["case"] in places and alike(row)]
     on_device = {row["case"]: row for row in rows if row["mode"] == "kernel"}
     picked = [row for row in rows if row["mode"] == mode]
     for row in picked:

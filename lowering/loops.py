@@ -107,38 +107,31 @@ class Loops:
         if self.aligned is not None:
             last = length // block * block
             self._ends_of_row(steps, length, last)
-            self._run(steps, block, last)
+            self._run(steps, f"{block}, {last}", masked=False)
         elif self.rowwise:
             self.lines.add("whole = first + tl.maximum(end - first, 0) // RBLOCK * RBLOCK")
-            self._run(steps, "first", "whole")
-            self._steps("whole, end", steps)
+            self._run(steps, "first, whole", masked=False)
+            self._run(steps, "whole, end", masked=True)
         elif self.shares or not is_static(length) or length < block:
             bounds = "first, end" if self.shares else f"0, {self.body_size(length)}"
-            self._steps(bounds, steps)
+            self._run(steps, bounds, masked=True)
         else:  # only the last step looks where the row ends
             whole = length // block * block
-            self._run(steps, 0, whole)
+            self._run(steps, f"0, {whole}", masked=False)
             if whole != length:
                 self._step_at(str(whole), steps, masked=True)
         self.level = None
-
-    def _steps(self, bounds: str, steps: Sequence[Instr]) -> None:
-        """A loop of steps that look where the row ends."""
-        self.lines.add(f"for start in {self._range(bounds)}:")
-        self.lines.depth += 1
-        self._step_at("start", steps, masked=True)
-        self.lines.depth -= 1
 
     def _range(self, bounds: str) -> str:
         if self.tile.stages > 1:
             return f"tl.range({bounds}, RBLOCK, num_stages={self.tile.stages})"
         return f"range({bounds}, RBLOCK)"
 
-    def _run(self, steps: Sequence[Instr], first: int | str, last: int | str) -> None:
-        """Whole steps from first to last."""
-        self.lines.add(f"for start in {self._range(f'{first}, {last}')}:")
+    def _run(self, steps: Sequence[Instr], bounds: str, masked: bool) -> None:
+        """A loop of whole steps, or of such as look where the row ends."""
+        self.lines.add(f"for start in {self._range(bounds)}:")
         self.lines.depth += 1
-        self._step_at("start", steps, masked=False)
+        self._step_at("start", steps, masked)
         self.lines.depth -= 1
 
     def _ends_of_row(self, steps: Sequence[Instr], length: int, last: int) -> None:

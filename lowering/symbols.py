@@ -3,7 +3,7 @@ what they were when it was traced."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -79,3 +79,9 @@ def hints_of(graph: torch.fx.Graph) -> dict[Any, int]:
                 if symbol.is_Symbol:
                     found[symbol] = int(size.node.hint) // int(by)
     return found
+
+
+def number_of(size: Size, known: Mapping[Any, int]) -> int | None:
+    """A size where its symbols are what is ``known``; None if that does not say."""
+    found = size if is_static(size) else size.xreplace(known)
+    return int(found) if is_static(found) or found.is_number else None

@@ -22,7 +22,7 @@ from .overload import name_of
 from .parts import normalize_axes
 from .repeats import Repeats
 from .spelling import parameters
-from .symbols import hints_of
+from .symbols import hints_of, number_of
 from .view_ops import VIEWS, negative_zero
 from .views import Permute, Reshape
 from .whole import WHOLE, lower_whole
@@ -364,8 +364,7 @@ class _Recorder(Builder):
         return hints_of(self.graph) if self.graph is not None else {}
 
     def hint(self, size: Size) -> int | None:
-        known = size if is_static(size) else size.xreplace(self.hints)
-        return int(known) if is_static(known) or known.is_number else None
+        return size if type(size) is int else number_of(size, self.hints)
 
     def reduce(
         self,

@@ -19,6 +19,7 @@ from .indexing import Size
 from .ir import FLOATING, Value, base_of
 from .load import Launcher
 from .source import NUMBER, Source
+from .symbols import number_of
 
 #: calls of each kernel; the second, of those that were near the best one in the first; the third,
 #: of one that would be taken, beside the scheduled one: the least of several times is too low
@@ -42,10 +43,10 @@ class Hints:
         self.known = known
 
     def __call__(self, size: Size) -> int:
-        found: Any = size if type(size) is int else size.xreplace(self.known)
-        if type(found) is not int and not found.is_number:
+        found = number_of(size, self.known)
+        if found is None:
             raise Untimed(f"its size {size} depends on data")
-        return int(found)
+        return found
 
 
 def span(v: Value, number: Callable[[Size], int]) -> int:

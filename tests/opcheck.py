@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from gems_compile.config import cache_dir
 from gems_compile.kernels import load_ops
 from gems_compile.kernels.fused import register_torch_ops
-from gems_compile.kernels.op import OPS, Authored, Call, T
+from gems_compile.kernels.op import OPS, Authored, Call, Op, T
 from gems_compile.kernels.target import current_target
 from gems_compile.lowering import private
 from gems_compile.lowering.decompose import Decompositions
@@ -311,13 +311,19 @@ AMPLIFIED = {"aten.logcumsumexp.default"}
 CANCELS = {"addcmul", "addcdiv", "lerp"}
 
 
+def scale_of(op: Op | None) -> str:
+    """Whether an op's errors are those of each element, or of the tensor."""
+    by_element = op is not None and op.kind == "pointwise" and op.name not in CANCELS
+    return "element" if by_element else "tensor"
+
+
 def check_call(target: Any, args: Any, kwargs: Any, kernels: int | None = None) -> Report:
     """Compile one call and compare everything; ``kernels`` is the least number of launches."""
     op = OPS[str(target)]
     made = one_node(target, args, kwargs)
     got, report = run_poisoned(made.graph, made.inputs)
     promised = [n.meta["val"] for n in made.graph.graph.output_node().args[0]]
-    scale = "element" if op.kind == "pointwise" and op.name not in CANCELS else "tensor"
+    scale = scale_of(op)
     fakes = promised if str(target) in MISDESCRIBED else None
     compare(got, target, args, kwargs, op.name, scale, fakes)
     if kernels is not None and not (DEVICE == "cuda" and str(target) in FILLED_ON_A_GPU):

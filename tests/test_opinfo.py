@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import DEVICE, assert_same_metadata, assert_same_values
-from opcheck import CANCELS, DECLARED, FULL, SEED, compare, options, run_poisoned, tensors, trace
+from opcheck import DECLARED, FULL, SEED, compare, options, run_poisoned, scale_of, tensors, trace
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -230,6 +230,4 @@ def _pure(info: Any) -> Callable[..., list[Any]]:
 
 
 def _scale(info: Any) -> str:
-    op = BASES.get(info.name.split(".")[-1]) or BASES.get(info.aten_name)
-    by_element = op is not None and op.kind == "pointwise" and op.name not in CANCELS
-    return "element" if by_element else "tensor"
+    return scale_of(BASES.get(info.name.split(".")[-1]) or BASES.get(info.aten_name))

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map
 pytestmark = gems_only
 
 THIRDS, MOST = 3, 5
+#: sums of another order, and gradients through them
 NEAR = {"rtol": 1e-3, "atol": 1e-3}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -310,8 +310,8 @@ class Handler:
             self._leave(variant, str(why))
             return
         else:
-            if variant.layouts is None:
-                self._layouts_by_a_run(variant, tensors)
+            if variant.layouts is None and variant.run is not None:
+                self._layouts_by_a_run(variant, variant.run, tensors)
         finally:
             inside.off = False
         if self.overload in ON_HOST or variant.layouts is None:
@@ -320,11 +320,11 @@ class Handler:
         if eager != list(variant.layouts):
             self._leave(variant, f"ATen returns {eager}, its meta {variant.layouts}")
 
-    def _layouts_by_a_run(self, variant: Variant, tensors: Sequence[Tensor]) -> None:
-        if variant.run is None:
-            return
+    def _layouts_by_a_run(
+        self, variant: Variant, run: Callable[[list[Any]], Any], tensors: Sequence[Tensor]
+    ) -> None:
         try:
-            variant.layouts = [layout_of(t) for t in variant.run(list(tensors))]
+            variant.layouts = [layout_of(t) for t in run(list(tensors))]
         except Exception as error:
             self._give_up(variant, error)
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lowering.indexing import is_static, product, size_of
+from ..lowering.indexing import product, size_of
 from ..lowering.private import some_size
 from ..lowering.schedule import MAX_PERSISTENT
+from ..lowering.symbols import number_of
 from .operands import describe
 
 #: Calls compiled for their own sizes before sizes become arguments: models have few kinds of an op,
@@ -130,7 +131,7 @@ class Family:
         """What ``make`` makes of a call, for any sizes if there were many, and that can be and is
         ``worth`` it: where "all" sizes vary, or the "first" of each tensor alone."""
         lengths = [n for t in tensors for n in (*t.shape, *t.stride())]
-        first = [d == 0 and t.ndim > 0 for t in tensors for d in range(2 * t.ndim)]
+        first = [d == 0 for t in tensors for d in range(2 * t.ndim)]
         if not self._met:
             at_once = first if AT_ONCE == "first" else [True] * len(lengths)
             self._met, self._varies = lengths, [not OWN_SIZES and yes for yes in at_once]
@@ -160,9 +161,11 @@ def why_idle(plan: Any, multiprocessors: int, known: Mapping[Any, int]) -> str |
         if not group.reduced:
             continue
         rows, length = (
-            product(group.sizes[a] for a in atoms) for atoms in (group.parallel, group.reduced)
+            number_of(product(group.sizes[a] for a in atoms), known)
+            for atoms in (group.parallel, group.reduced)
         )
-        rows, length = (n if is_static(n) else n.xreplace(known) for n in (rows, length))
+        if rows is None or length is None:
+            continue
         shares = max(1, group.shares)
         if rows * shares < multiprocessors // 4 and length > shares * MAX_PERSISTENT:
             return f"{rows * shares} programs would reduce {length // shares} elements each"
